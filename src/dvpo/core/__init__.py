@@ -1,0 +1,1 @@
+"""The method as mathematics: pure tensor functions that import torch and nothing of ours outside this folder."""

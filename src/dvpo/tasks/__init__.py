@@ -1,0 +1,83 @@
+"""What a task is: examples to learn from, examples to be judged by, an environment to talk to, and the truth if known."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+Message = Mapping[str, str]
+"""One chat message: `{"role": "user" | "assistant" | "system" | "tool", "content": "..."}`."""
+
+Prompt = str | Sequence[Message]
+"""A plain string is continued as it stands; a message list goes through the tokenizer's chat template."""
+
+Reward = float | None | list[float | None]
+"""A scalar for the whole response; None or NaN for "no opinion"; or one entry a turn, or one a token."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt. `id` is stable across runs and machines: splits and injected noise are keyed by it."""
+
+    id: str
+    prompt: Prompt
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """Further columns of the row (`answer`, ...), handed to reward functions as keyword lists."""
+
+
+class Step(NamedTuple):
+    """An environment's answer to one response of the policy."""
+
+    messages: Sequence[Message]
+    """What the environment says next (user or tool turns); empty when the episode is over."""
+    reward: float | None
+    """The reward of this turn, landing on its last policy token; None where only the final reward counts."""
+    done: bool
+
+
+class Environment(Protocol):
+    """One episode. A single-turn task is the one-step case."""
+
+    def reset(self) -> Prompt:
+        """Begin the episode and return what the policy sees first."""
+        ...
+
+    def step(self, response: str) -> Step:
+        """Take the policy's response text (end token and stop string removed) and answer it."""
+        ...
+
+
+class SingleTurn:
+    """The environment of an ordinary prompt: one response, then done; scoring is the reward function's matter."""
+
+    def __init__(self, example: Example) -> None:
+        self.example = example
+
+    def reset(self) -> Prompt:
+        return self.example.prompt
+
+    def step(self, response: str) -> Step:
+        del response
+        return Step(messages=(), reward=None, done=True)
+
+
+class Task(Protocol):
+    """Prompts, splits and (where it is known) the truth."""
+
+    @property
+    def name(self) -> str: ...
+
+    def split(self, name: str) -> Sequence[Example]:
+        """The examples of `train`, `id` (held out, same distribution) or `ood`; empty if there is no such split."""
+        ...
+
+    def environment(self, example: Example) -> Environment: ...
+
+    def true_reward(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        **columns: Sequence[Any],
+    ) -> list[Reward]:
+        """The verified reward of each completion, None where the truth is not known."""
+        ...
