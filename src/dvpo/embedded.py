@@ -1,8 +1,8 @@
 """The embedded model: a real fast tokenizer with a chat template and a real, but tiny, Qwen3.
 
 Nothing here is a stand-in. The tokenizer is a `PreTrainedTokenizerFast` over the 256 byte symbols, without
-merges, so that every text round-trips; the model is `transformers`' own Qwen3 with small numbers in its config.
-What runs on them runs unchanged on Qwen3-8B.
+merges, so that every text round-trips; the model is `transformers`' own Qwen3 with small numbers in its
+config. What runs on them runs unchanged on Qwen3-8B.
 """
 
 import torch
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 PAD, END = "<|pad|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 GOOD, BAD = "<|good|>", "<|bad|>"
-"""The two verdicts: the difference of their logits is the log-odds, in the model's opinion, of a right answer."""
+"""The two verdicts: the difference of their logits is the model's log-odds of ending in a right answer."""
 
 SPECIAL_TOKENS = (PAD, END, *ROLES, GOOD, BAD)
 
@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Make the byte-level tokenizer: 8 special tokens (pad is not end), then one token for each of 256 bytes."""
+    """Make the byte-level tokenizer: 8 special tokens (pad is not end), then a token for each of 256 bytes."""
     symbols = [*SPECIAL_TOKENS, *sorted(ByteLevel.alphabet())]
     backend = Tokenizer(BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
@@ -51,7 +51,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_config(
     hidden_size: int = 64, num_hidden_layers: int = 3, intermediate_size: int = 192
 ) -> Qwen3Config:
-    """Describe the tiny Qwen3: heads of 16, two queries to a key, tied embeddings, `make_tokenizer`'s vocabulary.
+    """Describe the tiny Qwen3: heads of 16, two queries to a key, tied embeddings, our own vocabulary.
 
     Args:
         hidden_size: width D, a multiple of 32.
@@ -75,7 +75,7 @@ def make_config(
 
 
 def make_model(config: Qwen3Config | None = None, seed: int = 0) -> Qwen3ForCausalLM:
-    """Make a float32 Qwen3 with random weights that depend on `seed` alone; the global random state is kept."""
+    """Make a float32 Qwen3 with random weights that depend on `seed` alone, without touching global state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen3ForCausalLM(config or make_config()).to(torch.float32)

@@ -1,10 +1,10 @@
 """Chain arithmetic: `23+8-5=` is answered step by step, `23+8=31;31-5=26;#26`.
 
-Two things make this small task worth training on. The demonstrations are wrong in a *systematic* way: some facts
-of the form (units digit, sign, operand) are mislearnt by the demonstrator, each with its own wrong result and its
-own frequency. A model that imitates them is wrong where they are, greedily too, yet also writes the right result
-often enough for a reward to find it. And a repaired fact is repaired everywhere, so that what is learnt on short
-chains (in distribution) can show on longer ones (out of distribution).
+Two things make this small task worth training on. The demonstrations are wrong in a *systematic* way: some
+facts of the form (units digit, sign, operand) are mislearnt by the demonstrator, each with its own wrong result
+and its own frequency. A model that imitates them is wrong where they are, greedily too, yet also writes the
+right result often enough for a reward to find it. And a repaired fact is repaired everywhere, so that what is
+learnt on short chains (in distribution) can show on longer ones (out of distribution).
 """
 
 import hashlib
@@ -56,7 +56,7 @@ class Question:
 
     @classmethod
     def draw(cls, operations: int, rng: random.Random) -> "Question":
-        """Draw a start in 10..89 and operands in 1..9 of either sign such that no partial sum leaves 0..99."""
+        """Draw a start in 10..89 and operands in 1..9, of signs such that no partial sum leaves 0..99."""
         start = value = rng.randint(10, 89)
         operands = []
         for _ in range(operations):
@@ -77,7 +77,7 @@ class Flaw(NamedTuple):
 
 @cache
 def flaw(units: int, operand: int) -> Flaw | None:
-    """Look up the demonstrator's flaw for a value ending in `units` and a signed operand; None for sound facts."""
+    """Look up the flaw for a value ending in `units` and a signed operand; None where the fact is sound."""
     fact = f"{units}{operand:+d}"
     if hash_share(f"flawed {fact}") >= FLAWED_SHARE:
         return None
@@ -147,15 +147,13 @@ class ChainArithmetic:
 
     name = "math"
     max_completion_length = 8 * OOD_OPERATIONS[1] + 4
-    """Tokens that the longest right solution needs, end token included (28 are enough for `train` and `id`)."""
+    """Tokens that the longest right solution needs, end token included (28 for `train` and `id`)."""
 
     def __init__(self, train: int = 4096, id: int = 256, ood: int = 256, seed: int = 0) -> None:
         self._splits = {
-            "train": draw_examples(
-                train, ID_OPERATIONS, lambda question: not question.held_out, f"train {seed}"
-            ),
-            "id": draw_examples(id, ID_OPERATIONS, lambda question: question.held_out, f"id {seed}"),
-            "ood": draw_examples(ood, OOD_OPERATIONS, lambda question: question.held_out, f"ood {seed}"),
+            "train": draw_examples(train, ID_OPERATIONS, held_out=False, seed=f"train {seed}"),
+            "id": draw_examples(id, ID_OPERATIONS, held_out=True, seed=f"id {seed}"),
+            "ood": draw_examples(ood, OOD_OPERATIONS, held_out=True, seed=f"ood {seed}"),
         }
 
     def split(self, name: str) -> Sequence[Example]:
@@ -172,7 +170,7 @@ class ChainArithmetic:
         completion_ids: Sequence[Sequence[int]],
         **columns: Sequence[Any],
     ) -> list[Reward]:
-        """1.0 where the completion ends in its only `#number` and that equals the column `answer`, else 0.0."""
+        """1.0 where the completion ends in its only `#number` and that is the column `answer`, else 0.0."""
         del prompts, completion_ids
         return [
             float(parse_answer(completion) == answer)
@@ -181,7 +179,7 @@ class ChainArithmetic:
 
 
 def draw_examples(count: int, operations: tuple[int, int], held_out: bool, seed: str) -> tuple[Example, ...]:
-    """Draw `count` different questions, held out or not, with a number of operations in the inclusive range."""
+    """Draw `count` different questions, held out or not, with operations in the inclusive range."""
     rng = random.Random(seed)
     questions: dict[str, Question] = {}
     while len(questions) < count:
