@@ -1,0 +1,402 @@
+"""Every setting of a run: frozen dataclasses, validated when made; YAML in, YAML out.
+
+A config is made of, from weak to strong: the defaults below (those of the embedded task), the defaults of the chosen
+algorithm's row, the YAML file, `key.sub=value` overrides of the command line.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from dvpo.algorithms import find_algorithm
+from dvpo.errors import InputError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Tail = Annotated[float, Field(gt=0, le=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+
+section = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+
+
+@section
+class TaskConfig:
+    """What is learnt."""
+
+    name: str = "math"
+    """`math` (embedded chain arithmetic), `files` (your own data), or `my_module:make_task` (called with this section)."""
+    path: str | None = None
+    """files: training data, a .jsonl or .parquet file or a folder saved by `datasets`."""
+    id_path: str | None = None
+    """files: held-out data of the same kind; without it a share of the training data is held out."""
+    ood_path: str | None = None
+    """files: held-out data of another kind."""
+    prompt_column: str = "prompt"
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """files: share of the training data held out when there is no `id_path`."""
+
+
+@section
+class ModelConfig:
+    """The policy's starting point."""
+
+    path: str = "embedded"
+    """`embedded` (a tiny Qwen3 made and warm-started here), a local model folder, or a hub name."""
+    checker: Share = 1.0
+    """embedded: how much the warm start taught the model about checking solutions; 0 = nothing."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type. Master weights, heads, losses and advantages are float32 either way."""
+    gradient_checkpointing: bool = False
+
+
+@section
+class SamplingConfig:
+    """How responses are drawn. One step samples `prompts_per_step * samples_per_prompt` responses."""
+
+    prompts_per_step: Count = 16
+    samples_per_prompt: Count = 8
+    temperature: Positive = 1.0
+    top_p: Tail = 1.0
+    top_k: CountOrZero = 0
+    """0 = off. Recorded log-probs are those of the untruncated distribution whatever top_p and top_k."""
+    max_prompt_length: Count = 256
+    long_prompts: Literal["error", "skip", "truncate"] = "error"
+    """A prompt above the limit: refuse to start, leave it out, or keep its last `max_prompt_length` tokens."""
+    max_completion_length: Count = 64
+    """Tokens after the prompt, those of the environment included."""
+    stop: tuple[str, ...] = ()
+    """Further strings that end a turn; each stays in the sampled tokens."""
+    batch_size: Count = 256
+    """Sequences generated side by side; memory only, but part of the seeded draw."""
+
+
+@section
+class RewardConfig:
+    """Where the observed reward comes from."""
+
+    function: str = "task"
+    """`task` (the task's own verifier) or `my_module:my_function`, with TRL's signature."""
+    timeout: Positive = 30.0
+    """Seconds that one call may take before its worker process is killed."""
+
+
+@section
+class NoiseConfig:
+    """Noise injected into the observed reward; the true one is kept beside it."""
+
+    kind: Literal["none", "flip", "persistent"] = "none"
+    rate: Share = 0.0
+    seed: int | None = None
+    """None: the run's seed."""
+
+
+@section
+class AdvantageConfig:
+    """Returns, targets and what becomes of sequences without a clean end or a reward."""
+
+    gamma: Share = 1.0
+    lam: Share = 0.95
+    critic_lam: Share | None = None
+    """lambda of the critic's targets; None: the same as `lam`."""
+    target: Literal["indexwise", "mixture"] = "indexwise"
+    target_atoms: Count = 32
+    """mixture: number of target atoms L."""
+    whiten: bool = True
+    truncation: Literal["terminal", "bootstrap", "mask"] = "terminal"
+    missing_reward: Literal["mask", "bootstrap"] = "mask"
+
+
+@section
+class TermWeights:
+    """Weights of the critic's extra terms; 0 switches a term off."""
+
+    risk: Weight = 0.0
+    cvar: Weight = 0.0
+    gain: Weight = 0.0
+    shift: Weight = 0.0
+    shape: Weight = 0.0
+    curvature: Weight = 0.0
+    consistency: Weight = 0.0
+
+    def needs_tails(self) -> bool:
+        return any((self.risk, self.cvar, self.gain, self.shape, self.curvature))
+
+
+@section
+class CriticConfig:
+    """The value model."""
+
+    trunk: Literal["own", "frozen", "shared"] = "own"
+    """Own copy of the starting policy's trunk; the same but frozen; or the policy's trunk, read without gradient."""
+    num_heads: Count = 3
+    num_quantiles: Count = 32
+    levels: Literal["midpoint", "paper"] = "midpoint"
+    monotone: bool = True
+    kappa: Weight = 0.1
+    """Width of the Huber zone in units of the reward."""
+    eta: Weight = 2.0
+    alpha: Tail = 0.1
+    """Mass of the lower tail."""
+    beta: Tail = 0.1
+    """Mass of the upper tail."""
+    weights: TermWeights = TermWeights()
+    value_clip: Positive | None = 0.5
+    """Clip range of scalar value losses in units of the reward; None = off. Quantile losses are not clipped."""
+
+
+@section
+class KLConfig:
+    """Penalty for leaving the starting policy."""
+
+    coef: Weight = 0.0
+    place: Literal["reward", "loss"] = "loss"
+    """`reward`: k1 is taken from each token's reward; `loss`: the estimator below is added to the actor's loss."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+
+
+@section
+class ActorConfig:
+    """The policy's loss."""
+
+    clip_low: Share = 0.2
+    clip_high: Weight = 0.2
+    aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_sum_fixed_length"] = "token_mean"
+    kl: KLConfig = KLConfig()
+    entropy_coef: Weight = 0.0
+
+
+@section
+class OptimiserConfig:
+    """AdamW and its schedule, one for the policy and one for the critic."""
+
+    lr: Weight = 3e-4
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: Weight = 0.0
+    max_grad_norm: Positive = 1.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: stay, or fall to 0 at the last step."""
+    warmup_steps: CountOrZero = 0
+
+
+@section
+class UpdateConfig:
+    """How often the sampled responses are used. `minibatches` optimiser steps an epoch."""
+
+    epochs: Count = 1
+    minibatches: Count = 2
+    microbatch_size: Count = 64
+    """Sequences in one forward and backward pass: memory only, the result does not depend on it."""
+    actor_warmup_steps: CountOrZero = 0
+    """First steps in which the critic learns alone."""
+
+
+@section
+class EvaluationConfig:
+    """True reward on held-out prompts, greedy and with `samples` draws."""
+
+    every: CountOrZero = 0
+    """Steps between evaluations during training (0 = only before and after)."""
+    prompts: Count = 128
+    """Prompts of each split."""
+    samples: CountOrZero = 0
+    """Draws a prompt at the sampling temperature, for pass@k (0 = greedy only)."""
+
+
+@section
+class CheckpointConfig:
+    every: CountOrZero = 50
+    """Steps between checkpoints (0 = only at the end)."""
+    keep: Count = 2
+
+
+@section
+class LogConfig:
+    tensorboard: bool = False
+    completions: CountOrZero = 4
+    """Completions written to completions.jsonl a step (0 = none)."""
+
+
+@section
+class Config:
+    """One run."""
+
+    output: str = "runs/default"
+    """The run's folder."""
+    seed: CountOrZero = 0
+    algorithm: str = "dvpo"
+    """A row of `dvpo.algorithms.ALGORITHMS`, or `my_module:row`."""
+    steps: Count = 100
+    device: str = "auto"
+    """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1` ..."""
+    task: TaskConfig = TaskConfig()
+    model: ModelConfig = ModelConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    reward: RewardConfig = RewardConfig()
+    noise: NoiseConfig = NoiseConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    actor: ActorConfig = ActorConfig()
+    critic: CriticConfig = CriticConfig()
+    policy_optimiser: OptimiserConfig = OptimiserConfig()
+    critic_optimiser: OptimiserConfig = OptimiserConfig(lr=1e-3)
+    update: UpdateConfig = UpdateConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    def __post_init__(self) -> None:
+        row = find_algorithm(self.algorithm)
+        tails = row.uses_critic_terms and self.critic.weights.needs_tails()
+        if tails and self.critic.num_quantiles < 3:
+            raise ValueError(
+                f"critic.num_quantiles = {self.critic.num_quantiles} is too few for tail terms: "
+                "take at least 3, or set the tail weights under critic.weights to 0"
+            )
+        batch = self.sampling.prompts_per_step * self.sampling.samples_per_prompt
+        if batch < self.update.minibatches:
+            raise ValueError(
+                f"update.minibatches = {self.update.minibatches} exceeds the {batch} responses of a step: "
+                "lower it, or raise sampling.prompts_per_step or sampling.samples_per_prompt"
+            )
+        if self.update.actor_warmup_steps and not row.has_critic:
+            raise ValueError(
+                f"update.actor_warmup_steps = {self.update.actor_warmup_steps} lets the critic learn alone, "
+                f"but algorithm = {self.algorithm} has no critic: set it to 0"
+            )
+        if self.task.name == "files" and not self.task.path:
+            raise ValueError("task.path is empty: name the file with your prompts (task.path=my_prompts.jsonl)")
+
+
+def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Make a validated `Config`.
+
+    Args:
+        source: a YAML file, a nested mapping, or None for the defaults.
+        overrides: `key.sub=value` strings, values read as YAML; the last one wins.
+
+    Raises:
+        InputError: unreadable file, unknown key (with the nearest known one), value out of range.
+    """
+    values = _read(source) if isinstance(source, str | Path) else _deep_copy(source or {})
+    for override in overrides:
+        _set_dotted(values, override)
+    _refuse_unknown_keys(values, Config, "")
+    name = values.get("algorithm", Config.algorithm)
+    if not isinstance(name, str):
+        raise InputError(f"algorithm = {name!r} is not a name: take a row such as dvpo or ppo")
+    merged = _merge(find_algorithm(name).defaults, values)
+    try:
+        return TypeAdapter(Config).validate_python(merged)
+    except ValidationError as error:
+        raise InputError(_one_sentence(error)) from None
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values of a config: what `load_config` accepts, and what run folders keep."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    """YAML text that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(TypeAdapter(Config).dump_python(config, mode="json"), sort_keys=False)
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise InputError(f"config file {path} cannot be read ({reason}): check the path") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise InputError(f"config file {path} is not valid YAML{line}: mend the syntax") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"config file {path} holds a {type(values).__name__}: it must hold `key: value` lines")
+    return values
+
+
+def _set_dotted(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"override {override!r} has no `key=value` form: write for example critic.alpha=0.1")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"override {override!r}: the value is not valid YAML; quote it") from None
+    *parents, leaf = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise InputError(f"override {override!r}: {parent!r} is a value and holds no {leaf!r}: check the key")
+        node = child
+    node[leaf] = value
+
+
+def _refuse_unknown_keys(values: Mapping[Any, Any], kind: type, prefix: str) -> None:
+    known = get_type_hints(kind)
+    for key, value in values.items():
+        if key not in known:
+            raise InputError(f"unknown config key {prefix}{key}: {_suggest(str(key), prefix)}")
+        if dataclasses.is_dataclass(known[key]):
+            if not isinstance(value, Mapping):
+                raise InputError(f"config key {prefix}{key} = {value!r} is a section: write {prefix}{key}.name=value")
+            _refuse_unknown_keys(value, known[key], f"{prefix}{key}.")  # type: ignore[arg-type]
+
+
+def _suggest(key: str, prefix: str) -> str:
+    """The nearest key of the same section, else the same key in another section, else the section's keys."""
+    everywhere = list(_all_keys(Config, ""))
+    same_section = [k for k in everywhere if k.startswith(prefix) and "." not in k[len(prefix) :]]
+    sections = sorted({k[len(prefix) :].split(".")[0] for k in everywhere if k.startswith(prefix)})
+    near = difflib.get_close_matches(key, sections, n=1, cutoff=0.7)
+    if near:
+        return f"did you mean {prefix}{near[0]}?"
+    elsewhere = [k for k in everywhere if k.rsplit(".", 1)[-1] == key]
+    if not elsewhere:
+        elsewhere = difflib.get_close_matches(prefix + key, everywhere, n=1, cutoff=0.6)
+    if elsewhere:
+        return f"did you mean {elsewhere[0]}?"
+    return "the keys here are " + ", ".join(sections or same_section)
+
+
+def _all_keys(kind: type, prefix: str) -> Iterable[str]:
+    for name, hint in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _all_keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+        else:
+            yield prefix + name
+
+
+def _merge(weak: Mapping[str, Any], strong: Mapping[str, Any]) -> dict[str, Any]:
+    merged = _deep_copy(weak)
+    for key, value in strong.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _deep_copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _deep_copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def _one_sentence(error: ValidationError) -> str:
+    """Pydantic's findings as `field = value: what is wrong`, joined."""
+    parts = []
+    for item in error.errors():
+        field = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        what = message[0].lower() + message[1:]
+        parts.append(f"{field} = {item['input']!r} is not valid: {what}" if field else message)
+    return "; ".join(parts)

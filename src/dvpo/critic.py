@@ -1,0 +1,138 @@
+"""The critic: light float32 heads on a transformer trunk that starts as a copy of the policy's."""
+
+import copy
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel
+
+from dvpo.config import CriticConfig
+from dvpo.errors import InputError
+from dvpo.policy import Policy, compute_type, hidden_states
+
+Kind = Literal["scalar", "quantile"]
+
+
+class QuantileHeads(nn.Module):
+    """N independent linear heads of M quantiles: hidden states [..., D] -> [..., N, M], float32.
+
+    `monotone`: non-crossing by construction (cf. Zhou et al. 2020),
+
+        theta_j = base + (c_j - mean_j c_j) / M,   c_j = sum_{k <= j} softplus(x_k)
+
+    so that `base` is the head's mean and x its shape. At the start base = 0 and the quantiles are spread evenly over
+    one unit of reward; a plain head starts at 0 everywhere. With M = 1 both are a scalar head.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, num_quantiles: int, monotone: bool) -> None:
+        super().__init__()
+        self.num_heads, self.num_quantiles = num_heads, num_quantiles
+        self.monotone = monotone and num_quantiles > 1
+        outputs = num_quantiles + self.monotone
+        self.linear = nn.Linear(hidden_size, num_heads * outputs, dtype=torch.float32)
+        # Small, not zero: heads must differ from each other for their disagreement to mean anything.
+        nn.init.normal_(self.linear.weight, std=0.01 / math.sqrt(hidden_size))
+        nn.init.zeros_(self.linear.bias)
+        if self.monotone:
+            with torch.no_grad():
+                self.linear.bias.view(num_heads, outputs)[:, 1:] = math.log(math.e - 1)  # softplus = 1
+
+    def forward(self, hidden_D: Tensor) -> Tensor:
+        with torch.autocast(hidden_D.device.type, enabled=False):
+            out = self.linear(hidden_D.float()).unflatten(-1, (self.num_heads, -1))
+            if not self.monotone:
+                return out
+            base, shape = out[..., :1], out[..., 1:]
+            steps = F.softplus(shape).cumsum(dim=-1) / self.num_quantiles
+            return base + steps - steps.mean(dim=-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class CriticShape:
+    """All that is needed to rebuild a critic around a trunk's config."""
+
+    kind: Kind
+    trunk: Literal["own", "frozen", "shared"]
+    hidden_size: int
+    num_heads: int
+    num_quantiles: int
+    levels: Literal["midpoint", "paper"]
+    monotone: bool
+
+
+class Critic(nn.Module):
+    """Value predictions [..., N, M] at every state; a scalar critic is the case M = 1.
+
+    trunk `own`: a copy of the policy's trunk, trained; `frozen`: the same, kept; `shared`: none of its own, the heads
+    read the policy's hidden states without sending a gradient into them.
+    """
+
+    def __init__(self, shape: CriticShape, trunk: nn.Module | None, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.shape, self.dtype = shape, dtype
+        self.trunk = trunk
+        if trunk is not None and shape.trunk == "frozen":
+            trunk.requires_grad_(False)
+        self.heads = QuantileHeads(shape.hidden_size, shape.num_heads, shape.num_quantiles, shape.monotone)
+
+    def hidden_states(self, tokens_BS: Tensor, attention_BS: Tensor, policy: Policy) -> Tensor:
+        """Hidden states [B, S, D] that the heads read; from the policy, detached, where the trunk is shared."""
+        if self.trunk is None:
+            with torch.no_grad():
+                return policy.hidden_states(tokens_BS, attention_BS)
+        with compute_type(self.dtype, tokens_BS.device):
+            return hidden_states(self.trunk, tokens_BS, attention_BS)
+
+    def save(self, folder: Path) -> None:
+        """Write `critic.safetensors`, `critic.json` and the trunk's `config.json`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, folder / "critic.safetensors")
+        (folder / "critic.json").write_text(json.dumps(asdict(self.shape), indent=2) + "\n")
+        if self.trunk is not None:
+            trunk: Any = self.trunk
+            trunk.config.save_pretrained(folder)
+
+
+def make_critic(kind: Kind, config: CriticConfig, policy: Policy) -> Critic:
+    """A fresh critic around a copy of the policy's trunk; draws its heads from torch's global generator."""
+    shape = CriticShape(
+        kind=kind,
+        trunk=config.trunk,
+        hidden_size=policy.model.get_output_embeddings().weight.shape[1],
+        num_heads=config.num_heads,
+        num_quantiles=1 if kind == "scalar" else config.num_quantiles,
+        levels=config.levels,
+        monotone=config.monotone,
+    )
+    trunk = None if config.trunk == "shared" else copy.deepcopy(policy.trunk)
+    return Critic(shape, trunk, policy.dtype).to(policy.device).eval()
+
+
+def load_critic(folder: str | Path, device: str | torch.device = "cpu") -> Critic:
+    """Load a critic saved by `Critic.save` (the `critic/` folder of a checkpoint).
+
+    Raises:
+        InputError: files missing, or weights that do not fit.
+    """
+    folder = Path(folder)
+    try:
+        shape = CriticShape(**json.loads((folder / "critic.json").read_text()))
+        tensors = load_file(folder / "critic.safetensors")
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"critic folder {folder} cannot be read ({error}): give the critic/ folder of a checkpoint"
+        ) from None
+    trunk = None
+    if shape.trunk != "shared":
+        trunk = AutoModel.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    critic = Critic(shape, trunk)
+    critic.load_state_dict(tensors)
+    return critic.to(device).eval()

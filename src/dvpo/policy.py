@@ -1,0 +1,208 @@
+"""The policy: load or make a causal language model, and its log-probs without a [B, T, V] float32 tensor."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dvpo.config import ModelConfig
+from dvpo.errors import InputError
+
+LOGIT_BUDGET = 1 << 24
+"""Logits held at once while log-probs are computed (64 MiB in float32)."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A causal language model in float32 master weights with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype = torch.float32
+    """Compute type of the trunk; heads, log-probs and losses are float32."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The transformer without its language-model head."""
+        return self.model.base_model
+
+    @property
+    def context_length(self) -> int:
+        """Positions the model can attend to."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Token ids that end a turn: the tokenizer's and the generation config's."""
+        ids: set[int] = set()
+        for value in (self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id):
+            ids.update(value if isinstance(value, list) else [] if value is None else [value])
+        return frozenset(ids)
+
+    @property
+    def pad_id(self) -> int:
+        """What fills padded places; it may equal an end id, since ends are recorded by the sampler."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else min(self.end_ids, default=0))
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return compute_type(self.dtype, self.device)
+
+    def hidden_states(self, tokens_BS: Tensor, attention_BS: Tensor) -> Tensor:
+        """Last hidden state of every column, after the final norm: [B, S, D]."""
+        with self.autocast():
+            return hidden_states(self.trunk, tokens_BS, attention_BS)
+
+    def logits(self, hidden_KD: Tensor) -> Tensor:
+        """float32 logits [K, V] of given hidden states, as the model's own forward computes them."""
+        with self.autocast():
+            logits_KV = self.model.get_output_embeddings()(hidden_KD).float()
+        config = self.model.config.get_text_config()
+        # The scalings that model families put behind their head; `check_head` refuses a family with any other.
+        logits_KV = logits_KV * (getattr(config, "logit_scale", None) or 1.0)
+        logits_KV = logits_KV / (getattr(config, "logits_scaling", None) or 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return torch.tanh(logits_KV / cap) * cap if cap else logits_KV
+
+    def token_logprobs(
+        self, hidden_KD: Tensor, tokens_K: Tensor, temperature: float = 1.0, entropy: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies under the temperature-scaled distribution.
+
+            log p(y) = z_y - logsumexp(z),   H = logsumexp(z) - sum_v p_v z_v,   z = logits / temperature
+
+        Computed in chunks of at most `LOGIT_BUDGET` logits, each recomputed in the backward pass when there is more
+        than one: memory grows with the chunk, not with K * V.
+
+        Args:
+            hidden_KD: hidden state of the column *before* each token.
+            tokens_K: int64 tokens.
+            temperature: as at sampling.
+            entropy: whether the entropy needs a gradient; without one it is only reported.
+
+        Returns:
+            (logprobs_K, entropies_K) in nats, float32.
+        """
+        chunk = max(1, LOGIT_BUDGET // self.model.get_output_embeddings().weight.shape[0])
+
+        def one(hidden_CD: Tensor, tokens_C: Tensor) -> tuple[Tensor, Tensor]:
+            logits_CV = self.logits(hidden_CD) / temperature
+            total_C = logits_CV.logsumexp(dim=-1)
+            logprobs_C = logits_CV.gather(-1, tokens_C.unsqueeze(-1)).squeeze(-1) - total_C
+            with torch.set_grad_enabled(entropy and torch.is_grad_enabled()):
+                p_CV = (logits_CV - total_C.unsqueeze(-1)).exp()
+                entropies_C = total_C - (p_CV * logits_CV).sum(dim=-1)
+            return logprobs_C, entropies_C
+
+        if tokens_K.shape[0] <= chunk:
+            return one(hidden_KD, tokens_K)
+        parts = [
+            checkpoint(one, h, t, use_reentrant=False)
+            for h, t in zip(hidden_KD.split(chunk), tokens_K.split(chunk), strict=True)
+        ]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def save(self, folder: Path) -> None:
+        """Write a plain Hugging Face folder."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def compute_type(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast to `dtype`, or nothing for float32: master weights stay float32 either way."""
+    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def hidden_states(trunk: nn.Module, tokens_BS: Tensor, attention_BS: Tensor) -> Tensor:
+    """Last hidden state [B, S, D] of a transformer trunk; positions count real tokens, so padding does not matter."""
+    positions_BS = (attention_BS.long().cumsum(dim=-1) - 1).clamp(min=0)
+    out = trunk(
+        input_ids=tokens_BS, attention_mask=attention_BS.long(), position_ids=positions_BS, use_cache=False
+    )
+    return out.last_hidden_state
+
+
+def load_policy(config: ModelConfig, device: torch.device, starting_folder: Path | None = None) -> Policy:
+    """Load the policy that a config names.
+
+    Args:
+        config: the model section.
+        device: where it lives.
+        starting_folder: the folder of the embedded model, for `path: embedded`.
+
+    Raises:
+        InputError: no such folder, no causal language model in it, no tokenizer, no end token, or a family whose
+            head is not supported.
+    """
+    path = str(starting_folder) if config.path == "embedded" and starting_folder else config.path
+    return open_policy(path, device, config.dtype, config.gradient_checkpointing)
+
+
+def open_policy(
+    path: str | Path, device: torch.device, dtype: str = "float32", gradient_checkpointing: bool = False
+) -> Policy:
+    """Load a Hugging Face folder (or hub name) as a `Policy`; dropout off, no remote code."""
+    path = str(path)
+    local = Path(path).expanduser()
+    looks_local = local.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1
+    if looks_local and not local.is_dir():
+        raise InputError(f"model.path = {path} is no folder: give a folder with config.json and weights, or a hub name")
+    source = str(local) if local.is_dir() else path
+    try:
+        # Every dropout of the family is a config field; training mode then only serves gradient checkpointing.
+        model_config = without_dropout(AutoConfig.from_pretrained(source, trust_remote_code=False))
+        model = AutoModelForCausalLM.from_pretrained(
+            source, config=model_config, dtype=torch.float32, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"model.path = {path} cannot be loaded as a causal language model with its tokenizer "
+            f"({first_line}): give a folder written by save_pretrained"
+        ) from None
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = Policy(model.to(device).eval(), tokenizer, getattr(torch, dtype))
+    if not policy.end_ids:
+        raise InputError(f"model.path = {path} has no end token: set eos_token in its tokenizer")
+    check_head(policy)
+    return policy
+
+
+def without_dropout(config: Any) -> Any:
+    """Set every dropout probability of a transformers config to 0: ratios of the same policy must be 1."""
+    for name, value in list(vars(config).items()):
+        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+@torch.no_grad()
+def check_head(policy: Policy) -> None:
+    """Compare `logits(hidden_states)` with the model's own forward on a short probe.
+
+    Raises:
+        InputError: the family does something behind its trunk that `Policy.logits` does not know.
+    """
+    vocabulary = policy.model.get_output_embeddings().weight.shape[0]
+    tokens_BS = torch.arange(8, device=policy.device).remainder(vocabulary).unsqueeze(0)
+    attention_BS = torch.ones_like(tokens_BS, dtype=torch.bool)
+    with policy.autocast():
+        expected = policy.model(input_ids=tokens_BS, attention_mask=attention_BS.long()).logits.float()
+    ours = policy.logits(policy.hidden_states(tokens_BS, attention_BS)[0])
+    # bf16 autocast of the same computation agrees closely; a missing scale or cap does not.
+    if not torch.allclose(ours, expected[0], rtol=0.02, atol=0.02 * float(expected.abs().max())):
+        kind = type(policy.model).__name__
+        raise InputError(
+            f"model.path: {kind} transforms its logits in a way dvpo does not know: open an issue naming {kind}"
+        )
