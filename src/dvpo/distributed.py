@@ -1,0 +1,101 @@
+"""Reductions over processes; each is the identity when there is only one.
+
+Sums over the global batch go through this file and nowhere else, so that a loss, a whitening or a logged mean
+does not depend on how many processes share the batch.
+"""
+
+import os
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def init_from_env(device: str = "cpu", timeout: timedelta = timedelta(minutes=30)) -> torch.device:
+    """Join the process group that `torchrun` describes in the environment; without one, do nothing.
+
+    Args:
+        device: `cpu` or `cuda`; under torchrun every process of a machine takes the GPU of its local rank.
+        timeout: how long a reduction waits for the slowest process.
+
+    Returns:
+        The device of this process.
+    """
+    on_cuda = torch.device(device).type == "cuda"
+    if "WORLD_SIZE" not in os.environ:
+        return torch.device(device)
+    if on_cuda:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        # gloo stays beside nccl for objects and float64 counts that live on the CPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timeout)
+    return torch.device(device)
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """The number of processes that share the global batch."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files and talks to the terminal."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of every process's `tensor`, the same bits on every process.
+
+    Args:
+        tensor: same shape and dtype on every process, without gradient; it is not changed.
+
+    Raises:
+        ValueError: if `tensor` requires a gradient, which a reduction would drop without a word.
+    """
+    return _all_reduce(tensor, dist.ReduceOp.SUM)
+
+
+def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
+    """The element-wise maximum of every process's `tensor`; arguments and errors as for `all_reduce_sum`."""
+    return _all_reduce(tensor, dist.ReduceOp.MAX)
+
+
+def _all_reduce(tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> torch.Tensor:
+    if tensor.requires_grad:
+        raise ValueError(
+            f"a reduction carries no gradient: detach the tensor of shape {tuple(tensor.shape)} first"
+        )
+    if world_size() == 1:
+        return tensor
+    reduced = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(reduced, operation)
+    return reduced
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every process's `value`, ordered by rank, on every process (log rows, RNG states; no large tensors)."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[T | None] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered  # type: ignore[return-value]

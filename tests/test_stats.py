@@ -1,0 +1,117 @@
+"""Intervals, pass@k and the statistics of several runs, against hand arithmetic and simulation."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from dvpo.stats import bootstrap_interval, iqm, pass_at_k, probability_of_improvement, wilson_interval
+
+
+def test_wilson_interval_equals_hand_arithmetic() -> None:
+    # 8 of 10 at 95%: z = 1.959964, z^2 = 3.841459.
+    # centre = .8 + 3.841459/20 = .992073
+    # half = z sqrt(.8*.2/10 + 3.841459/400) = 1.959964 sqrt(.025604) = .313615
+    # scale = 1 + .3841459: (.992073 -+ .313615) / 1.3841459 = .490162, .943318
+    assert wilson_interval(8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-6)
+
+
+def test_wilson_interval_keeps_a_width_where_the_textbook_interval_has_none() -> None:
+    # 0 of 10: lower end 0, upper z^2/(n + z^2) = 3.841459/13.841459 = .277533; 10 of 10 mirrors it
+    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.277533), abs=1e-6)
+    assert wilson_interval(0, 10).low == 0.0
+    assert wilson_interval(10, 10).high == 1.0
+    assert wilson_interval(10, 10).low == pytest.approx(1 - 0.277533, abs=1e-6)
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.3, 0.9])
+def test_wilson_interval_covers_the_truth_as_often_as_it_says(probability: float) -> None:
+    draws = np.random.default_rng(0).binomial(60, probability, size=4000)
+    intervals = {int(s): wilson_interval(int(s), 60, level=0.9) for s in np.unique(draws)}
+    covered = np.mean([intervals[int(s)].low <= probability <= intervals[int(s)].high for s in draws])
+    assert 0.86 < covered < 0.95  # a count is discrete: .9 exactly cannot be had
+
+
+def test_pass_at_k_equals_the_share_of_all_k_subsets_that_hold_a_correct_sample() -> None:
+    for correct in range(6):
+        samples = [True] * correct + [False] * (5 - correct)
+        for k in range(1, 6):
+            share = np.mean([any(subset) for subset in itertools.combinations(samples, k)])
+            assert pass_at_k(correct, 5, k) == pytest.approx(share, abs=1e-12)
+
+
+def test_pass_at_k_is_exact_for_many_samples() -> None:
+    # One correct of n: 1 - C(n-1, k)/C(n, k) = k/n, with binomials far beyond float range.
+    assert pass_at_k(1, 5000, 2500) == pytest.approx(0.5, abs=1e-12)
+
+
+def test_the_naive_pass_at_k_is_biased_and_would_fail() -> None:
+    # One correct of 5, two tries: 4 of the 10 pairs hold it. The naive 1 - (1 - c/n)^k says .36.
+    naive = 1 - (1 - 1 / 5) ** 2
+    assert pass_at_k(1, 5, 2) == pytest.approx(0.4)
+    assert naive == pytest.approx(0.36)
+
+
+def test_iqm_drops_a_quarter_at_each_end_over_all_rows() -> None:
+    # Sorted 0 1 2 3 4 5 6 100: floor(8/4) = 2 dropped at each end, (2 + 3 + 4 + 5)/4 = 3.5.
+    assert iqm([[100, 2, 3, 1], [0, 4, 5, 6]]) == 3.5
+    # Three entries: none dropped, (1 + 2 + 6)/3 = 3. Ragged rows are pooled.
+    assert iqm([1, 2, 6]) == 3.0
+    assert iqm([[1.0], [2.0, 6.0]]) == 3.0
+
+
+def test_probability_of_improvement_counts_ties_half_and_weighs_rows_alike() -> None:
+    # Row 1: pairs (1,1) tie, (1,0) win, (3,1) win, (3,0) win: 3.5/4.  Row 2: one pair, lost: 0.  Mean .4375.
+    assert probability_of_improvement([[1, 3], [0]], [[1, 0], [2]]) == pytest.approx(0.4375)
+    x, y = [0.1, 0.5, 0.9], [0.2, 0.5]
+    assert probability_of_improvement(x, y) + probability_of_improvement(y, x) == pytest.approx(1.0)
+
+
+def test_bootstrap_interval_is_seeded() -> None:
+    scores = [[0.1, 0.4, 0.2, 0.9], [0.7, 0.3, 0.8, 0.5]]
+    first = bootstrap_interval(iqm, scores, resamples=200, seed=3)
+    assert first == bootstrap_interval(iqm, scores, resamples=200, seed=3)
+    assert first != bootstrap_interval(iqm, scores, resamples=200, seed=4)
+
+
+def test_bootstrap_interval_is_stratified_so_differences_between_rows_add_no_width() -> None:
+    # Rows without spread, far apart: every stratified redraw has the same mean. Pooled redraws would differ.
+    rows = [[0.0, 0.0, 0.0], [10.0, 10.0, 10.0]]
+    mean = lambda sample: float(np.mean(np.concatenate(sample)))  # noqa: E731
+    assert bootstrap_interval(mean, rows, resamples=100) == (5.0, 5.0)
+    low, high = bootstrap_interval(mean, np.ravel(rows), resamples=100)
+    assert high - low > 3
+
+
+def test_bootstrap_interval_of_a_mean_covers_the_truth() -> None:
+    generator = np.random.default_rng(1)
+    mean = lambda sample: float(sample[0].mean())  # noqa: E731
+    hits = 0
+    for _ in range(200):
+        low, high = bootstrap_interval(mean, generator.normal(size=40), level=0.9, resamples=300)
+        hits += low <= 0.0 <= high
+    # 200 trials at .9: a standard error of .021; the percentile interval is a little short at n = 40.
+    assert 0.83 < hits / 200 < 0.96
+
+
+def test_bootstrap_interval_takes_statistics_of_two_samples() -> None:
+    low, high = bootstrap_interval(probability_of_improvement, [[1, 2, 3]], [[-1, 0, 0]], resamples=50)
+    assert (low, high) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: wilson_interval(5, 4),
+        lambda: wilson_interval(1, 4, level=95),
+        lambda: pass_at_k(3, 2, 1),
+        lambda: pass_at_k(1, 2, 3),
+        lambda: iqm([]),
+        lambda: iqm([[1.0], []]),
+        lambda: probability_of_improvement([[1.0]], [[1.0], [2.0]]),
+    ],
+)
+def test_arguments_out_of_range_are_refused(call) -> None:
+    with pytest.raises(ValueError, match=r"must (lie|be|have)"):
+        call()
