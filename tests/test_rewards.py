@@ -1,0 +1,417 @@
+"""A reward function may do anything and the guard must hold; most functions here are imported from a file."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dvpo.errors import InputError
+from dvpo.rewards import GuardedReward, Scores
+
+Guard = Callable[..., GuardedReward]
+
+
+@pytest.fixture
+def guard(tmp_path: Path) -> Iterator[Guard]:
+    """Make a guarded reward from the source of a function named `reward`, and close it after the test."""
+    made: list[GuardedReward] = []
+
+    def make(source: str, **options: Any) -> GuardedReward:
+        (tmp_path / "my_rewards.py").write_text(textwrap.dedent(source))
+        made.append(GuardedReward("my_rewards:reward", path=[tmp_path], **options))
+        return made[-1]
+
+    yield make
+    for reward in made:
+        reward.close()
+
+
+def score(reward: GuardedReward, completions: list[str], **columns: Any) -> Scores:
+    size = len(completions)
+    return reward(["2+2="] * size, completions, [[7, 8]] * size, columns)
+
+
+def kinds(scores: Scores) -> list[tuple[str, int | None]]:
+    return [(fault.kind, fault.index) for fault in scores.faults]
+
+
+def gone(pid: int, seconds: float = 5.0) -> bool:
+    """Has the process ended (or become a zombie that only waits to be reaped) within the time?"""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+# What a function gets and gives.
+
+
+def test_sync_function_gets_every_argument_as_trl_passes_it(guard: Guard) -> None:
+    reward = guard("""
+        def reward(prompts, completions, completion_ids, answer, **columns):
+            assert prompts == ["2+2=", "2+2="] and completion_ids == [[7, 8], [7, 8]]
+            assert columns == {"level": [1, 2]}, columns
+            return [float(c == a) for c, a in zip(completions, answer)]
+    """)
+    assert score(reward, ["4", "5"], answer=["4", "4"], level=[1, 2]) == Scores([1.0, 0.0], [])
+
+
+def test_message_prompts_get_message_completions_and_string_prompts_get_strings(guard: Guard) -> None:
+    reward = guard("""
+        def reward(prompts, completions, completion_ids):
+            assert completions[0] == [{"role": "assistant", "content": "four"}], completions
+            assert completions[1] == "4", completions
+            return [1, 1]
+    """)
+    chat = [{"role": "user", "content": "2+2?"}]
+    assert reward([chat, "2+2="], ["four", "4"], [[7], [8]], {}) == Scores([1.0, 1.0], [])
+
+
+def test_async_function_keeps_one_event_loop_over_calls(guard: Guard) -> None:
+    reward = guard("""
+        import asyncio
+        loops = set()
+        async def reward(prompts, completions, completion_ids):
+            loops.add(asyncio.get_running_loop())
+            await asyncio.sleep(0)
+            return [len(loops)] * len(prompts)
+    """)
+    assert [score(reward, ["4"]).rewards for _ in range(2)] == [[1.0], [1.0]]
+
+
+def test_callable_is_sent_with_what_it_closes_over() -> None:
+    bonus = 0.25
+
+    async def reward(prompts: Any, completions: Any, completion_ids: Any) -> list[float]:
+        await asyncio.sleep(0)
+        return [len(c) + bonus for c in completions]
+
+    with GuardedReward(reward) as guarded:
+        assert score(guarded, ["4", "44"]) == Scores([1.25, 2.25], [])
+
+
+def test_numbers_arrays_and_abstentions_are_read_and_a_missing_reward_is_none_not_zero() -> None:
+    entries = [1, True, np.float32(0.5), None, float("nan"), [1.0, None, float("nan")], np.array([0.5, 2.0])]
+    with GuardedReward(lambda prompts, completions, completion_ids: entries) as reward:
+        scores = score(reward, ["x"] * len(entries))
+    assert scores == Scores([1.0, 1.0, 0.5, None, None, [1.0, None, None], [0.5, 2.0]], [])
+
+
+def test_a_whole_array_is_as_good_as_a_list() -> None:
+    with GuardedReward(lambda prompts, completions, completion_ids: np.arange(3)) as reward:
+        assert score(reward, ["a", "b", "c"]).rewards == [0.0, 1.0, 2.0]
+
+
+def test_infinite_and_wrong_typed_entries_are_faults_of_their_samples_alone() -> None:
+    entries = [1.0, float("-inf"), "good", [0.5, float("inf"), "x"], [[1.0]], 10**400, {"score": 1}]
+    with GuardedReward(lambda prompts, completions, completion_ids: entries) as reward:
+        scores = score(reward, ["x"] * len(entries))
+    assert scores.rewards == [1.0, None, None, [0.5, None, None], [None], None, None]
+    assert kinds(scores) == [
+        ("non_finite", 1),
+        ("wrong_type", 2),
+        ("non_finite", 3),
+        ("wrong_type", 4),
+        ("non_finite", 5),
+        ("wrong_type", 6),
+    ]
+
+
+def test_prints_at_every_level_and_reading_stdin_cannot_corrupt_the_conversation(guard: Guard) -> None:
+    reward = guard("""
+        import os, subprocess, sys
+        def reward(prompts, completions, completion_ids):
+            print("from print"); sys.__stdout__.write("from __stdout__\\n"); sys.__stdout__.flush()
+            os.write(1, b"from the descriptor\\n"); subprocess.run(["echo", "from a child"], check=True)
+            try:
+                input()
+            except EOFError:
+                return [1.0] * len(prompts)
+    """)
+    assert [score(reward, ["4", "5"]) for _ in range(2)] == [Scores([1.0, 1.0], [])] * 2
+
+
+def test_an_empty_batch_is_not_sent(guard: Guard) -> None:
+    assert score(
+        guard("def reward(prompts, completions, completion_ids): raise AssertionError"), []
+    ) == Scores([], [])
+
+
+def test_a_batch_larger_than_a_pipe_goes_both_ways(guard: Guard) -> None:
+    reward = guard("""
+        def reward(prompts, completions, completion_ids):
+            return [[float(len(c))] * 5000 for c in completions]
+    """)
+    completions = [str(i) * 30_000 for i in range(20)]
+    expected = [[float(len(c))] * 5000 for c in completions]
+    assert score(reward, completions) == Scores(expected, [])
+
+
+# Faults: only the guilty sample loses its reward.
+
+
+def test_an_exception_costs_only_the_guilty_sample_and_shows_its_traceback(guard: Guard) -> None:
+    reward = guard("""
+        def reward(prompts, completions, completion_ids):
+            return [float(int(c)) for c in completions]
+    """)
+    scores = score(reward, ["4", "four", "0"])
+    assert scores.rewards == [4.0, None, 0.0]
+    assert kinds(scores) == [("exception", 1)]
+    assert "invalid literal for int() with base 10: 'four'" in scores.faults[0].message
+    assert "my_rewards.py" in scores.faults[0].message
+
+
+@pytest.mark.parametrize(
+    ("crash", "manner"),
+    [("os._exit(3)", "exit code 3"), ("ctypes.string_at(0)", "SIGSEGV"), ("sys.exit(1)", "SystemExit")],
+)
+def test_a_crash_costs_only_the_guilty_sample(guard: Guard, crash: str, manner: str) -> None:
+    reward = guard(f"""
+        import ctypes, os, sys
+        def reward(prompts, completions, completion_ids):
+            return [{crash} if c == "bad" else 1.0 for c in completions]
+    """)
+    scores = score(reward, ["ok", "bad", "ok"])
+    assert scores.rewards == [1.0, None, 1.0]
+    assert kinds(scores) == [("exception" if manner == "SystemExit" else "worker_died", 1)]
+    assert manner in scores.faults[0].message
+
+
+@pytest.mark.parametrize(
+    "hang",
+    [
+        "__import__('time').sleep(60)",
+        "__import__('re').match('(a*)*b', 'a' * 40)",  # holds the interpreter lock: no thread could stop it
+    ],
+)
+def test_a_hang_is_killed_in_time_and_costs_only_the_guilty_sample(guard: Guard, hang: str) -> None:
+    reward = guard(
+        f"""
+        def reward(prompts, completions, completion_ids):
+            return [{hang} if c == "bad" else 1.0 for c in completions]
+        """,
+        timeout=0.5,
+    )
+    start = time.monotonic()
+    scores = score(reward, ["ok", "bad", "ok"])
+    assert time.monotonic() - start < 4
+    assert scores.rewards == [1.0, None, 1.0]
+    assert kinds(scores) == [("timeout", 1)]
+
+
+def test_after_three_time_outs_in_a_row_the_rest_is_not_tried(guard: Guard, tmp_path: Path) -> None:
+    reward = guard(
+        f"""
+        import time
+        def reward(prompts, completions, completion_ids):
+            open({str(tmp_path / "calls")!r}, "a").write(f"{{len(prompts)}} ")
+            time.sleep(60)
+        """,
+        timeout=0.2,
+    )
+    scores = score(reward, ["x"] * 50)
+    assert scores.rewards == [None] * 50
+    assert kinds(scores) == [("timeout", index) for index in range(50)]
+    assert (tmp_path / "calls").read_text().split() == ["50", "1", "1", "1"]
+
+
+def test_the_retries_of_a_batch_have_a_time_limit_whatever_the_pattern(guard: Guard) -> None:
+    # Two hangs, one answer, two hangs, ...: never three in a row. Ten limits are used up after ten hangs.
+    reward = guard(
+        """
+        import time
+        def reward(prompts, completions, completion_ids):
+            return [1.0 if int(c) % 3 == 2 else time.sleep(60) for c in completions]
+        """,
+        timeout=0.25,
+    )
+    start = time.monotonic()
+    scores = score(reward, [str(i) for i in range(60)])
+    assert time.monotonic() - start < 10
+    assert scores.rewards[:3] == [None, None, 1.0]
+    assert scores.rewards[-1] is None
+    assert scores.faults[-1].message.startswith("not tried")
+
+
+def test_a_wrong_length_that_single_samples_do_not_show_is_one_fault_of_the_batch(guard: Guard) -> None:
+    reward = guard("""
+        def reward(prompts, completions, completion_ids):
+            return [float(c) for c in set(completions)]   # forgets duplicates
+    """)
+    scores = score(reward, ["1", "1", "2"])
+    assert scores.rewards == [1.0, 1.0, 2.0]
+    assert kinds(scores) == [("wrong_length", None)]
+    assert scores.faults[0].message == "returned 2 entries for 3 completions"
+
+
+def test_a_wrong_length_even_for_single_samples_leaves_no_reward_and_a_fault_each(guard: Guard) -> None:
+    reward = guard("def reward(prompts, completions, completion_ids): return [1.0] * (len(prompts) + 1)")
+    scores = score(reward, ["a", "b"])
+    assert scores.rewards == [None, None]
+    assert kinds(scores) == [("wrong_length", 0), ("wrong_length", 1)]
+
+
+@pytest.mark.parametrize(("value", "name"), [("None", "NoneType"), ("1.0", "float"), ("{'a': 1}", "dict")])
+def test_a_return_that_is_no_list_is_a_wrong_type(guard: Guard, value: str, name: str) -> None:
+    reward = guard(f"def reward(prompts, completions, completion_ids): return {value}")
+    scores = score(reward, ["a"])
+    assert scores.rewards == [None]
+    assert kinds(scores) == [("wrong_type", 0)]
+    assert name in scores.faults[0].message
+
+
+def test_a_function_that_cannot_be_imported_again_after_a_crash_does_not_end_the_run(
+    guard: Guard, tmp_path: Path
+) -> None:
+    reward = guard("""
+        import os
+        def reward(prompts, completions, completion_ids):
+            os._exit(1)
+    """)
+    (tmp_path / "my_rewards.py").write_text("this is no Python")
+    scores = score(reward, ["a", "b"])
+    assert scores.rewards == [None, None]
+    assert kinds(scores) == [("worker_died", 0), ("worker_died", 1)]
+
+
+# Nothing is left behind.
+
+
+def test_a_time_out_kills_what_the_function_started(guard: Guard, tmp_path: Path) -> None:
+    reward = guard(
+        f"""
+        import subprocess, time
+        def reward(prompts, completions, completion_ids):
+            child = subprocess.Popen(["sleep", "60"])
+            open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
+            time.sleep(60)
+        """,
+        timeout=0.5,
+    )
+    assert kinds(score(reward, ["a"])) == [("timeout", 0)]
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
+SPINNING = """
+import os, re, sys
+sys.path.insert(0, {src!r})
+from dvpo.rewards import GuardedReward
+
+def reward(prompts, completions, completion_ids):
+    os.write(2, b"%d\\n" % os.getpid())
+    re.match("(a*)*b", "a" * 40)      # for ages, and with the interpreter lock held
+
+GuardedReward(reward)(["p"], ["c"], [[1]], {{}})
+"""
+
+
+def test_killing_the_run_ends_a_worker_that_spins_in_c_code(tmp_path: Path) -> None:
+    # There is no main guard either: a worker made by multiprocessing's spawn would run this script again.
+    script = tmp_path / "run.py"
+    script.write_text(SPINNING.format(src=str(Path(__file__).parents[1] / "src")))
+    with subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        worker = int(run.stderr.readline())
+        os.kill(run.pid, signal.SIGKILL)
+        assert gone(worker)
+
+
+@pytest.mark.parametrize("ending", ["", "raise SystemExit(1)", "guarded.close()"])
+def test_a_run_that_ends_leaves_no_worker(tmp_path: Path, ending: str) -> None:
+    script = f"""
+        import os, sys, threading, time
+        sys.path.insert(0, {str(Path(__file__).parents[1] / "src")!r})
+        from dvpo.rewards import GuardedReward
+        def reward(prompts, completions, completion_ids):
+            threading.Thread(target=time.sleep, args=(60,)).start()
+            return [float(os.getpid())]
+        guarded = GuardedReward(reward)
+        print(int(guarded(["p"], ["c"], [[1]], {{}}).rewards[0]), flush=True)
+        {ending}
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, check=False)
+    assert gone(int(run.stdout), seconds=1.0)
+
+
+def test_neither_the_run_nor_the_worker_imports_torch_for_it() -> None:
+    script = f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parents[1] / "src")!r})
+        from dvpo.rewards import GuardedReward
+        def reward(prompts, completions, completion_ids):
+            return [float("torch" in sys.modules)]
+        print("torch" in sys.modules, GuardedReward(reward)(["p"], ["c"], [[1]], {{}}).rewards)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, check=True, text=True
+    )
+    assert run.stdout.split() == ["False", "[0.0]"]
+
+
+# What the user can mend is said before the run.
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("my_rewards", "is no name of a function; write it as module:function"),
+        ("no_such_module:reward", "No module named 'no_such_module'"),
+        ("my_rewards:rewad", "has no attribute 'rewad'"),
+        ("my_rewards:CONSTANT", "a int is no function"),
+        ("broken:reward", r"ZeroDivisionError: division by zero \(broken.py, line 2\)"),
+        ("leaves:reward", "exit code 3"),
+    ],
+)
+def test_a_function_that_cannot_be_imported_is_an_input_error(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "my_rewards.py").write_text("def reward(**columns): ...\nCONSTANT = 1\n")
+    (tmp_path / "broken.py").write_text("def reward(**columns): ...\n1 / 0\n")
+    (tmp_path / "leaves.py").write_text("import os\nos._exit(3)\n")
+    with pytest.raises(InputError, match=f"^reward.function: '{name}' .*{reason}"):
+        GuardedReward(name, path=[str(tmp_path)])
+
+
+def test_an_import_that_hangs_is_an_input_error_in_time(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(60)\n")
+    with pytest.raises(InputError, match=r"^reward.function: 'slow:reward' .*no end within 0.5 s"):
+        GuardedReward("slow:reward", path=[str(tmp_path)], start_timeout=0.5)
+
+
+def test_a_signature_that_does_not_take_the_columns_is_an_input_error(guard: Guard) -> None:
+    source = "def reward(prompts, completions, answer): return [1.0]"
+    remedy = r"has the signature \(prompts, completions, answer\).*'completion_ids'.*\*\*columns\)$"
+    with pytest.raises(InputError, match=remedy):
+        guard(source)
+    fitting = guard("def reward(prompts, completions, completion_ids, answer): return [1.0]")
+    assert fitting.signature == "(prompts, completions, completion_ids, answer)"
+    assert fitting.check(["answer"]) == fitting.signature
+    with pytest.raises(InputError, match="unexpected keyword argument 'level'"):
+        fitting.check(["answer", "level"])
+    with pytest.raises(InputError, match="missing a required argument: 'answer'"):
+        fitting.check([])
+    with pytest.raises(InputError, match=r"has a column 'completions'.*rename"):
+        fitting.check(["completions"])
+
+
+def test_what_cannot_be_sent_is_an_input_error(guard: Guard) -> None:
+    lock = threading.Lock()
+    with pytest.raises(InputError, match=r"cannot be sent.*name it as module:function"):
+        GuardedReward(lambda prompts, completions, completion_ids: [lock.locked()])
+    reward = guard("def reward(**columns): return [1.0]")
+    with pytest.raises(InputError, match=r"columns \['log'\] cannot be sent to"):
+        score(reward, ["a"], log=[lock])
