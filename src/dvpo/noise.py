@@ -1,0 +1,130 @@
+"""Noise injected into rewards (section 8 of the method page): a keyed hash, never a stateful generator.
+
+Whether a label is wrong is a pure function of the seed and of what is judged. So the noise is the same
+whatever the batch size, the order of the samples, the number of processes, and on both sides of a resumed
+checkpoint. For the same seed the labels that are wrong at rate .1 are among those that are wrong at .3, so
+that a study over rates is paired.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from dvpo.errors import InputError
+from dvpo.tasks import Reward
+
+
+class Noise(Protocol):
+    """Turns true rewards into observed ones; all arguments hold one entry a sample."""
+
+    def __call__(
+        self,
+        true_rewards: Sequence[Reward],
+        prompt_ids: Sequence[str],
+        visits: Sequence[int],
+        sample_indices: Sequence[int],
+    ) -> list[Reward]:
+        """`visits` counts the earlier draws of the prompt, `sample_indices` the samples of this one."""
+        ...
+
+
+_KEYS: dict[str, Callable[[str, int, int, int], tuple[str | int, ...] | None]] = {
+    "none": lambda prompt_id, visit, sample, position: None,
+    "flip": lambda prompt_id, visit, sample, position: (prompt_id, visit, sample, position),
+    "persistent": lambda prompt_id, visit, sample, position: (prompt_id,),
+}
+"""What the correctness of a label depends on, for each kind of noise."""
+
+
+def make_noise(kind: str, rate: float, seed: int, low: float = 0.0, high: float = 1.0) -> Noise:
+    """The noise model of that name: r -> low + high - r wherever the label is wrong, and r elsewhere.
+
+    `none` leaves every reward as it is, whatever the rate. `flip` makes each label wrong with probability
+    `rate`, independently, keyed by (seed, prompt id, visit, sample index). `persistent` makes every label of
+    a prompt wrong for a share `rate` of the prompts, keyed by (seed, prompt id).
+
+    A missing reward stays missing. Each entry of a list (a reward a turn or a token) is a label of its own:
+    `flip` has its position in the key, a scalar being position 0; `persistent` turns all of them. A list
+    whose early entries are no judgement must therefore hold None there, not 0.
+
+    Args:
+        kind: `none`, `flip` or `persistent`.
+        rate: the probability, or the share, of wrong labels, in [0, 1].
+        seed: another seed, other wrong labels.
+        low: the lowest reward, in the reward's units.
+        high: the highest reward; a binary reward is one of the two.
+
+    Returns:
+        `noise(true_rewards, prompt_ids, visits, sample_indices)` -> observed rewards.
+
+    Raises:
+        InputError: an unknown kind, a rate outside [0, 1], bounds in the wrong order; when called, a reward
+            outside the bounds.
+    """
+    if kind not in _KEYS:
+        near = difflib.get_close_matches(str(kind), _KEYS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(_KEYS)}"
+        raise InputError(f"noise.kind: there is no noise {kind!r}; {hint}")
+    if not _is_number(rate) or not 0 <= rate <= 1:
+        raise InputError(f"noise.rate: {rate!r} is no probability; give a number from 0 to 1")
+    if not (_is_number(low) and _is_number(high) and low < high):
+        raise InputError(
+            f"noise.low, noise.high: {low!r} and {high!r} bound no reward; give two numbers, the lower first"
+        )
+    return _Reflection(kind, rate, seed, low, high)
+
+
+def keyed_uniform(*key: str | int) -> float:
+    """A number in [0, 1), uniform over keys and the same on every machine and in every version of Python."""
+    digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
+
+
+@dataclass(frozen=True)
+class _Reflection:
+    """Wrong labels are mirrored at the middle of the bounds: 0 and 1 trade places."""
+
+    kind: str
+    rate: float
+    seed: int
+    low: float
+    high: float
+
+    def __call__(
+        self,
+        true_rewards: Sequence[Reward],
+        prompt_ids: Sequence[str],
+        visits: Sequence[int],
+        sample_indices: Sequence[int],
+    ) -> list[Reward]:
+        samples = zip(true_rewards, prompt_ids, visits, sample_indices, strict=True)
+        return [
+            self._observed(r, prompt_id, int(visit), int(index)) for r, prompt_id, visit, index in samples
+        ]
+
+    def _observed(self, reward: Reward, prompt_id: str, visit: int, sample: int) -> Reward:
+        if isinstance(reward, list):
+            return [self._label(entry, prompt_id, visit, sample, at) for at, entry in enumerate(reward)]
+        return self._label(reward, prompt_id, visit, sample, 0)
+
+    def _label(self, reward: float | None, prompt_id: str, visit: int, sample: int, at: int) -> float | None:
+        if reward is None or math.isnan(reward):
+            return None
+        key = _KEYS[self.kind](prompt_id, visit, sample, at)
+        if key is None:
+            return reward
+        if not self.low <= reward <= self.high:
+            raise InputError(
+                f"noise.low, noise.high: the reward {reward} of prompt {prompt_id!r} is outside [{self.low}, "
+                f"{self.high}]; set them to the bounds of the reward"
+            )
+        wrong = keyed_uniform("noise", self.kind, self.seed, *key) < self.rate
+        return self.low + self.high - reward if wrong else reward
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
