@@ -1,0 +1,125 @@
+"""The figures that a run logs; every one is a statement about the *global* batch. Glossary: docs/metrics.md."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from dvpo.core.quantiles import crossing_share
+
+Reduce = Callable[[Tensor], Tensor]
+CALIBRATION_BINS = 10
+
+
+class Means:
+    """Weighted means collected over micro-batches and processes: name -> sum(values) / sum(weights)."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[Tensor | float]] = defaultdict(lambda: [0.0, 0.0])
+
+    def add(self, name: str, values: Tensor, weight: Tensor | float | None = None) -> None:
+        """Add values; `weight` defaults to their number."""
+        entry = self._sums[name]
+        entry[0] += values.detach().double().sum()
+        entry[1] += float(values.numel()) if weight is None else weight
+
+    def result(self, reduce: Reduce) -> dict[str, float]:
+        if not self._sums:
+            return {}
+        pairs = torch.stack([torch.stack([torch.as_tensor(x).double() for x in e]) for e in self._sums.values()])
+        totals = reduce(pairs).tolist()
+        return {name: s / w if w else math.nan for name, (s, w) in zip(self._sums, totals, strict=True)}
+
+
+def correlation(x_K: Tensor, y_K: Tensor, reduce: Reduce) -> float:
+    """Pearson correlation over all processes; NaN when either is constant or there is nothing."""
+    moments = _moments(x_K, y_K, reduce)
+    if moments is None:
+        return math.nan
+    _, var_x, var_y, covariance = moments
+    # A spread below float32's rounding of the values is no spread.
+    return covariance / math.sqrt(var_x * var_y) if min(var_x, var_y) > 1e-12 else math.nan
+
+
+def explained_variance(values_K: Tensor, returns_K: Tensor, reduce: Reduce) -> float:
+    """1 - Var(return - V) / Var(return) over all processes; 0 for a constant V, NaN for constant returns."""
+    moments = _moments(values_K, returns_K, reduce)
+    if moments is None:
+        return math.nan
+    _, var_v, var_r, covariance = moments
+    return 1 - (var_r + var_v - 2 * covariance) / var_r if var_r > 1e-12 else math.nan
+
+
+def calibration_error(values_K: Tensor, returns_K: Tensor, reduce: Reduce, low: float, high: float) -> float:
+    """Mean over tokens of |mean return - mean V| within equal-width bins of V over [low, high]; V outside is clipped."""
+    width = max(high - low, 1e-12)
+    bins_K = ((values_K - low) / width * CALIBRATION_BINS).long().clamp(0, CALIBRATION_BINS - 1)
+    gap_K, zeros = (returns_K - values_K).double(), torch.zeros(CALIBRATION_BINS, dtype=torch.float64)
+    zeros = zeros.to(values_K.device)
+    totals = reduce(torch.stack([zeros.index_add(0, bins_K, gap_K), zeros.index_add(0, bins_K, gap_K * 0 + 1)]))
+    count = float(totals[1].sum())
+    return float(totals[0].abs().sum()) / count if count else math.nan
+
+
+def _moments(x_K: Tensor, y_K: Tensor, reduce: Reduce) -> tuple[float, float, float, float] | None:
+    """Count, variances and covariance, in float64 and in two passes."""
+    x, y = x_K.double(), y_K.double()
+    count, sum_x, sum_y = reduce(torch.stack([torch.ones_like(x).sum(), x.sum(), y.sum()])).tolist()
+    if count < 2:
+        return None
+    dx, dy = x - sum_x / count, y - sum_y / count
+    var_x, var_y, covariance = (
+        reduce(torch.stack([dx.square().sum(), dy.square().sum(), (dx * dy).sum()])) / count
+    ).tolist()
+    return count, var_x, var_y, covariance
+
+
+def critic_figures(values_KNM: Tensor, returns_K: Tensor, truth_K: Tensor, reduce: Reduce) -> dict[str, float]:
+    """What the critic knew before the update, against what then happened.
+
+    Args:
+        values_KNM: predictions at the states of tokens whose reward was observed.
+        returns_K: observed return from each token on (Monte Carlo, whatever lambda trains the critic).
+        truth_K: true outcome of the token's response, NaN where unknown.
+        reduce: sums over processes.
+    """
+    values_K = values_KNM.mean(dim=(-2, -1))
+    known_K = truth_K.isfinite()
+    error = Means()
+    error.add("critic/value_mean", values_K)
+    error.add("critic/return_mean", returns_K)
+    error.add("critic/squared_error", (values_K - returns_K).square())
+    if values_KNM.shape[-1] > 1:
+        theta_KM = values_KNM.mean(dim=-2).sort(dim=-1).values
+        low, high = (round(q * (theta_KM.shape[-1] - 1)) for q in (0.1, 0.9))
+        error.add("critic/spread", theta_KM[:, high] - theta_KM[:, low])
+        error.add("critic/crossing_share", crossing_share(values_KNM).flatten())
+    if values_KNM.shape[-2] > 1:
+        error.add("critic/head_disagreement", values_KNM.mean(dim=-1).std(dim=-1, unbiased=False))
+    figures = error.result(reduce)
+    figures["critic/value_error"] = math.sqrt(figures.pop("critic/squared_error"))
+    bounds = (float(returns_K.min()), float(returns_K.max())) if len(returns_K) else (0.0, 1.0)
+    return figures | {
+        "critic/explained_variance": explained_variance(values_K, returns_K, reduce),
+        "critic/calibration_error": calibration_error(values_K, returns_K, reduce, *bounds),
+        "critic/true_correlation": correlation(values_K[known_K], truth_K[known_K], reduce),
+    }
+
+
+def reward_figures(observed_B: Tensor, true_B: Tensor, rewarded_B: Tensor, reduce: Reduce) -> dict[str, float]:
+    """Observed and true reward of the responses, and how often they agree where both are known."""
+    means = Means()
+    seen_B, known_B = observed_B[rewarded_B], true_B.isfinite()
+    both_B = known_B & rewarded_B
+    means.add("reward/observed", seen_B)
+    means.add("reward/true", true_B[known_B])
+    means.add("reward/accuracy", (observed_B[both_B] - true_B[both_B]).abs() < 1e-6)
+    means.add("reward/missing", (~rewarded_B).double())
+    return means.result(reduce)
+
+
+def finite(figures: Mapping[str, float]) -> dict[str, float]:
+    """The figures that say something: NaN stands for "not defined on this batch" and is left out of a table."""
+    return {name: value for name, value in figures.items() if math.isfinite(value)}

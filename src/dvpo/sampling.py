@@ -1,0 +1,367 @@
+"""Sampling: episodes between a policy and an environment, with token ids, masks and log-probs as they were drawn.
+
+    play       episodes of any number of turns, on any `Sampler`
+    collate    finished episodes -> a `Rollout`
+
+The Hugging Face sampler below draws every token with a uniform number of its own (keyed by prompt, visit, sample and
+turn), so that a row's draw does not depend on the rows beside it, on the batch size or on a resume.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+
+from dvpo.batch import Rollout
+from dvpo.config import SamplingConfig
+from dvpo.errors import InputError
+from dvpo.policy import Policy
+from dvpo.seeding import derive_seed
+from dvpo.tasks import Environment, Example, Message, Prompt
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the policy wrote before it was cut or stopped."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    finished: bool
+    """False: the length limit cut it."""
+
+
+class Sampler(Protocol):
+    """Draws one turn for each context."""
+
+    def sample(self, contexts: Sequence[Sequence[int]], budgets: Sequence[int], seeds: Sequence[int]) -> list[Turn]:
+        """At most budgets[i] >= 1 tokens after contexts[i], drawn with seeds[i]."""
+        ...
+
+
+@dataclass
+class Episode:
+    """One conversation in the making, and the record of it."""
+
+    example: Example
+    visit: int
+    sample: int
+    prompt_tokens: list[int]
+    tokens: list[int] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
+    """For each response token the index of the policy's turn, -1 for tokens of the environment."""
+    logprobs: list[float] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    """The response as messages: the policy's and the environment's."""
+    turn_rewards: list[float | None] = field(default_factory=list)
+    terminated: bool = False
+
+    @property
+    def text(self) -> str:
+        """The policy's own words, all turns."""
+        return "\n".join(m["content"] for m in self.messages if m["role"] == "assistant")
+
+
+class ChatEncoder:
+    """Prompts and environment turns as token ids, through the tokenizer's chat template."""
+
+    MARK = "\x02dvpo\x03"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def prompt(self, prompt: Prompt) -> list[int]:
+        """Token ids of a string as it stands, or of a message list with the assistant's header at its end."""
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])
+        return self._tokens(self._render(prompt))
+
+    def reply(self, messages: Sequence[Message], ended: bool) -> list[int]:
+        """Token ids of what the environment says, between the policy's last token and its next turn.
+
+        The sampled ids are never decoded and encoded again: the template is rendered around a mark in place of the
+        policy's words, and only what follows the mark is tokenised (less the end token that the policy wrote itself).
+        """
+        if self.tokenizer.chat_template is None:
+            return self._tokens("".join(m["content"] for m in messages))
+        dummy = [{"role": "user", "content": "?"}, {"role": "assistant", "content": self.MARK}]
+        _, mark, tail = self._render([*dummy, *messages]).rpartition(self.MARK)
+        if not mark:
+            raise InputError("model.path: the chat template does not show the assistant's words: use another template")
+        end = self.tokenizer.eos_token or ""
+        stripped = tail.lstrip()
+        if ended and end and stripped.startswith(end):
+            tail = stripped.removeprefix(end)
+        return self._tokens(tail)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        if self.tokenizer.chat_template is None:
+            raise InputError(
+                "task: a prompt is a message list, but the tokenizer of model.path has no chat template: "
+                "give prompts as strings, or add chat_template.jinja to the model folder"
+            )
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
+                )
+            )
+        except Exception as error:  # templates raise whatever they like
+            raise InputError(f"task: the chat template refuses a prompt ({error}): mend its roles") from None
+
+    def _tokens(self, text: str) -> list[int]:
+        # The template has written the special tokens already.
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def fit_prompts(
+    examples: Sequence[Example], encoder: ChatEncoder, settings: SamplingConfig, context_length: int
+) -> dict[str, list[int]]:
+    """Encode every prompt and apply the stated policy for over-long ones.
+
+    Returns:
+        Prompt id -> token ids; prompts that `long_prompts: skip` leaves out are absent.
+
+    Raises:
+        InputError: an over-long or empty prompt, or lengths that exceed the model's context.
+    """
+    limit = settings.max_prompt_length
+    if limit + settings.max_completion_length > context_length:
+        longest = max((len(encoder.prompt(e.prompt)) for e in examples), default=0)
+        limit = min(limit, context_length - settings.max_completion_length)
+        if limit < 1 or (longest > limit and settings.long_prompts == "error"):
+            raise InputError(
+                f"sampling: max_prompt_length = {settings.max_prompt_length} and max_completion_length = "
+                f"{settings.max_completion_length} exceed the model's context of {context_length} tokens "
+                f"(longest prompt: {longest}): lower one of them"
+            )
+    encoded = {}
+    for example in examples:
+        tokens = encoder.prompt(example.prompt)
+        if not tokens:
+            raise InputError(f"task: prompt {example.id} is empty: remove it")
+        if len(tokens) > limit:
+            if settings.long_prompts == "error":
+                raise InputError(
+                    f"task: prompt {example.id} has {len(tokens)} tokens, more than sampling.max_prompt_length = "
+                    f"{limit}: raise it, or set sampling.long_prompts to skip or truncate"
+                )
+            if settings.long_prompts == "skip":
+                continue
+            tokens = tokens[-limit:]
+        encoded[example.id] = tokens
+    if not encoded:
+        raise InputError(f"task: no prompt fits sampling.max_prompt_length = {limit}: raise it")
+    return encoded
+
+
+def play(
+    episodes: Sequence[Episode],
+    environments: Sequence[Environment],
+    sampler: Sampler,
+    encoder: ChatEncoder,
+    settings: SamplingConfig,
+    seed: int,
+) -> None:
+    """Let the policy and the environments talk until every episode is over; fills the episodes in place."""
+    active = list(range(len(episodes)))
+    turn = 0
+    while active:
+        contexts = [episodes[i].prompt_tokens + episodes[i].tokens for i in active]
+        budgets = [settings.max_completion_length - len(episodes[i].tokens) for i in active]
+        seeds = [derive_seed(seed, e.example.id, e.visit, e.sample, turn) for e in map(episodes.__getitem__, active)]
+        going_on = []
+        for i, drawn in zip(active, sampler.sample(contexts, budgets, seeds), strict=True):
+            if _take_turn(episodes[i], environments[i], drawn, turn, encoder, settings):
+                going_on.append(i)
+        active = going_on
+        turn += 1
+
+
+def _take_turn(
+    episode: Episode, environment: Environment, drawn: Turn, turn: int, encoder: ChatEncoder, settings: SamplingConfig
+) -> bool:
+    """Append a sampled turn and the environment's answer; True if the policy is to speak again."""
+    episode.tokens += drawn.tokens
+    episode.logprobs += drawn.logprobs
+    episode.turns += [turn] * len(drawn.tokens)
+    text = encoder.text(drawn.tokens)
+    for stop in settings.stop:
+        text = text.removesuffix(stop)
+    episode.messages.append({"role": "assistant", "content": text})
+    if not drawn.finished:
+        episode.turn_rewards.append(None)
+        return False
+    answer = environment.step(text)
+    episode.turn_rewards.append(answer.reward)
+    if answer.done:
+        episode.terminated = True
+        return False
+    ended = drawn.tokens[-1] == encoder.tokenizer.eos_token_id
+    reply = encoder.reply(answer.messages, ended)
+    if len(episode.tokens) + len(reply) >= settings.max_completion_length:
+        return False  # no room for another word of the policy: the length limit cuts the episode here
+    episode.messages.extend(answer.messages)
+    episode.tokens += reply
+    episode.logprobs += [0.0] * len(reply)
+    episode.turns += [-1] * len(reply)
+    return True
+
+
+class HuggingFaceSampler:
+    """Batched sampling with a KV cache on any causal language model of transformers."""
+
+    def __init__(self, policy: Policy, settings: SamplingConfig, greedy: bool = False) -> None:
+        self.policy, self.settings, self.greedy = policy, settings, greedy
+        self._warpers: list[Any] = []
+        if settings.top_k:
+            self._warpers.append(TopKLogitsWarper(settings.top_k))
+        if settings.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(settings.top_p))
+
+    @torch.no_grad()
+    def sample(self, contexts: Sequence[Sequence[int]], budgets: Sequence[int], seeds: Sequence[int]) -> list[Turn]:
+        size, turns = self.settings.batch_size, []
+        for start in range(0, len(contexts), size):
+            part = slice(start, start + size)
+            turns += self._sample_batch(contexts[part], budgets[part], seeds[part])
+        return turns
+
+    def _sample_batch(
+        self, contexts: Sequence[Sequence[int]], budgets: Sequence[int], seeds: Sequence[int]
+    ) -> list[Turn]:
+        device, longest = self.policy.device, max(budgets)
+        tokens_BS, attention_BS = pad_left(contexts, self.policy.pad_id)
+        uniforms_BT = torch.stack([torch.rand(longest, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        budgets_B = torch.tensor(budgets, device=device)
+        end_ids = torch.tensor(sorted(self.policy.end_ids), device=device)
+        tokens_BS, attention_BS = tokens_BS.to(device), attention_BS.to(device)
+        uniforms_BT = uniforms_BT.to(device)
+
+        # The record, in the order of the contexts; `rows` says which of them are still being written.
+        written_BT = torch.zeros(len(contexts), longest, dtype=torch.long, device=device)
+        logprobs_BT = torch.zeros(len(contexts), longest, device=device)
+        lengths_B = budgets_B.clone()
+        finished_B = torch.zeros(len(contexts), dtype=torch.bool, device=device)
+        rows = torch.arange(len(contexts), device=device)
+        inputs, cache = tokens_BS, None
+        positions = (attention_BS.long().cumsum(dim=-1) - 1).clamp(min=0)
+        going_on = torch.ones_like(finished_B)
+        for t in range(longest):
+            with self.policy.autocast():
+                out = self.policy.trunk(
+                    input_ids=inputs,
+                    attention_mask=attention_BS.long(),
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            cache = out.past_key_values
+            logits = self.policy.logits(out.last_hidden_state[:, -1])
+            chosen, logprobs = self._choose(logits, uniforms_BT[rows, t])
+            writing = rows[going_on]
+            written_BT[writing, t] = chosen[going_on]
+            logprobs_BT[writing, t] = logprobs[going_on]
+
+            stopped = torch.isin(chosen, end_ids) | self._at_stop_string(written_BT[rows, : t + 1])
+            now = going_on & stopped
+            lengths_B[rows[now]] = t + 1
+            finished_B[rows[now]] = True
+            going_on = going_on & ~stopped & (t + 1 < budgets_B[rows])
+            left = int(going_on.sum())
+            if left == 0:
+                break
+            attention_BS = torch.cat([attention_BS, attention_BS.new_ones(len(rows), 1)], dim=1)
+            inputs, positions = chosen.unsqueeze(-1), positions[:, -1:] + 1
+            if left <= len(rows) // 2 and hasattr(cache, "batch_select_indices"):
+                # Finished rows are dropped once they are half of the batch: each drop copies the cache.
+                keep = going_on.nonzero().squeeze(-1)
+                cache.batch_select_indices(keep)
+                rows, attention_BS, inputs, positions = rows[keep], attention_BS[keep], inputs[keep], positions[keep]
+                going_on = going_on[keep]
+
+        record = zip(
+            written_BT.tolist(), logprobs_BT.tolist(), lengths_B.tolist(), finished_B.tolist(), strict=True
+        )
+        return [Turn(tokens[:n], logprobs[:n], finished) for tokens, logprobs, n, finished in record]
+
+    def _choose(self, logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Next tokens by inversion of the (truncated) distribution, and their untruncated log-probs."""
+        logits_BV = logits_BV / self.settings.temperature
+        logprobs_BV = logits_BV.log_softmax(dim=-1)
+        if self.greedy:
+            chosen_B = logits_BV.argmax(dim=-1)
+        else:
+            kept_BV = logits_BV
+            for warp in self._warpers:
+                kept_BV = warp(None, kept_BV)
+            # float64: over a vocabulary of 150,000 a float32 sum would lose the rare tokens.
+            mass_BV = kept_BV.double().softmax(dim=-1).cumsum(dim=-1)
+            level_B1 = uniforms_B.double().unsqueeze(-1) * mass_BV[:, -1:]
+            chosen_B = torch.searchsorted(mass_BV, level_B1, right=True).squeeze(-1)
+        return chosen_B, logprobs_BV.gather(-1, chosen_B.unsqueeze(-1)).squeeze(-1)
+
+    def _at_stop_string(self, written_BT: Tensor) -> Tensor:
+        """Rows whose text ends with a stop string; a token carries at least one byte, so a short tail is enough."""
+        stop = self.settings.stop
+        if not stop:
+            return torch.zeros(len(written_BT), dtype=torch.bool, device=written_BT.device)
+        window = max(len(s.encode()) for s in stop) + 4
+        texts = self.policy.tokenizer.batch_decode(written_BT[:, -window:])
+        return torch.tensor([text.endswith(stop) for text in texts], device=written_BT.device)
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Stack rows of ids with padding in front: (tokens [B, P], attention [B, P] bool)."""
+    width = max(len(row) for row in rows)
+    tokens = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    attention = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        tokens[i, width - len(row) :] = torch.tensor(row)
+        attention[i, width - len(row) :] = True
+    return tokens, attention
+
+
+def pad_right(rows: Sequence[Sequence[Any]], fill: Any, dtype: torch.dtype, width: int) -> Tensor:
+    """Stack rows with `fill` behind them: [B, width]."""
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=dtype)
+
+
+def collate(episodes: Sequence[Episode], scores: Mapping[str, Tensor], pad_id: int, policy_version: int) -> Rollout:
+    """Pad finished and scored episodes into a `Rollout` (on the CPU).
+
+    Args:
+        episodes: finished episodes, every one with at least one policy token.
+        scores: the fields `rewards_BT`, `rewarded_B`, `observed_B`, `true_B` of the rollout.
+        pad_id: fills padded places.
+        policy_version: optimiser steps that the policy had seen.
+    """
+    width = max(len(e.tokens) for e in episodes)
+    prompts_BP, prompt_attention_BP = pad_left([e.prompt_tokens for e in episodes], pad_id)
+    response_BT = pad_right([e.tokens for e in episodes], pad_id, torch.long, width)
+    response_attention_BT = pad_right([[True] * len(e.tokens) for e in episodes], False, torch.bool, width)
+    turns_BT = pad_right([e.turns for e in episodes], -1, torch.long, width)
+    terminated_B = torch.tensor([e.terminated for e in episodes])
+    return Rollout(
+        tokens_BS=torch.cat([prompts_BP, response_BT], dim=1),
+        attention_BS=torch.cat([prompt_attention_BP, response_attention_BT], dim=1),
+        mask_BT=turns_BT >= 0,
+        turns_BT=turns_BT,
+        sampler_logprobs_BT=pad_right([e.logprobs for e in episodes], 0.0, torch.float32, width),
+        terminated_B=terminated_B,
+        truncated_B=~terminated_B,
+        rewards_BT=scores["rewards_BT"],
+        rewarded_B=scores["rewarded_B"],
+        observed_B=scores["observed_B"],
+        true_B=scores["true_B"],
+        prompt_ids=tuple(e.example.id for e in episodes),
+        visits=tuple(e.visit for e in episodes),
+        samples=tuple(e.sample for e in episodes),
+        policy_version=policy_version,
+    )

@@ -1,0 +1,123 @@
+"""From finished episodes to rewards: the truth where it is known, what was observed, and where each lands."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dvpo.rewards import Fault, GuardedReward
+from dvpo.sampling import Episode, pad_right
+from dvpo.tasks import Message, Reward, Task
+
+Noise = Callable[[Sequence[Reward], Sequence[str], Sequence[int], Sequence[int]], list[Reward]]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Rewards of a step's episodes, ready for `collate`."""
+
+    fields: dict[str, Tensor]
+    """`rewards_BT`, `rewarded_B`, `observed_B`, `true_B` of the rollout."""
+    faults: list[Fault]
+
+
+class Scorer:
+    """Truth from the task, observation from the user's reward function or the task, noise on top."""
+
+    def __init__(self, task: Task, reward: GuardedReward | None, noise: Noise) -> None:
+        self.task, self.reward, self.noise = task, reward, noise
+
+    def __call__(self, episodes: Sequence[Episode]) -> Scored:
+        prompts = [e.example.prompt for e in episodes]
+        completions: list[str | list[Message]] = [
+            e.text if isinstance(e.example.prompt, str) else e.messages for e in episodes
+        ]
+        ids = [e.tokens for e in episodes]
+        columns = {name: [e.example.columns.get(name) for e in episodes] for name in _column_names(episodes)}
+        truth = self.true_rewards(episodes)
+        faults: list[Fault] = []
+        if self.reward is None:
+            observed = truth
+        else:
+            scores = self.reward(prompts, completions, ids, columns)
+            observed, faults = scores.rewards, list(scores.faults)
+        observed = self.noise(
+            observed,
+            [e.example.id for e in episodes],
+            [e.visit for e in episodes],
+            [e.sample for e in episodes],
+        )
+        placed = [place(reward, episode) for reward, episode in zip(observed, episodes, strict=True)]
+        faults += [Fault("wrong_length", i, p) for i, p in enumerate(placed) if isinstance(p, str)]
+        rewards = [[0.0] * len(e.tokens) if p is None or isinstance(p, str) else p
+                   for p, e in zip(placed, episodes, strict=True)]  # fmt: skip
+        rewarded = [isinstance(p, list) for p in placed]
+        width = max(len(e.tokens) for e in episodes)
+        fields = {
+            "rewards_BT": pad_right(rewards, 0.0, torch.float32, width),
+            "rewarded_B": torch.tensor(rewarded),
+            "observed_B": torch.tensor([sum(r) if ok else math.nan for r, ok in zip(rewards, rewarded, strict=True)]),
+            "true_B": torch.tensor([total(r) for r in truth]),
+        }
+        return Scored(fields, faults)
+
+    def true_rewards(self, episodes: Sequence[Episode]) -> list[Reward]:
+        """The task's verdict on the final text, together with what the environment gave turn by turn."""
+        columns = {name: [e.example.columns.get(name) for e in episodes] for name in _column_names(episodes)}
+        final = self.task.true_reward(
+            [e.example.prompt for e in episodes], [e.text for e in episodes], [e.tokens for e in episodes], **columns
+        )
+        return [_with_turns(reward, episode) for reward, episode in zip(final, episodes, strict=True)]
+
+
+def place(reward: Reward, episode: Episode) -> list[float] | None | str:
+    """Spread a reward over the response's tokens.
+
+    A number lands on the last policy token; a list with one entry a turn on the last policy token of each turn; a
+    list with one entry a token where it says.
+
+    Returns:
+        One number a token; None where supervision is missing (one missing entry leaves the whole return unknown); or
+        the sentence of a fault: a list of another length, or a reward at a token that the policy did not write.
+    """
+    last_of_turn = [max(i for i, t in enumerate(episode.turns) if t == turn) for turn in range(max(episode.turns) + 1)]
+    values = reward if isinstance(reward, list) else [reward]
+    if any(v is None or math.isnan(v) for v in values):
+        return None
+    numbers = [float(v) for v in values if v is not None]
+    out = [0.0] * len(episode.tokens)
+    if not isinstance(reward, list):
+        out[last_of_turn[-1]] = numbers[0]
+    elif len(numbers) == len(last_of_turn):
+        for i, number in zip(last_of_turn, numbers, strict=True):
+            out[i] = number
+    elif len(numbers) == len(episode.tokens):
+        if any(n and t < 0 for n, t in zip(numbers, episode.turns, strict=True)):
+            return "a reward stands at a token of the environment: rewards belong to the policy's tokens"
+        out = numbers
+    else:
+        return (
+            f"a list of {len(numbers)} rewards fits neither the {len(last_of_turn)} turns "
+            f"nor the {len(episode.tokens)} tokens of the response"
+        )
+    return out
+
+
+def total(reward: Reward) -> float:
+    """The return of a whole response; NaN where unknown."""
+    values = reward if isinstance(reward, list) else [reward]
+    return sum(math.nan if v is None else v for v in values)
+
+
+def _with_turns(final: Reward, episode: Episode) -> Reward:
+    if all(reward is None for reward in episode.turn_rewards):
+        return final
+    turns = [reward or 0.0 for reward in episode.turn_rewards]
+    turns[-1] += total(final) if final is not None else 0.0
+    return list(turns)
+
+
+def _column_names(episodes: Sequence[Episode]) -> list[str]:
+    return sorted({name for e in episodes for name in e.example.columns})
