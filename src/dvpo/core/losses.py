@@ -177,16 +177,15 @@ def aggregation_weights(
         raise ValueError(f"mask must be [B,T], got {tuple(mask.shape)}")
     weights_BT = mask.bool().float()
     tokens_B1 = weights_BT.sum(dim=1, keepdim=True)
-    sequences = token_count(tokens_B1, reduce)
     match kind:
         case "token_mean":
             return weights_BT, token_count(mask, reduce)
         case "seq_mean_token_mean":
-            return weights_BT / tokens_B1.clamp(min=1), sequences
+            return weights_BT / tokens_B1.clamp(min=1), token_count(tokens_B1, reduce)
         case "seq_sum_fixed_length":
             if fixed_length is None or fixed_length <= 0:
                 raise ValueError(f"seq_sum_fixed_length needs a positive fixed_length, got {fixed_length}")
-            return weights_BT, fixed_length * sequences
+            return weights_BT, fixed_length * token_count(tokens_B1, reduce)
     raise ValueError(f"kind must be token_mean, seq_mean_token_mean or seq_sum_fixed_length, got {kind!r}")
 
 

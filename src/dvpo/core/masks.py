@@ -112,7 +112,7 @@ def masked_variance(values: Tensor, mask: Tensor, reduce: Reduce = identity) -> 
     Raises:
         ValueError: the shapes differ.
     """
-    _, variance = _mean_and_variance(values, mask, reduce)
+    _, variance = _centre(values, mask, reduce)
     return variance
 
 
@@ -131,18 +131,17 @@ def whiten(advantages: Tensor, mask: Tensor, reduce: Reduce = identity) -> Tenso
     Raises:
         ValueError: the shapes differ.
     """
-    mean, variance = _mean_and_variance(advantages, mask, reduce)
-    return zero_masked((at_least_float32(advantages) - mean) / (variance.sqrt() + STD_EPS), mask)
+    centred, variance = _centre(advantages, mask, reduce)
+    return centred / (variance.sqrt() + STD_EPS)
 
 
-def _mean_and_variance(values: Tensor, mask: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """The corrected two-pass algorithm, since plain sums of squares cancel far from 0."""
+def _centre(values: Tensor, mask: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
+    """(values less their mean, 0 where masked; population variance), by the corrected two-pass algorithm."""
     values, count = at_least_float32(values), token_count(mask, reduce)
-    rough_mean = masked_sum(values, mask, reduce) / count
-    deviations = zero_masked(values - rough_mean, mask)
-    # The first mean carries the rounding of an offset; the mean of the deviations is what it missed.
-    missed, mean_square = reduce(torch.stack([deviations.sum(), deviations.square().sum()])) / count
-    return rough_mean + missed, (mean_square - missed.square()).clamp(min=0)
+    rough = zero_masked(values - masked_sum(values, mask, reduce) / count, mask)
+    # Far from 0 the first mean is rounded to few digits; the mean of what it left is exact.
+    missed, mean_square = reduce(torch.stack([rough.sum(), rough.square().sum()])) / count
+    return zero_masked(rough - missed, mask), (mean_square - missed.square()).clamp(min=0)
 
 
 def _same_shape(values: Tensor, mask: Tensor) -> None:
