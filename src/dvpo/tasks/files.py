@@ -1,0 +1,314 @@
+"""The user's own data as a task: JSONL, parquet, or a folder saved by `datasets`, with a column of prompts.
+
+Every row is read and checked before anything else happens, so that a run never ends at row 40,000. All
+columns but the prompt are handed to the reward functions.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dvpo.errors import InputError
+from dvpo.noise import keyed_uniform
+from dvpo.rewards import STANDARD_ARGUMENTS, GuardedReward
+from dvpo.tasks import Environment, Example, Message, Prompt, Reward, SingleTurn
+
+Row = tuple[str, Mapping[str, Any]]
+"""Where the row stands (`train.jsonl, line 7`), and its columns."""
+
+
+class FilesTask:
+    """A task read from files; the truth is unknown unless a function for it is given.
+
+    - An example's id is its `id` column if there is one. Else it is a hash of the prompt, followed by `-2`,
+      `-3`, ... when the prompt is repeated: adding or removing other rows does not change it.
+    - Without `id_path` a prompt is held out for the split `id` when a hash of it falls below `held_out`, or,
+      if none does, the prompt with the lowest hash. All repetitions of a prompt are thus on one side, and no
+      row changes sides because others come or go.
+
+    Args:
+        path: a `.jsonl` file (or `.json`, one object a line), a `.parquet` file, or a `save_to_disk` folder.
+        id_path: the held-out examples of the same distribution.
+        ood_path: held-out examples of another distribution.
+        prompt_column: holds a string, or a list of messages with `role` and `content`.
+        answer_column: this column is handed to reward functions as `answer`.
+        held_out: the share of prompts held out when there is no `id_path`, in [0, 1); 0 holds nothing out.
+        truth: the verified reward, a function as in `dvpo.rewards` or its name `module:function`.
+
+    Raises:
+        InputError: a missing or unreadable file, a bad row, an empty data set, a setting out of range.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        id_path: str | Path | None = None,
+        ood_path: str | Path | None = None,
+        prompt_column: str = "prompt",
+        answer_column: str | None = None,
+        held_out: float = 0.05,
+        truth: str | Callable[..., Any] | None = None,
+    ) -> None:
+        if not 0 <= held_out < 1:
+            raise InputError(f"task.held_out: {held_out!r} is no share; give a number from 0 to below 1")
+        self.name = Path(path).stem
+        sources = {
+            "train": ("task.path", path),
+            "id": ("task.id_path", id_path),
+            "ood": ("task.ood_path", ood_path),
+        }
+        self._splits = {
+            split: _examples(_rows(Path(source), field), field, prompt_column, answer_column)
+            for split, (field, source) in sources.items()
+            if source is not None
+        }
+        if id_path is None and held_out > 0:
+            self._splits |= _hold_out(self._splits["train"], held_out, path)
+        self._splits = _with_the_same_columns(self._splits)
+        self.columns = list(self._splits["train"][0].columns)
+        self._truth = None if truth is None else GuardedReward(truth, columns=self.columns, field="task.truth")
+
+    def split(self, name: str) -> Sequence[Example]:
+        return self._splits.get(name, [])
+
+    def environment(self, example: Example) -> Environment:
+        return SingleTurn(example)
+
+    def true_reward(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        **columns: Sequence[Any],
+    ) -> list[Reward]:
+        if self._truth is None:
+            return [None] * len(prompts)
+        return self._truth(prompts, completions, completion_ids, columns).rewards
+
+
+def _hold_out(examples: list[Example], share: float, path: str | Path) -> dict[str, list[Example]]:
+    levels = [keyed_uniform("held out", _prompt_hash(example.prompt)) for example in examples]
+    if len(set(levels)) < 2:
+        raise InputError(
+            f"task.path: {path} holds a single prompt, of which none is left to evaluate on; "
+            f"name held-out examples in task.id_path or set task.held_out=0"
+        )
+    lowest, highest = min(levels), max(levels)
+    kept: list[Example] = []
+    held: list[Example] = []
+    for example, level in zip(examples, levels, strict=True):
+        is_held = level == lowest or (level < share and level < highest)  # neither side is ever empty
+        (held if is_held else kept).append(example)
+    return {"train": kept, "id": held}
+
+
+def _with_the_same_columns(splits: Mapping[str, list[Example]]) -> dict[str, list[Example]]:
+    """Give each example every column, None where its row had none: reward functions always get the same."""
+    names = dict.fromkeys(name for examples in splits.values() for e in examples for name in e.columns)
+    return {
+        split: [replace(e, columns={name: e.columns.get(name) for name in names}) for e in examples]
+        for split, examples in splits.items()
+    }
+
+
+# From rows to examples.
+
+
+def _examples(rows: Iterable[Row], field: str, prompt_column: str, answer_column: str | None) -> list[Example]:
+    examples: list[Example] = []
+    places: dict[str, str] = {}
+    repetitions: dict[str, int] = {}
+    has_ids = False
+    for place, row in rows:
+        prompt = _prompt(row, prompt_column, f"{field}: {place}")
+        if not examples:
+            has_ids = "id" in row
+        if has_ids:
+            name = _given_id(row, f"{field}: {place}")
+        else:
+            key = _prompt_hash(prompt)
+            repetitions[key] = repetitions.get(key, 0) + 1
+            name = key if repetitions[key] == 1 else f"{key}-{repetitions[key]}"
+        if name in places:
+            raise InputError(
+                f"{field}: {place} has the id {name!r} of {places[name]}; make the ids unique, or remove the "
+                f"column to have them made from the prompts"
+            )
+        places[name] = place
+        examples.append(Example(name, prompt, _columns(row, prompt_column, answer_column, f"{field}: {place}")))
+    return examples
+
+
+def _columns(row: Mapping[str, Any], prompt_column: str, answer_column: str | None, where: str) -> dict[str, Any]:
+    columns = {name: value for name, value in row.items() if name != prompt_column}
+    if taken := [name for name in STANDARD_ARGUMENTS if name in columns]:
+        raise InputError(f"{where} has a column {taken[0]!r}, an argument of every reward function; rename it")
+    if answer_column is not None:
+        if answer_column not in columns:
+            raise InputError(_no_column(where, answer_column, columns, "task.answer_column"))
+        if answer_column != "answer" and "answer" in columns:
+            raise InputError(
+                f"{where} has a column 'answer' besides {answer_column!r}, which task.answer_column says is "
+                f"to be called so; rename one of them"
+            )
+        columns["answer"] = columns.pop(answer_column)
+    return columns
+
+
+def _given_id(row: Mapping[str, Any], where: str) -> str:
+    name = row.get("id")
+    if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
+        raise InputError(f"{where} has the id {name!r}; give every row a string or an integer, or remove the column")
+    return str(name)
+
+
+def _prompt(row: Mapping[str, Any], column: str, where: str) -> Prompt:
+    if column not in row:
+        raise InputError(_no_column(where, column, row, "task.prompt_column"))
+    prompt = row[column]
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise InputError(f"{where} has an empty {column!r}; give it a text or remove the row")
+        return prompt
+    if not isinstance(prompt, list):
+        raise InputError(
+            f"{where} has {_short(prompt)} as {column!r}; give a string, or a list of messages with role and content"
+        )
+    messages = [_message(message, f"{where}, {column}[{at}]") for at, message in enumerate(prompt)]
+    if not any(message["content"].strip() for message in messages):
+        raise InputError(f"{where} has a {column!r} without any text; give it a message with content or remove the row")
+    return messages
+
+
+def _message(message: Any, where: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise InputError(f"{where} is {_short(message)}; give a message with role and content")
+    for key in ("role", "content"):
+        if not isinstance(message.get(key), str):
+            raise InputError(
+                f"{where} has {_short(message[key]) if key in message else 'nothing'} as {key!r}; "
+                f"give every message a text as its role and its content"
+            )
+    return {key: value for key, value in message.items() if value is not None}  # parquet fills gaps with None
+
+
+def _no_column(where: str, column: str, names: Iterable[str], field: str) -> str:
+    names = list(names)
+    near = difflib.get_close_matches(column, names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    found = ", ".join(map(repr, names)) or "none at all"
+    return f"{where} has no column {column!r} among its columns ({found}); {hint}set {field}"
+
+
+def _prompt_hash(prompt: Prompt) -> str:
+    text = json.dumps(prompt, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# From files to rows.
+
+
+def _rows(path: Path, field: str) -> Iterator[Row]:
+    """The rows of a file or folder, as they stand there; InputError if there are none."""
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, siblings, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else "check the path, which starts at the working directory"
+        raise InputError(f"{field}: there is no file or folder {str(path)!r}; {remedy}")
+    if path.is_dir():
+        rows = _saved_rows(path, field)
+    elif path.suffix in (".jsonl", ".json"):
+        rows = _jsonl_rows(path, field)
+    elif path.suffix == ".parquet":
+        rows = _parquet_rows(path, field)
+    else:
+        raise InputError(
+            f"{field}: cannot tell the format of {str(path)!r} by its ending; "
+            f"give a .jsonl or .parquet file, or a folder made by save_to_disk of datasets"
+        )
+    empty = True
+    try:
+        for row in rows:
+            empty = False
+            yield row
+    except OSError as error:
+        raise InputError(f"{field}: {str(path)!r} cannot be read ({error.strerror}); check its rights") from None
+    if empty:
+        raise InputError(f"{field}: {str(path)!r} is empty; give it at least one row")
+
+
+def _jsonl_rows(path: Path, field: str) -> Iterator[Row]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{path}, line {number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if not text.strip():
+                    continue
+                row = json.loads(text)
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{field}: {where} is not UTF-8 (byte {error.start + 1}); save the file as UTF-8"
+                ) from None
+            except json.JSONDecodeError as error:
+                raise InputError(
+                    f"{field}: {where} is no JSON ({error.msg}, column {error.colno}); write one JSON object a line"
+                ) from None
+            if not isinstance(row, dict):
+                raise InputError(f"{field}: {where} is {_short(row)}; write one JSON object a line")
+            yield where, row
+
+
+def _parquet_rows(path: Path, field: str) -> Iterator[Row]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise _data_extra(path, field) from None
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(
+            f"{field}: {str(path)!r} is no readable parquet file ({_first_line(error)}); write it again"
+        ) from None
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}, row {number}", row
+
+
+def _saved_rows(path: Path, field: str) -> Iterator[Row]:
+    try:
+        import datasets
+    except ImportError:
+        raise _data_extra(path, field) from None
+    try:
+        data = datasets.load_from_disk(str(path))
+    except Exception as error:  # the library raises whatever a damaged folder leads it to
+        raise InputError(
+            f"{field}: the folder {str(path)!r} holds no data set ({_first_line(error)}); "
+            f"make it with save_to_disk of datasets"
+        ) from None
+    if isinstance(data, datasets.DatasetDict):
+        raise InputError(
+            f"{field}: the folder {str(path)!r} holds the splits {', '.join(data)}; "
+            f"give one of them, {str(path / next(iter(data)))!r} for example"
+        )
+    for number, row in enumerate(data, start=1):
+        yield f"{path}, row {number}", row
+
+
+def _data_extra(path: Path, field: str) -> InputError:
+    return InputError(f"{field}: reading {str(path)!r} needs a further package; run `pip install dvpo[data]`")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
