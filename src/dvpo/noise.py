@@ -32,10 +32,10 @@ class Noise(Protocol):
         ...
 
 
-_KEYS: dict[str, Callable[[str, int, int, int], tuple[str | int, ...] | None]] = {
-    "none": lambda prompt_id, visit, sample, position: None,
-    "flip": lambda prompt_id, visit, sample, position: (prompt_id, visit, sample, position),
-    "persistent": lambda prompt_id, visit, sample, position: (prompt_id,),
+_KEYS: dict[str, Callable[[str, int, int], tuple[str | int, ...] | None]] = {
+    "none": lambda prompt_id, visit, sample_index: None,
+    "flip": lambda prompt_id, visit, sample_index: (prompt_id, visit, sample_index),
+    "persistent": lambda prompt_id, visit, sample_index: (prompt_id,),
 }
 """What the correctness of a label depends on, for each kind of noise."""
 
@@ -47,9 +47,9 @@ def make_noise(kind: str, rate: float, seed: int, low: float = 0.0, high: float 
     `rate`, independently, keyed by (seed, prompt id, visit, sample index). `persistent` makes every label of
     a prompt wrong for a share `rate` of the prompts, keyed by (seed, prompt id).
 
-    A missing reward stays missing. Each entry of a list (a reward a turn or a token) is a label of its own:
-    `flip` has its position in the key, a scalar being position 0; `persistent` turns all of them. A list
-    whose early entries are no judgement must therefore hold None there, not 0.
+    A missing reward stays missing. In a list (a reward a turn or a token) the last entry is the verdict on the
+    response and is treated like a scalar; the others stay, since most of them are zeros that judge nothing and
+    turning each would add rewards in proportion to the length.
 
     Args:
         kind: `none`, `flip` or `persistent`.
@@ -86,7 +86,7 @@ def keyed_uniform(*key: str | int) -> float:
 
 @dataclass(frozen=True)
 class _Reflection:
-    """Wrong labels are mirrored at the middle of the bounds: 0 and 1 trade places."""
+    """Mirrors wrong labels at the middle of the bounds: 0 and 1 trade places."""
 
     kind: str
     rate: float
@@ -101,21 +101,18 @@ class _Reflection:
         visits: Sequence[int],
         sample_indices: Sequence[int],
     ) -> list[Reward]:
-        samples = zip(true_rewards, prompt_ids, visits, sample_indices, strict=True)
-        return [
-            self._observed(r, prompt_id, int(visit), int(index)) for r, prompt_id, visit, index in samples
-        ]
+        labels = zip(true_rewards, prompt_ids, visits, sample_indices, strict=True)
+        return [self._observed(reward, prompt, int(visit), int(index)) for reward, prompt, visit, index in labels]
 
-    def _observed(self, reward: Reward, prompt_id: str, visit: int, sample: int) -> Reward:
+    def _observed(self, reward: Reward, prompt_id: str, visit: int, index: int) -> Reward:
         if isinstance(reward, list):
-            return [self._label(entry, prompt_id, visit, sample, at) for at, entry in enumerate(reward)]
-        return self._label(reward, prompt_id, visit, sample, 0)
+            verdict = [self._label(last, prompt_id, visit, index) for last in reward[-1:]]
+            return [_none_if_nan(entry) for entry in reward[:-1]] + verdict
+        return self._label(reward, prompt_id, visit, index)
 
-    def _label(self, reward: float | None, prompt_id: str, visit: int, sample: int, at: int) -> float | None:
-        if reward is None or math.isnan(reward):
-            return None
-        key = _KEYS[self.kind](prompt_id, visit, sample, at)
-        if key is None:
+    def _label(self, reward: float | None, prompt_id: str, visit: int, index: int) -> float | None:
+        reward, key = _none_if_nan(reward), _KEYS[self.kind](prompt_id, visit, index)
+        if reward is None or key is None:
             return reward
         if not self.low <= reward <= self.high:
             raise InputError(
@@ -124,6 +121,10 @@ class _Reflection:
             )
         wrong = keyed_uniform("noise", self.kind, self.seed, *key) < self.rate
         return self.low + self.high - reward if wrong else reward
+
+
+def _none_if_nan(reward: float | None) -> float | None:
+    return None if reward is None or math.isnan(reward) else reward
 
 
 def _is_number(value: object) -> bool:
