@@ -1,0 +1,226 @@
+"""What a run leaves behind: metrics, completions and faults line by line, and where they come from.
+
+    config.yaml        the config, as it was validated
+    manifest.json      versions, machine, seed, commit, command line; one entry in `resumes` for each resume
+    dirty.diff         only for a source tree with uncommitted changes: what they are
+    metrics.jsonl      one object a step
+    completions.jsonl  sampled texts with their rewards
+    faults.jsonl       reward calls that failed, and whatever else the run survived
+
+Every line is handed to the system when it is written, so a kill costs at most half a line. A resume at step N
+drops what came after N: the log of a killed and resumed run equals that of an uninterrupted one but for
+wall-clock figures, whose keys begin with `time/`. Lines are strict JSON: floats in full precision, null for
+NaN and infinity.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dvpo import provenance
+from dvpo.distributed import is_main, world_size
+from dvpo.durable import disk_full_named, write_atomically
+from dvpo.errors import InputError
+
+TIME_PREFIX = "time/"
+"""Metrics whose keys begin so are wall-clock figures; every other one is the same in two equal runs."""
+
+STREAMS = ("metrics.jsonl", "completions.jsonl", "faults.jsonl")
+
+
+class RunLog:
+    """The log of one run. Every process may call it; only rank 0 writes.
+
+    Args:
+        folder: the run's folder.
+        config: the config as YAML text.
+        seed: the run's seed.
+        device: where the models live.
+        resume_step: the step of the checkpoint to resume from (0: from the start); None for a fresh run.
+        tensorboard: also write TensorBoard events, below `tensorboard/`.
+
+    Raises:
+        InputError: a fresh run in a folder that holds one, a resume in one that holds none, a damaged log,
+            TensorBoard asked for but not installed.
+        DiskFullError: here and in every method that writes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: str,
+        *,
+        seed: int,
+        device: str | torch.device,
+        resume_step: int | None = None,
+        tensorboard: bool = False,
+    ) -> None:
+        self.folder = folder
+        self._streams: dict[str, FileIO] = {}
+        self._events: Any = None
+        if not is_main():
+            return
+        event_writer = _event_writer() if tensorboard else None
+        if resume_step is None:
+            _start(folder, config, seed, device)
+        else:
+            _resume(folder, config, seed, device, resume_step)
+        self._streams = {name: FileIO(folder / name, "a") for name in STREAMS}
+        if event_writer is not None:
+            purge_step = None if resume_step is None else resume_step + 1
+            self._events = event_writer(str(folder / "tensorboard"), purge_step=purge_step)
+
+    def metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write the one row of `step`; 0-d tensors count as numbers."""
+        self._append("metrics.jsonl", step, [metrics])
+        if self._events is not None:
+            for key, value in _plain(metrics).items():
+                if isinstance(value, int | float):
+                    self._events.add_scalar(key, value, step)
+            self._events.flush()
+
+    def completions(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write one row for each sampled text kept of `step`."""
+        self._append("completions.jsonl", step, rows)
+
+    def faults(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write one row for each fault survived in `step`."""
+        self._append("faults.jsonl", step, rows)
+
+    def sync(self) -> None:
+        """Return only when all rows are on the disk; called before a checkpoint, whose resume needs them."""
+        for name, stream in self._streams.items():
+            with disk_full_named(self.folder / name):
+                os.fsync(stream.fileno())
+
+    def close(self) -> None:
+        for stream in self._streams.values():
+            stream.close()
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _append(self, name: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        if not is_main():
+            return
+        stream = self._streams[name]
+        left = memoryview(b"".join(_line({"step": step, **row}) for row in rows))
+        whole = stream.seek(0, os.SEEK_END)
+        with disk_full_named(self.folder / name):
+            try:
+                while left:
+                    left = left[stream.write(left) :]
+            except OSError:
+                stream.truncate(whole)
+                raise
+
+
+def read_rows(path: Path, up_to_step: int | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a log, a half-written last line left out.
+
+    Raises:
+        InputError: if another line is damaged.
+    """
+    for _, row in _rows(path, up_to_step):
+        yield row
+
+
+def _start(folder: Path, config: str, seed: int, device: str | torch.device) -> None:
+    if any(folder.glob("checkpoint-*")) or any((folder / name).exists() for name in ("manifest.json", *STREAMS)):
+        raise InputError(f"output = {folder} already holds a run: resume it, or choose another output folder")
+    with disk_full_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    session = _record_session(folder, config, seed, device, "dirty.diff")
+    # The manifest comes last: with it, the folder holds a run.
+    _write_json(folder / "manifest.json", {**session, "resumes": []})
+
+
+def _resume(folder: Path, config: str, seed: int, device: str | torch.device, step: int) -> None:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+    except (OSError, ValueError):
+        raise InputError(f"output = {folder} holds no run to resume: check the path, or start afresh") from None
+    for name in STREAMS:
+        path = folder / name
+        if path.exists():
+            write_atomically(path, (line for line, _ in _rows(path, step)))
+    session = _record_session(folder, config, seed, device, f"dirty-{step}.diff")
+    manifest["resumes"].append({"step": step, **session})
+    _write_json(folder / "manifest.json", manifest)
+
+
+def _record_session(folder: Path, config: str, seed: int, device: str | torch.device, diff_name: str) -> dict[str, Any]:
+    """Write config and uncommitted changes; return the rest, for the manifest."""
+    commit, dirty, diff = provenance.source()
+    if diff:
+        write_atomically(folder / diff_name, [diff.encode()])
+    write_atomically(folder / "config.yaml", [config.encode()])
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "argv": sys.argv,
+        "seed": seed,
+        "config_hash": provenance.config_hash(config),
+        "commit": commit,
+        "dirty": dirty,
+        "diff": diff_name if diff else None,
+        "versions": provenance.versions(),
+        "machine": provenance.machine(device),
+        "processes": world_size(),
+    }
+
+
+def _rows(path: Path, up_to_step: int | None) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+                step = row["step"]
+            except (ValueError, TypeError, KeyError):
+                if not line.endswith(b"\n"):
+                    return  # the run was killed amid this line
+                raise InputError(f"{path} is damaged at line {number}: remove that line") from None
+            if up_to_step is None or step <= up_to_step:
+                yield line.rstrip(b"\n") + b"\n", row
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(_plain(row), allow_nan=False, default=str).encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """Tensors and arrays as lists and numbers, NaN and infinity as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_atomically(path, [json.dumps(value, indent=2).encode() + b"\n"])
+
+
+def _event_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError(
+            "log.tensorboard = true needs tensorboard, which is not installed: "
+            "run `pip install dvpo[track]`, or set log.tensorboard=false"
+        ) from None
+    return SummaryWriter
