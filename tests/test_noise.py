@@ -46,12 +46,8 @@ def order_matters(noise: Callable[..., list[Reward]]) -> bool:
 def test_flips_have_the_rate_asked_for_over_samples_visits_and_prompts(rate: float) -> None:
     wrong = flipped(make_noise("flip", rate, seed=0), SAMPLES)
     assert within_binomial_bounds(sum(wrong), len(SAMPLES), rate)
-    for part in range(
-        3
-    ):  # which field of the key varies: one visit, one sample index, one half of the prompts
-        chosen = [
-            w for w, s in zip(wrong, SAMPLES, strict=True) if (s[2], s[3], int(s[1][7:]) // 200)[part] == 1
-        ]
+    for part in range(3):  # which field of the key varies: one visit, one sample index, one half of the prompts
+        chosen = [w for w, s in zip(wrong, SAMPLES, strict=True) if (s[2], s[3], int(s[1][7:]) // 200)[part] == 1]
         assert within_binomial_bounds(sum(chosen), len(chosen), rate)
 
 
@@ -97,9 +93,7 @@ from dvpo.noise import keyed_uniform
 print(json.dumps([[keyed_uniform(*k) for k in {keys!r}], hash("prompt")]))
 """
     command = [sys.executable, "-c", script]
-    outputs = [
-        subprocess.check_output(command, env={"PYTHONHASHSEED": hash_seed}) for hash_seed in ("1", "2")
-    ]
+    outputs = [subprocess.check_output(command, env={"PYTHONHASHSEED": hash_seed}) for hash_seed in ("1", "2")]
     runs = [json.loads(output) for output in outputs]
     assert runs[0][0] == runs[1][0] == [keyed_uniform(*key) for key in keys]
     assert runs[0][1] != runs[1][1]

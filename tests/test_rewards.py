@@ -147,9 +147,7 @@ def test_prints_at_every_level_and_reading_stdin_cannot_corrupt_the_conversation
 
 
 def test_an_empty_batch_is_not_sent(guard: Guard) -> None:
-    assert score(
-        guard("def reward(prompts, completions, completion_ids): raise AssertionError"), []
-    ) == Scores([], [])
+    assert score(guard("def reward(prompts, completions, completion_ids): raise AssertionError"), []) == Scores([], [])
 
 
 def test_a_batch_larger_than_a_pipe_goes_both_ways(guard: Guard) -> None:
@@ -358,9 +356,7 @@ def test_neither_the_run_nor_the_worker_imports_torch_for_it() -> None:
             return [float("torch" in sys.modules)]
         print("torch" in sys.modules, GuardedReward(reward)(["p"], ["c"], [[1]], {{}}).rewards)
     """
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, check=True, text=True
-    )
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, check=True, text=True)
     assert run.stdout.split() == ["False", "[0.0]"]
 
 

@@ -35,16 +35,12 @@ class RewardProcess:
 
     def __init__(self) -> None:
         self._function: Callable[..., Any] | None = None
-        self._runner = (
-            asyncio.Runner()
-        )  # one event loop for all calls: an HTTP client kept by the user stays usable
+        self._runner = asyncio.Runner()  # one event loop for all calls: an HTTP client kept by the user stays usable
 
     def answer(self, request: Json) -> Json:
         try:
             return getattr(self, request.pop("request"))(**request)
-        except (
-            BaseException
-        ) as error:  # a user's sys.exit() is a fault of one call, not the end of the worker
+        except BaseException as error:  # a user's sys.exit() is a fault of one call, not the end of the worker
             return {"error": _one_line(error), "traceback": _last_lines()}
 
     def load(self, function: str | bytes, sys_path: list[str]) -> Json:

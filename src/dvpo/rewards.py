@@ -194,9 +194,7 @@ class GuardedReward:
         if "error" in reply:
             return _Failure("exception", str(reply["traceback"]))
         if "wrong_type" in reply:
-            return _Failure(
-                "wrong_type", f"returned {reply['wrong_type']}, not a list with one entry a completion"
-            )
+            return _Failure("wrong_type", f"returned {reply['wrong_type']}, not a list with one entry a completion")
         entries = list(reply["rewards"])
         if len(entries) != size:
             return _Failure("wrong_length", f"returned {len(entries)} entries for {size} completions")

@@ -123,13 +123,13 @@ def _examples(rows: Iterable[Row], field: str, prompt_column: str, answer_column
     examples: list[Example] = []
     places: dict[str, str] = {}
     repetitions: dict[str, int] = {}
-    has_ids = False
+    ids_are_given = False
     for place, row in rows:
         prompt = _prompt(row, prompt_column, f"{field}: {place}")
         if not examples:
-            has_ids = "id" in row
-        if has_ids:
-            name = _given_id(row, f"{field}: {place}")
+            ids_are_given = "id" in row
+        if ids_are_given or "id" in row:
+            name = _given_id(row, ids_are_given, f"{field}: {place}")
         else:
             key = _prompt_hash(prompt)
             repetitions[key] = repetitions.get(key, 0) + 1
@@ -160,10 +160,13 @@ def _columns(row: Mapping[str, Any], prompt_column: str, answer_column: str | No
     return columns
 
 
-def _given_id(row: Mapping[str, Any], where: str) -> str:
+def _given_id(row: Mapping[str, Any], ids_are_given: bool, where: str) -> str:
     name = row.get("id")
+    remedy = "give every row a string or an integer, or remove the column"
+    if not ids_are_given:
+        raise InputError(f"{where} has the id {name!r}, but the first row has none; {remedy}")
     if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
-        raise InputError(f"{where} has the id {name!r}; give every row a string or an integer, or remove the column")
+        raise InputError(f"{where} has the id {name!r}; {remedy}")
     return str(name)
 
 
