@@ -59,9 +59,7 @@ def equal(left: object, right: object) -> bool:
     if isinstance(left, torch.Tensor | np.ndarray):
         bits = (left.numpy(), right.numpy()) if isinstance(left, torch.Tensor) else (left, right)
         return (
-            bits[0].dtype == bits[1].dtype
-            and bits[0].shape == bits[1].shape
-            and bits[0].tobytes() == bits[1].tobytes()
+            bits[0].dtype == bits[1].dtype and bits[0].shape == bits[1].shape and bits[0].tobytes() == bits[1].tobytes()
         )
     if isinstance(left, dict):
         return equal(list(left), list(right)) and equal(list(left.values()), list(right.values()))
@@ -88,9 +86,7 @@ def test_every_kind_of_state_comes_back_exactly(tmp_path: Path) -> None:
             torch.zeros(0, 2),
             torch.tensor([math.nan, -0.0]),
         ],
-        "types": [
-            torch.ones(2, dtype=dtype) for dtype in (torch.uint8, torch.bool, torch.float64, torch.int64)
-        ],
+        "types": [torch.ones(2, dtype=dtype) for dtype in (torch.uint8, torch.bool, torch.float64, torch.int64)],
         "clash": {1: torch.tensor(1.0), "1": torch.tensor(2.0)},
         "arrays": [np.arange(3, dtype=np.uint32), np.float64([[1.5]]).T, np.zeros(0)],
     }
@@ -297,14 +293,10 @@ def full_disk_in_rust(*_: object) -> None:
 
 
 @pytest.mark.parametrize("fail", [full_disk, full_disk_in_rust])
-def test_a_disk_that_fills_in_a_writer_leaves_the_previous_checkpoint_and_says_so(
-    tmp_path: Path, fail
-) -> None:
+def test_a_disk_that_fills_in_a_writer_leaves_the_previous_checkpoint_and_says_so(tmp_path: Path, fail) -> None:
     checkpointer = Checkpointer(tmp_path, keep=1)
     save(checkpointer, 1)
-    with pytest.raises(
-        DiskFullError, match=r"^the disk is full: .*checkpoint-2 could not be written; free some"
-    ):
+    with pytest.raises(DiskFullError, match=r"^the disk is full: .*checkpoint-2 could not be written; free some"):
         checkpointer.save(2, {"policy": write_policy(2), "critic": fail}, {})
     assert names(tmp_path) == ["checkpoint-1"]
     assert find_fault(tmp_path / "checkpoint-1") is None

@@ -54,8 +54,8 @@ def test_the_naive_pass_at_k_is_biased_and_would_fail() -> None:
 
 
 def test_iqm_drops_a_quarter_at_each_end_over_all_rows() -> None:
-    # Sorted 0 1 2 3 4 5 6 100: floor(8/4) = 2 dropped at each end, (2 + 3 + 4 + 5)/4 = 3.5.
-    assert iqm([[100, 2, 3, 1], [0, 4, 5, 6]]) == 3.5
+    # Sorted 0 1 2 3 4 7 8 100: floor(8/4) = 2 dropped at each end, (2 + 3 + 4 + 7)/4 = 4.
+    assert iqm([[100, 2, 3, 1], [0, 4, 7, 8]]) == 4.0
     # Three entries: none dropped, (1 + 2 + 6)/3 = 3. Ragged rows are pooled.
     assert iqm([1, 2, 6]) == 3.0
     assert iqm([[1.0], [2.0, 6.0]]) == 3.0

@@ -283,9 +283,7 @@ def _decode(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
             return tensors[value].numpy()
         case "tensor":
             return tensors[value]
-    raise InputError(
-        f"state.json holds an unknown kind {kind!r}: the checkpoint is of a newer version of dvpo"
-    )
+    raise InputError(f"state.json holds an unknown kind {kind!r}: the checkpoint is of a newer version of dvpo")
 
 
 class RNGState:

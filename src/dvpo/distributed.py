@@ -82,9 +82,7 @@ def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
 
 def _all_reduce(tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> torch.Tensor:
     if tensor.requires_grad:
-        raise ValueError(
-            f"a reduction carries no gradient: detach the tensor of shape {tuple(tensor.shape)} first"
-        )
+        raise ValueError(f"a reduction carries no gradient: detach the tensor of shape {tuple(tensor.shape)} first")
     if world_size() == 1:
         return tensor
     reduced = tensor.clone(memory_format=torch.contiguous_format)
