@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Make the byte-level tokenizer: 8 special tokens (pad is not end), then a token for each of 256 bytes."""
+    """Make the byte-level tokenizer: 8 special tokens (pad is not end), then one token for each byte."""
     symbols = [*SPECIAL_TOKENS, *sorted(ByteLevel.alphabet())]
     backend = Tokenizer(BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
@@ -48,9 +48,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_config(
-    hidden_size: int = 64, num_hidden_layers: int = 3, intermediate_size: int = 192
-) -> Qwen3Config:
+def make_config(hidden_size: int = 64, num_hidden_layers: int = 3, intermediate_size: int = 192) -> Qwen3Config:
     """Describe the tiny Qwen3: heads of 16, two queries to a key, tied embeddings, our own vocabulary.
 
     Args:
@@ -69,6 +67,7 @@ def make_config(
         head_dim=16,
         max_position_embeddings=CONTEXT_LENGTH,
         tie_word_embeddings=True,
+        initializer_range=0.1,  # so narrow a model learns slowly from the usual 0.02
         pad_token_id=specials[PAD],
         eos_token_id=specials[END],
     )

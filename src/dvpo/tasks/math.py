@@ -1,10 +1,10 @@
 """Chain arithmetic: `23+8-5=` is answered step by step, `23+8=31;31-5=26;#26`.
 
 Two things make this small task worth training on. The demonstrations are wrong in a *systematic* way: some
-facts of the form (units digit, sign, operand) are mislearnt by the demonstrator, each with its own wrong result
-and its own frequency. A model that imitates them is wrong where they are, greedily too, yet also writes the
-right result often enough for a reward to find it. And a repaired fact is repaired everywhere, so that what is
-learnt on short chains (in distribution) can show on longer ones (out of distribution).
+facts of the form (units digit, sign, operand) are mislearnt by the demonstrator, each with its own wrong
+result and its own frequency. A model that imitates them is wrong where they are, greedily too, yet also writes
+the right result often enough for a reward to find it. And a repaired fact is repaired everywhere, so that what
+is learnt on short chains (in distribution) can show on longer ones (out of distribution).
 """
 
 import hashlib
@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
+from dvpo.errors import InputError
 from dvpo.tasks import Environment, Example, Prompt, Reward, SingleTurn
 
 TASK_VERSION = 1
 """Raised when questions, flaws or the written form change, so that no cached warm start outlives its task."""
 
 LARGEST = 99
+MOST_QUESTIONS = 50_000
 FLAWED_SHARE = 0.4
+FLAW_PROBABILITIES = (0.35, 0.85)
 HELD_OUT_SHARE = 0.25
 ID_OPERATIONS = (2, 3)
 OOD_OPERATIONS = (4, 6)
@@ -82,9 +85,10 @@ def flaw(units: int, operand: int) -> Flaw | None:
     if hash_share(f"flawed {fact}") >= FLAWED_SHARE:
         return None
     errors = (-10, -2, -1, 1, 2, 10)
+    low, high = FLAW_PROBABILITIES
     return Flaw(
         error=errors[int(hash_share(f"error {fact}") * len(errors))],
-        probability=0.3 + 0.4 * hash_share(f"probability {fact}"),
+        probability=low + (high - low) * hash_share(f"probability {fact}"),
     )
 
 
@@ -180,6 +184,10 @@ class ChainArithmetic:
 
 def draw_examples(count: int, operations: tuple[int, int], held_out: bool, seed: str) -> tuple[Example, ...]:
     """Draw `count` different questions, held out or not, with operations in the inclusive range."""
+    if not 0 <= count <= MOST_QUESTIONS:
+        raise InputError(
+            f"the math task's split of {count} questions must have 0 to {MOST_QUESTIONS}: choose another size"
+        )
     rng = random.Random(seed)
     questions: dict[str, Question] = {}
     while len(questions) < count:
