@@ -91,15 +91,15 @@ def test_only_rank_0_writes(tmp_path: Path, monkeypatch) -> None:
 # --- kill and resume --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("checkpoint", [0, 2, 4])
+@pytest.mark.parametrize("checkpoint", [-1, 0, 2, 4])
 def test_a_killed_and_resumed_log_equals_an_uninterrupted_one(tmp_path: Path, checkpoint: int) -> None:
     with open_log(tmp_path / "whole") as log:
-        for step in range(1, 8):
+        for step in range(8):
             write_step(log, step)
 
     def killed_run() -> None:
         log = open_log(tmp_path / "killed")
-        for step in range(1, 6):
+        for step in range(6):
             write_step(log, step)
         with open(tmp_path / "killed" / "metrics.jsonl", "ab") as file:
             file.write(b'{"step": 6, "reward": 2')

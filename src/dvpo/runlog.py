@@ -44,7 +44,8 @@ class RunLog:
         config: the config as YAML text.
         seed: the run's seed.
         device: where the models live.
-        resume_step: the step of the checkpoint to resume from (0: from the start); None for a fresh run.
+        resume_step: the step of the checkpoint to resume from; -1 to begin again a run that was killed before its
+            first checkpoint; None for a fresh run.
         tensorboard: also write TensorBoard events, below `tensorboard/`.
 
     Raises:
