@@ -88,6 +88,13 @@ def test_curvature_worked_example():
     close(terms["curvature"], 4.0)
 
 
+def test_a_tail_takes_no_further_atom_for_a_rounding_error():
+    # .07 * 100 is 7.000000000000001 in floating point, yet the lowest tail has 7 atoms: mean of 0..6 = 3, squared 9.
+    predictions = torch.arange(100, dtype=F64)[None]
+    terms = critic_terms(predictions, torch.zeros(1, dtype=F64), quantile_levels(100, dtype=F64), 0.1, 2.0, 0.07, 0.1)
+    close(terms["cvar"], 9.0)
+
+
 def reference_terms(predictions, targets, levels, kappa, eta, alpha, beta):
     """Section 4 of the method, read aloud: loops and lists, one token."""
     num_heads, num_levels = predictions.shape

@@ -178,9 +178,7 @@ def mixture_targets(
         unrewarded = zero_last_delta is not None and bool(zero_last_delta[b])
         states_HM = torch.cat([quantiles_BTM[b, keep_T], end_BM[b, None]]).sort(dim=-1).values
         to_come_H = torch.cat([to_come_BT[b, keep_T], to_come_BT.new_zeros(1)])
-        targets_BTL[b, keep_T] = _draw_mixture(
-            to_come_H, states_HM, gamma, lam, num_atoms, unrewarded, generator
-        )
+        targets_BTL[b, keep_T] = _draw_mixture(to_come_H, states_HM, gamma, lam, num_atoms, unrewarded, generator)
     return targets_BTL
 
 
@@ -282,7 +280,8 @@ def _group_deviations(rewards: Tensor, groups: Tensor, reward_mask: Tensor) -> t
     group_B = groups.unique(return_inverse=True)[1]
     count_B = _group_sum(reward_mask.bool().to(rewards_B.dtype), group_B)
     mean_B = _group_sum(rewards_B, group_B) / count_B.clamp(min=1)
-    return zero_masked(rewards_B - mean_B, reward_mask.bool() & (count_B >= 2)), count_B, group_B
+    # A reward that is alone is its own mean: the deviation is exactly 0, and so is every advantage made of it.
+    return zero_masked(rewards_B - mean_B, reward_mask), count_B, group_B
 
 
 def _group_sum(values_B: Tensor, group_B: Tensor) -> Tensor:
