@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from dvpo.core.masks import at_least_float32
+
 # Predictions worked on at a time: on a CPU the temporaries stay in the cache; elsewhere only memory counts.
 _CHUNK_CPU, _CHUNK_ELSEWHERE = 2**14, 2**20
 
@@ -118,9 +120,8 @@ def quantile_huber_by_level(predictions: Tensor, targets: Tensor, levels: Tensor
     """
     _check(predictions, targets, levels, kappa)
     num_heads, num_quantiles = predictions.shape[-2:]
-    dtype = torch.promote_types(predictions.dtype, torch.float32)
     losses_KM = _ExactQuantileHuber.apply(
-        predictions.to(dtype).reshape(-1, num_heads, num_quantiles),
+        at_least_float32(predictions).reshape(-1, num_heads, num_quantiles),
         targets.reshape(-1, targets.shape[-1]),
         levels,
         kappa,
