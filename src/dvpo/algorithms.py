@@ -191,9 +191,7 @@ def distributional_critic_loss(
     del before_KNM
     critic = config.critic
     levels_M = quantile_levels(critic.num_quantiles, critic.levels).to(predictions_KNM)
-    terms = critic_terms(
-        predictions_KNM, targets_KL, levels_M, critic.kappa, critic.eta, critic.alpha, critic.beta
-    )
+    terms = critic_terms(predictions_KNM, targets_KL, levels_M, critic.kappa, critic.eta, critic.alpha, critic.beta)
     weighted = [getattr(critic.weights, name) * term for name, term in terms.items() if name != "qr"]
     return {"loss": terms["qr"] + torch.stack(weighted).sum(dim=0), **terms}
 

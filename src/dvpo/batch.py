@@ -67,6 +67,11 @@ class Rollout:
     def __len__(self) -> int:
         return self.tokens_BS.shape[0]
 
+    def to(self, device: torch.device) -> "Rollout":
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {n: v.to(device) for n, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
     def select(self, rows: Tensor) -> "Rollout":
         """The given rows (int64 indices), in that order."""
         index = rows.tolist()
@@ -104,17 +109,6 @@ class Estimates:
     targets_BTL: Tensor
     """float32, the critic's target atoms; 0 where masked; L = 0 without a critic."""
     values_BTNM: Tensor
-    """float32, the critic's predictions before the update (for value clipping and figures); N = M = 0 without a critic."""
+    """float32, the critic's predictions before the update, for value clipping; N = M = 0 without a critic."""
     reference_BT: Tensor
     """float32, log-probabilities under the reference policy; zeros when no KL term is asked for."""
-
-
-def gather_tokens(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Flatten the policy's tokens: [B, T, ...] -> [K, ...] in row-major order."""
-    return values_BT[mask_BT]
-
-
-def scatter_tokens(values_K: Tensor, mask_BT: Tensor) -> Tensor:
-    """Inverse of `gather_tokens`: [K, ...] -> [B, T, ...], zeros where masked; differentiable."""
-    out = values_K.new_zeros((*mask_BT.shape, *values_K.shape[1:]))
-    return torch.masked_scatter(out, mask_BT.view(*mask_BT.shape, *[1] * (values_K.dim() - 1)), values_K)

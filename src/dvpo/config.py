@@ -6,9 +6,10 @@ algorithm's row, the YAML file, `key.sub=value` overrides of the command line.
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -23,8 +24,13 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+T = TypeVar("T")
 
-section = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def section(kind: type[T]) -> type[T]:
+    """A frozen dataclass that pydantic validates whenever one is made."""
+    return dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(kind)  # type: ignore[return-value]
 
 
 @section
@@ -32,7 +38,7 @@ class TaskConfig:
     """What is learnt."""
 
     name: str = "math"
-    """`math` (embedded chain arithmetic), `files` (your own data), or `my_module:make_task` (called with this section)."""
+    """`math` (embedded), `files` (your own data), or `my_module:make_task`, called with this section."""
     path: str | None = None
     """files: training data, a .jsonl or .parquet file or a folder saved by `datasets`."""
     id_path: str | None = None
@@ -94,6 +100,9 @@ class NoiseConfig:
 
     kind: Literal["none", "flip", "persistent"] = "none"
     rate: Share = 0.0
+    low: float = 0.0
+    high: float = 1.0
+    """A wrong label turns a reward r into low + high - r."""
     seed: int | None = None
     """None: the run's seed."""
 
@@ -299,14 +308,19 @@ def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides:
         raise InputError(_one_sentence(error)) from None
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """Nested plain values of a config: what `load_config` accepts, and what run folders keep."""
-    return dataclasses.asdict(config)
-
-
 def to_yaml(config: Config) -> str:
     """YAML text that `load_config` reads back to an equal config."""
     return yaml.safe_dump(TypeAdapter(Config).dump_python(config, mode="json"), sort_keys=False)
+
+
+def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys in which two configs differ, each with both values."""
+    found = {}
+    for key in _all_keys(Config, ""):
+        values = [functools.reduce(getattr, key.split("."), config) for config in (one, other)]
+        if values[0] != values[1]:
+            found[key] = (values[0], values[1])
+    return found
 
 
 def _read(path: str | Path) -> dict[str, Any]:

@@ -113,10 +113,10 @@ def make_critic(kind: Kind, config: CriticConfig, policy: Policy) -> Critic:
         monotone=config.monotone,
     )
     trunk = None if config.trunk == "shared" else copy.deepcopy(policy.trunk)
-    return Critic(shape, trunk, policy.dtype).to(policy.device).eval()
+    return Critic(shape, trunk, policy.dtype).to(policy.device).train(policy.model.training)
 
 
-def load_critic(folder: str | Path, device: str | torch.device = "cpu") -> Critic:
+def load_critic(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Critic:
     """Load a critic saved by `Critic.save` (the `critic/` folder of a checkpoint).
 
     Raises:
@@ -133,6 +133,6 @@ def load_critic(folder: str | Path, device: str | torch.device = "cpu") -> Criti
     trunk = None
     if shape.trunk != "shared":
         trunk = AutoModel.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    critic = Critic(shape, trunk)
+    critic = Critic(shape, trunk, dtype)
     critic.load_state_dict(tensors)
     return critic.to(device).eval()

@@ -53,7 +53,7 @@ def explained_variance(values_K: Tensor, returns_K: Tensor, reduce: Reduce) -> f
 
 
 def calibration_error(values_K: Tensor, returns_K: Tensor, reduce: Reduce, low: float, high: float) -> float:
-    """Mean over tokens of |mean return - mean V| within equal-width bins of V over [low, high]; V outside is clipped."""
+    """Mean over tokens of |mean return - mean V| in equal-width bins of V over [low, high]; V outside is clipped."""
     width = max(high - low, 1e-12)
     bins_K = ((values_K - low) / width * CALIBRATION_BINS).long().clamp(0, CALIBRATION_BINS - 1)
     gap_K, zeros = (returns_K - values_K).double(), torch.zeros(CALIBRATION_BINS, dtype=torch.float64)

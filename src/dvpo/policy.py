@@ -8,10 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.logging import disable_progress_bar
 
-from dvpo.config import ModelConfig
 from dvpo.errors import InputError
+
+# Loading bars of single files would tear the progress display.
+disable_progress_bar()
 
 LOGIT_BUDGET = 1 << 24
 """Logits held at once while log-probs are computed (64 MiB in float32)."""
@@ -125,32 +134,25 @@ def compute_type(dtype: torch.dtype, device: torch.device) -> AbstractContextMan
 def hidden_states(trunk: nn.Module, tokens_BS: Tensor, attention_BS: Tensor) -> Tensor:
     """Last hidden state [B, S, D] of a transformer trunk; positions count real tokens, so padding does not matter."""
     positions_BS = (attention_BS.long().cumsum(dim=-1) - 1).clamp(min=0)
-    out = trunk(
-        input_ids=tokens_BS, attention_mask=attention_BS.long(), position_ids=positions_BS, use_cache=False
-    )
+    out = trunk(input_ids=tokens_BS, attention_mask=attention_BS.long(), position_ids=positions_BS, use_cache=False)
     return out.last_hidden_state
-
-
-def load_policy(config: ModelConfig, device: torch.device, starting_folder: Path | None = None) -> Policy:
-    """Load the policy that a config names.
-
-    Args:
-        config: the model section.
-        device: where it lives.
-        starting_folder: the folder of the embedded model, for `path: embedded`.
-
-    Raises:
-        InputError: no such folder, no causal language model in it, no tokenizer, no end token, or a family whose
-            head is not supported.
-    """
-    path = str(starting_folder) if config.path == "embedded" and starting_folder else config.path
-    return open_policy(path, device, config.dtype, config.gradient_checkpointing)
 
 
 def open_policy(
     path: str | Path, device: torch.device, dtype: str = "float32", gradient_checkpointing: bool = False
 ) -> Policy:
-    """Load a Hugging Face folder (or hub name) as a `Policy`; dropout off, no remote code."""
+    """Load a Hugging Face folder (or hub name) as a `Policy`; dropout off, no remote code.
+
+    Args:
+        path: a folder written by `save_pretrained` (model and tokenizer), or a hub name.
+        device: where it lives.
+        dtype: compute type of the trunk, `float32` or `bfloat16`; master weights are float32 either way.
+        gradient_checkpointing: recompute activations in the backward pass.
+
+    Raises:
+        InputError: no such folder, no causal language model in it, no tokenizer, no end token, or a family whose
+            head is not supported.
+    """
     path = str(path)
     local = Path(path).expanduser()
     looks_local = local.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1
@@ -158,7 +160,6 @@ def open_policy(
         raise InputError(f"model.path = {path} is no folder: give a folder with config.json and weights, or a hub name")
     source = str(local) if local.is_dir() else path
     try:
-        # Every dropout of the family is a config field; training mode then only serves gradient checkpointing.
         model_config = without_dropout(AutoConfig.from_pretrained(source, trust_remote_code=False))
         model = AutoModelForCausalLM.from_pretrained(
             source, config=model_config, dtype=torch.float32, trust_remote_code=False
@@ -172,7 +173,8 @@ def open_policy(
         ) from None
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = Policy(model.to(device).eval(), tokenizer, getattr(torch, dtype))
+    # transformers checkpoints in training mode only; with every dropout at 0 the mode changes nothing else.
+    policy = Policy(model.to(device).train(gradient_checkpointing), tokenizer, getattr(torch, dtype))
     if not policy.end_ids:
         raise InputError(f"model.path = {path} has no end token: set eos_token in its tokenizer")
     check_head(policy)
@@ -181,9 +183,10 @@ def open_policy(
 
 def without_dropout(config: Any) -> Any:
     """Set every dropout probability of a transformers config to 0: ratios of the same policy must be 1."""
-    for name, value in list(vars(config).items()):
-        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
-            setattr(config, name, 0.0)
+    for part in (config, config.get_text_config()):
+        for name, value in list(vars(part).items()):
+            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+                setattr(part, name, 0.0)
     return config
 
 

@@ -185,7 +185,12 @@ def play(
 
 
 def _take_turn(
-    episode: Episode, environment: Environment, drawn: Turn, turn: int, encoder: ChatEncoder, settings: SamplingConfig
+    episode: Episode,
+    environment: Environment,
+    drawn: Turn,
+    turn: int,
+    encoder: ChatEncoder,
+    settings: SamplingConfig,
 ) -> bool:
     """Append a sampled turn and the environment's answer; True if the policy is to speak again."""
     episode.tokens += drawn.tokens
@@ -283,12 +288,15 @@ class HuggingFaceSampler:
                 # Finished rows are dropped once they are half of the batch: each drop copies the cache.
                 keep = going_on.nonzero().squeeze(-1)
                 cache.batch_select_indices(keep)
-                rows, attention_BS, inputs, positions = rows[keep], attention_BS[keep], inputs[keep], positions[keep]
+                rows, attention_BS, inputs, positions = (
+                    rows[keep],
+                    attention_BS[keep],
+                    inputs[keep],
+                    positions[keep],
+                )
                 going_on = going_on[keep]
 
-        record = zip(
-            written_BT.tolist(), logprobs_BT.tolist(), lengths_B.tolist(), finished_B.tolist(), strict=True
-        )
+        record = zip(written_BT.tolist(), logprobs_BT.tolist(), lengths_B.tolist(), finished_B.tolist(), strict=True)
         return [Turn(tokens[:n], logprobs[:n], finished) for tokens, logprobs, n, finished in record]
 
     def _choose(self, logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,17 @@
 """From finished episodes to rewards: the truth where it is known, what was observed, and where each lands."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dvpo.noise import Noise
 from dvpo.rewards import Fault, GuardedReward
 from dvpo.sampling import Episode, pad_right
 from dvpo.tasks import Message, Reward, Task
-
-Noise = Callable[[Sequence[Reward], Sequence[str], Sequence[int], Sequence[int]], list[Reward]]
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,10 @@ class Scorer:
         self.task, self.reward, self.noise = task, reward, noise
 
     def __call__(self, episodes: Sequence[Episode]) -> Scored:
-        prompts = [e.example.prompt for e in episodes]
-        completions: list[str | list[Message]] = [
-            e.text if isinstance(e.example.prompt, str) else e.messages for e in episodes
-        ]
-        ids = [e.tokens for e in episodes]
-        columns = {name: [e.example.columns.get(name) for e in episodes] for name in _column_names(episodes)}
         truth = self.true_rewards(episodes)
-        faults: list[Fault] = []
-        if self.reward is None:
-            observed = truth
-        else:
-            scores = self.reward(prompts, completions, ids, columns)
-            observed, faults = scores.rewards, list(scores.faults)
+        clean, faults = (truth, []) if self.reward is None else self._ask(self.reward, episodes)
         observed = self.noise(
-            observed,
+            clean,
             [e.example.id for e in episodes],
             [e.visit for e in episodes],
             [e.sample for e in episodes],
@@ -63,16 +52,36 @@ class Scorer:
         }
         return Scored(fields, faults)
 
+    def judge(self, episodes: Sequence[Episode]) -> list[Reward]:
+        """Rewards for an evaluation: the truth; where nothing is known of it, the reward function without noise."""
+        truth = self.true_rewards(episodes)
+        unknown = all(math.isnan(total(reward)) for reward in truth)
+        return self._ask(self.reward, episodes)[0] if unknown and self.reward is not None else truth
+
+    def _ask(self, reward: GuardedReward, episodes: Sequence[Episode]) -> tuple[list[Reward], list[Fault]]:
+        completions: list[str | Sequence[Message]] = [
+            e.text if isinstance(e.example.prompt, str) else e.messages for e in episodes
+        ]
+        scores = reward(
+            [e.example.prompt for e in episodes],
+            completions,
+            [e.tokens for e in episodes],
+            _columns(episodes),
+        )
+        return scores.rewards, list(scores.faults)
+
     def true_rewards(self, episodes: Sequence[Episode]) -> list[Reward]:
         """The task's verdict on the final text, together with what the environment gave turn by turn."""
-        columns = {name: [e.example.columns.get(name) for e in episodes] for name in _column_names(episodes)}
         final = self.task.true_reward(
-            [e.example.prompt for e in episodes], [e.text for e in episodes], [e.tokens for e in episodes], **columns
+            [e.example.prompt for e in episodes],
+            [e.text for e in episodes],
+            [e.tokens for e in episodes],
+            **_columns(episodes),
         )
         return [_with_turns(reward, episode) for reward, episode in zip(final, episodes, strict=True)]
 
 
-def place(reward: Reward, episode: Episode) -> list[float] | None | str:
+def place(reward: Reward, episode: Episode) -> list[float] | str | None:
     """Spread a reward over the response's tokens.
 
     A number lands on the last policy token; a list with one entry a turn on the last policy token of each turn; a
@@ -119,5 +128,7 @@ def _with_turns(final: Reward, episode: Episode) -> Reward:
     return list(turns)
 
 
-def _column_names(episodes: Sequence[Episode]) -> list[str]:
-    return sorted({name for e in episodes for name in e.example.columns})
+def _columns(episodes: Sequence[Episode]) -> dict[str, list[Any]]:
+    """The data set's further columns, as one list each; None where an example lacks one."""
+    names = sorted({name for e in episodes for name in e.example.columns})
+    return {name: [e.example.columns.get(name) for e in episodes] for name in names}

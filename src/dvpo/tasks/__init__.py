@@ -1,8 +1,11 @@
-"""What a task is: examples to learn from, examples to be judged by, an environment to talk to, and the truth if known."""
+"""What a task is: examples to learn from and to be judged by, an environment to talk to, the truth if it is known."""
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
+
+from dvpo.errors import InputError
 
 Message = Mapping[str, str]
 """One chat message: `{"role": "user" | "assistant" | "system" | "tool", "content": "..."}`."""
@@ -81,3 +84,32 @@ class Task(Protocol):
     ) -> list[Reward]:
         """The verified reward of each completion, None where the truth is not known."""
         ...
+
+
+def make_task(settings: Any) -> Task:
+    """The task that a config's `task` section names: `math`, `files`, or `my_module:make_task`, called with it.
+
+    Raises:
+        InputError: no such task, or one that cannot be imported.
+    """
+    if settings.name == "math":
+        from dvpo.tasks.math import ChainArithmetic
+
+        return ChainArithmetic()
+    if settings.name == "files":
+        from dvpo.tasks.files import FilesTask
+
+        return FilesTask(
+            settings.path,
+            id_path=settings.id_path,
+            ood_path=settings.ood_path,
+            prompt_column=settings.prompt_column,
+            held_out=settings.held_out,
+        )
+    module, colon, attribute = settings.name.partition(":")
+    if not colon:
+        raise InputError(f"task.name = {settings.name} is unknown: take math, files, or my_module:make_task")
+    try:
+        return getattr(importlib.import_module(module), attribute)(settings)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"task.name = {settings.name} cannot be imported ({error}): check PYTHONPATH") from None

@@ -1,0 +1,550 @@
+"""The loop a reader came for: sample -> score -> estimate -> update -> log.
+
+The trainer does not know the algorithms: a row of `dvpo.algorithms` says how advantages and targets are made and what
+the losses are. Two modules, two optimisers, two clip norms: a critic's gradient never shrinks the policy's update.
+All denominators are those of the optimiser step's whole batch, so nothing depends on the micro-batch.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dvpo.algorithms import Signals, find_algorithm
+from dvpo.batch import Estimates, Rollout
+from dvpo.checkpoint import (
+    Checkpointer,
+    RNGState,
+    checkpoint_step,
+    latest_checkpoint,
+    load_state,
+    restore,
+    state_of,
+)
+from dvpo.config import Config, OptimiserConfig, differences, load_config, to_yaml
+from dvpo.core.losses import aggregation_weights, kl_estimate
+from dvpo.core.masks import token_count, whiten
+from dvpo.core.returns import gae
+from dvpo.critic import load_critic, make_critic
+from dvpo.data import PromptStream
+from dvpo.distributed import all_reduce_sum, barrier, init_from_env, is_main
+from dvpo.errors import InputError
+from dvpo.evaluate import Evaluation, evaluate
+from dvpo.metrics import Means, critic_figures, reward_figures
+from dvpo.noise import make_noise
+from dvpo.policy import Policy, open_policy
+from dvpo.rewards import Fault, GuardedReward
+from dvpo.runlog import RunLog
+from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, collate, fit_prompts, play
+from dvpo.scoring import Scorer
+from dvpo.seeding import derive_seed
+from dvpo.tasks import Task, make_task
+from dvpo.warmstart import warm_start
+
+SPLITS = ("id", "ood")
+MAY_CHANGE = ("steps", "device", "evaluation.", "checkpoint.", "log.", "output")
+"""What a resumed run may set anew: nothing that has a say in the steps already done."""
+
+
+class Observer(Protocol):
+    """Whoever watches a run: a progress display, a test."""
+
+    def on_step(self, step: int, figures: dict[str, float]) -> None: ...
+
+    def on_evaluation(self, step: int, figures: dict[str, float]) -> None: ...
+
+
+class Trainer:
+    """Trains a policy (and its critic) as a config says.
+
+    Args:
+        config: see `dvpo.config`.
+        task: instead of the one that `config.task` names.
+        reward: a reward function (TRL's signature) instead of the one that `config.reward.function` names.
+        resume: go on from the newest sound checkpoint in `config.output`.
+        observer: told about every step and evaluation.
+
+    Raises:
+        InputError: anything wrong with config, model, data or reward function; nothing has been written then.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        task: Task | None = None,
+        reward: Callable[..., Any] | None = None,
+        resume: bool = False,
+        observer: Observer | None = None,
+    ) -> None:
+        self.config, self.observer = config, observer
+        self.row = find_algorithm(config.algorithm)
+        self.folder = Path(config.output)
+        self.device = init_from_env(choose_device(config.device))
+        checkpoint = self._find_checkpoint() if resume else None
+        begun = resume and (self.folder / "manifest.json").exists()
+
+        self.task = make_task(config.task) if task is None else task
+        train = self.task.split("train")
+        source = starting_model(config)
+        torch.manual_seed(config.seed)
+        self.policy = self._open(source if checkpoint is None else checkpoint / "policy")
+        self.encoder = ChatEncoder(self.policy.tokenizer)
+        self.prompt_tokens = fit_prompts(train, self.encoder, config.sampling, self.policy.context_length)
+        self.reference = self._open(source) if config.actor.kl.coef else None
+        self.critic = None
+        if self.row.critic != "none":
+            if checkpoint is None:
+                self.critic = make_critic(self.row.critic, config.critic, self.policy)
+            else:
+                self.critic = load_critic(checkpoint / "critic", self.device, self.policy.dtype)
+
+        self.prompts = PromptStream([e for e in train if e.id in self.prompt_tokens], config.seed)
+        self.policy_optimiser = make_optimiser(self.policy.model, config.policy_optimiser)
+        self.critic_optimiser = make_optimiser(self.critic, config.critic_optimiser) if self.critic else None
+        self.sampler = HuggingFaceSampler(self.policy, config.sampling)
+        self.step = 0
+        self.policy_version = 0
+        self.parts: dict[str, Any] = {"trainer": self, "prompts": self.prompts, "rng": RNGState()}
+        self.parts["policy_optimiser"] = self.policy_optimiser
+        if self.critic_optimiser:
+            self.parts["critic_optimiser"] = self.critic_optimiser
+        if checkpoint is not None:
+            restore(self.parts, load_state(checkpoint))
+
+        self.reward = self._guard(reward)
+        noise = config.noise
+        seed = config.seed if noise.seed is None else noise.seed
+        self.scorer = Scorer(self.task, self.reward, make_noise(noise.kind, noise.rate, seed, noise.low, noise.high))
+        self.log = RunLog(
+            self.folder,
+            to_yaml(config),
+            seed=config.seed,
+            device=self.device,
+            # -1: the run was killed before its first checkpoint and begins again in the same folder.
+            resume_step=self.step if checkpoint else (-1 if begun else None),
+            tensorboard=config.log.tensorboard,
+        )
+
+    # The run
+
+    def train(self) -> dict[str, float]:
+        """Run to the last step, with evaluations and checkpoints on the way.
+
+        Returns:
+            The figures of the last evaluation.
+        """
+        config, last = self.config, {}
+        with self.log:
+            try:
+                if self.step == 0:
+                    last = self.evaluate()
+                while self.step < config.steps:
+                    self.train_step()
+                    at_end = self.step == config.steps
+                    if at_end or _due(self.step, config.evaluation.every):
+                        last = self.evaluate()
+                    if at_end or _due(self.step, config.checkpoint.every):
+                        self.save()
+            finally:
+                self.close()
+        return last
+
+    def train_step(self) -> dict[str, float]:
+        """One step: sample, score, estimate, update, log."""
+        started = time.perf_counter()
+        self.step += 1
+        episodes = self.sample()
+        sampled = time.perf_counter()
+        rollout, faults = self.score(episodes)
+        scored = time.perf_counter()
+        estimates, figures = self.estimate(rollout)
+        figures |= self.update(rollout, estimates)
+        ended = time.perf_counter()
+        tokens = float(all_reduce_sum(rollout.mask_BT.sum()))
+        figures |= {
+            "rollout/tokens": tokens,
+            "rollout/length": tokens / float(all_reduce_sum(torch.tensor(len(rollout)))),
+            "rollout/truncated": float(rollout.truncated_B.float().mean()),
+            "reward/faults": float(len(faults)),
+            "time/sample": sampled - started,
+            "time/score": scored - sampled,
+            "time/update": ended - scored,
+            "time/step": ended - started,
+            "time/tokens_per_second": tokens / (ended - started),
+        }
+        self._write_log(episodes, rollout, faults, figures)
+        return figures
+
+    def close(self) -> None:
+        """End the reward function's process."""
+        if self.reward is not None:
+            self.reward.close()
+
+    # Sample and score
+
+    def sample(self) -> list[Episode]:
+        """Play `samples_per_prompt` episodes of each of the next prompts."""
+        episodes, environments = [], []
+        for example, visit in self.prompts.next(self.config.sampling.prompts_per_step):
+            for sample in range(self.config.sampling.samples_per_prompt):
+                environment = self.task.environment(example)
+                prompt = environment.reset()
+                unchanged = prompt == example.prompt
+                tokens = self.prompt_tokens[example.id] if unchanged else self.encoder.prompt(prompt)
+                episodes.append(Episode(example, visit, sample, tokens))
+                environments.append(environment)
+        seed = derive_seed(self.config.seed, "sample")
+        play(episodes, environments, self.sampler, self.encoder, self.config.sampling, seed)
+        return episodes
+
+    def score(self, episodes: list[Episode]) -> tuple[Rollout, list[Fault]]:
+        """Give every episode its observed and (where it is known) true reward."""
+        scored = self.scorer(episodes)
+        rollout = collate(episodes, scored.fields, self.policy.pad_id, self.policy_version)
+        return rollout.to(self.device), scored.faults
+
+    # Estimate
+
+    @torch.no_grad()
+    def estimate(self, rollout: Rollout) -> tuple[Estimates, dict[str, float]]:
+        """Values, advantages and targets, once a step and before any update."""
+        settings, kl = self.config.advantage, self.config.actor.kl
+        keep_B = torch.ones_like(rollout.rewarded_B)
+        if settings.truncation == "mask":
+            keep_B &= ~rollout.truncated_B
+        if settings.missing_reward == "mask":
+            keep_B &= rollout.rewarded_B
+        mask_BT = rollout.mask_BT & keep_B.unsqueeze(-1)
+        rewards_BT = rollout.rewards_BT * mask_BT
+        reference_BT = self._reference_logprobs(rollout)
+        if kl.place == "reward":
+            rewards_BT = rewards_BT - kl.coef * (rollout.sampler_logprobs_BT - reference_BT) * mask_BT
+
+        values_BTNM, bootstrap_BNM = self._values(rollout)
+        if settings.truncation != "bootstrap":
+            bootstrap_BNM = torch.zeros_like(bootstrap_BNM)
+        bootstrap_BNM = bootstrap_BNM * rollout.truncated_B.view(-1, 1, 1)
+        signals = Signals(
+            rewards_BT=rewards_BT,
+            mask_BT=mask_BT,
+            values_BTNM=values_BTNM,
+            bootstrap_BNM=bootstrap_BNM,
+            zero_last_delta_B=~rollout.rewarded_B,
+            prompt_ids=rollout.prompt_ids,
+            rewarded_B=rollout.rewarded_B,
+            seed=derive_seed(self.config.seed, "targets", self.step),
+        )
+        advantages_BT, targets_BTL = self.row.estimate(signals, self.config)
+        spread = _std(advantages_BT[mask_BT])
+        if settings.whiten:
+            advantages_BT = whiten(advantages_BT, mask_BT, all_reduce_sum)
+        figures = reward_figures(rollout.observed_B, rollout.true_B, rollout.rewarded_B, all_reduce_sum)
+        figures["actor/advantage_std"] = spread
+        if self.critic is not None:
+            seen_BT = rollout.mask_BT & rollout.rewarded_B.unsqueeze(-1)
+            zeros_BT = torch.zeros_like(rewards_BT)
+            _, returns_BT = gae(rollout.rewards_BT, zeros_BT, rollout.mask_BT, settings.gamma, lam=1.0)
+            truth_BT = rollout.true_B.unsqueeze(-1).expand_as(returns_BT)
+            figures |= critic_figures(values_BTNM[seen_BT], returns_BT[seen_BT], truth_BT[seen_BT], all_reduce_sum)
+        return Estimates(mask_BT, advantages_BT, targets_BTL, values_BTNM, reference_BT), figures
+
+    def _values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Predictions at every token's state, and at the state after the last token: [B, T, N, M], [B, N, M]."""
+        if self.critic is None:
+            empty = rollout.rewards_BT.new_zeros(*rollout.mask_BT.shape, 0, 0)
+            return empty, empty[:, 0]
+        parts = []
+        for rows in torch.arange(len(rollout), device=self.device).split(self.config.update.microbatch_size):
+            micro = rollout.select(rows)
+            hidden_BSD = self.critic.hidden_states(micro.tokens_BS, micro.attention_BS, self.policy)
+            parts.append(self.critic.heads(hidden_BSD[:, micro.prompt_length - 1 :]))
+        states_BTNM = torch.cat(parts)  # T + 1 states: one before each token, and the end
+        lengths_B = rollout.attention_BS[:, rollout.prompt_length :].sum(dim=-1)
+        return states_BTNM[:, :-1], states_BTNM[torch.arange(len(rollout), device=self.device), lengths_B]
+
+    def _reference_logprobs(self, rollout: Rollout) -> Tensor:
+        logprobs_BT = torch.zeros_like(rollout.sampler_logprobs_BT)
+        if self.reference is not None:
+            for rows in torch.arange(len(rollout), device=self.device).split(self.config.update.microbatch_size):
+                micro = rollout.select(rows)
+                part_BT = torch.zeros_like(micro.sampler_logprobs_BT)
+                part_BT[micro.mask_BT] = self._logprobs(self.reference, micro, micro.mask_BT)[0]
+                logprobs_BT[rows] = part_BT
+        return logprobs_BT
+
+    # Update
+
+    def update(self, rollout: Rollout, estimates: Estimates) -> dict[str, float]:
+        """Some epochs over the rollout, each in `minibatches` optimiser steps."""
+        settings, means = self.config.update, Means()
+        warming_up = self.step <= settings.actor_warmup_steps
+        for group, optimiser in ((self.config.policy_optimiser, self.policy_optimiser),
+                                 (self.config.critic_optimiser, self.critic_optimiser)):  # fmt: skip
+            set_learning_rate(optimiser, group, self.step, self.config.steps)
+        for epoch in range(settings.epochs):
+            generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "rows", self.step, epoch))
+            order_B = torch.randperm(len(rollout), generator=generator).to(self.device)
+            for rows in order_B.tensor_split(settings.minibatches):
+                if self.critic is not None:
+                    self._update_critic(rollout, estimates, rows, means)
+                if not warming_up:
+                    self._update_actor(rollout, estimates, rows, means)
+        return means.result(all_reduce_sum)
+
+    def _update_critic(self, rollout: Rollout, estimates: Estimates, rows: Tensor, means: Means) -> None:
+        assert self.critic is not None
+        assert self.critic_optimiser is not None
+        count = token_count(estimates.mask_BT[rows], all_reduce_sum)
+        for micro, at, mask_BT in self._microbatches(rollout, estimates, rows):
+            hidden_BSD = self.critic.hidden_states(micro.tokens_BS, micro.attention_BS, self.policy)
+            predictions_KNM = self.critic.heads(states(hidden_BSD, micro)[mask_BT])
+            before_KNM, targets_KL = estimates.values_BTNM[at][mask_BT], estimates.targets_BTL[at][mask_BT]
+            terms = self.row.critic_loss(predictions_KNM, before_KNM, targets_KL, self.config)
+            (terms["loss"].sum() / count).backward()
+            for name, term_K in terms.items():
+                means.add(f"critic/{name}", term_K)
+        self._optimise(self.critic, self.critic_optimiser, self.config.critic_optimiser, "critic", means)
+
+    def _update_actor(self, rollout: Rollout, estimates: Estimates, rows: Tensor, means: Means) -> None:
+        actor = self.config.actor
+        # Weights are made for the whole minibatch, then cut: the denominator must not know the micro-batch.
+        weights_BT = torch.zeros_like(estimates.advantages_BT)
+        weights_BT[rows], denominator = aggregation_weights(
+            estimates.mask_BT[rows],
+            actor.aggregation,
+            self.config.sampling.max_completion_length,
+            all_reduce_sum,
+        )
+        for micro, at, mask_BT in self._microbatches(rollout, estimates, rows):
+            logprobs_K, entropies_K = self._logprobs(self.policy, micro, mask_BT, bool(actor.entropy_coef))
+            old_K = micro.sampler_logprobs_BT[mask_BT]
+            loss_K, clipped_K = self.row.actor_loss(
+                logprobs_K, old_K, estimates.advantages_BT[at][mask_BT], self.config
+            )
+            means.add("actor/loss", loss_K)
+            if actor.kl.coef:
+                reference_K = estimates.reference_BT[at][mask_BT]
+                penalty_K = kl_estimate(logprobs_K, reference_K, actor.kl.estimator)
+                if actor.kl.place == "loss":
+                    loss_K = loss_K + actor.kl.coef * penalty_K
+                means.add("actor/kl_reference", kl_estimate(logprobs_K.detach(), reference_K, "k3"))
+            loss_K = loss_K - actor.entropy_coef * entropies_K
+            ((weights_BT[at][mask_BT] * loss_K).sum() / denominator).backward()
+            means.add("actor/clip_share", clipped_K)
+            means.add("actor/entropy", entropies_K)
+            means.add("actor/kl", kl_estimate(old_K, logprobs_K.detach(), "k3"))
+            if self.policy_version == rollout.policy_version:
+                # Before the first update trainer and sampler hold the same weights: any gap is the machinery's.
+                means.add("actor/sampler_mismatch", (logprobs_K - old_K).abs())
+        self._optimise(self.policy.model, self.policy_optimiser, self.config.policy_optimiser, "actor", means)
+        self.policy_version += 1
+
+    def _microbatches(
+        self, rollout: Rollout, estimates: Estimates, rows: Tensor
+    ) -> Iterator[tuple[Rollout, tuple[Tensor, slice], Tensor]]:
+        """(rows without their common padding, where they stand in the full tensors, their training mask)."""
+        for part in rows.split(self.config.update.microbatch_size):
+            micro = rollout.select(part).trimmed()
+            at = (part, slice(0, micro.mask_BT.shape[1]))
+            mask_BT = estimates.mask_BT[at]
+            if mask_BT.any():
+                yield micro, at, mask_BT
+
+    def _logprobs(
+        self, policy: Policy, micro: Rollout, mask_BT: Tensor, entropy: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        hidden_BSD = policy.hidden_states(micro.tokens_BS, micro.attention_BS)
+        return policy.token_logprobs(
+            states(hidden_BSD, micro)[mask_BT],
+            micro.response_BT[mask_BT],
+            self.config.sampling.temperature,
+            entropy,
+        )
+
+    def _optimise(
+        self,
+        module: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        settings: OptimiserConfig,
+        name: str,
+        means: Means,
+    ) -> None:
+        """Clip by this module's own norm and step; a non-finite gradient leaves weights and optimiser untouched."""
+        norm = nn.utils.clip_grad_norm_(module.parameters(), settings.max_grad_norm)
+        sound = bool(norm.isfinite())
+        if sound:
+            optimiser.step()
+            means.add(f"{name}/grad_norm", norm)
+        means.add(f"{name}/skipped_updates", torch.tensor(float(not sound)))
+        optimiser.zero_grad(set_to_none=True)
+
+    # Judge, save, log
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate on the held-out splits; logs and returns `eval/<split>/<figure>`."""
+        figures: dict[str, float] = {}
+        for split in SPLITS:
+            result = self.evaluate_split(split)
+            if result is None:
+                continue
+            figures |= {f"eval/{split}/{name}": value for name, value in result.summary.items()}
+        self.log.metrics(self.step, figures)
+        if self.observer:
+            self.observer.on_evaluation(self.step, figures)
+        return figures
+
+    def evaluate_split(self, split: str) -> Evaluation | None:
+        """Evaluate on the first `evaluation.prompts` examples of a split; None if it has none."""
+        settings = self.config.evaluation
+        examples = self.task.split(split)[: settings.prompts]
+        if not examples:
+            return None
+        sampling = self.config.sampling
+        return evaluate(
+            self.policy, self.task, examples, self.scorer.judge, sampling, settings.samples, self.config.seed
+        )
+
+    def save(self) -> None:
+        """Write `checkpoint-<step>`, unless a weight is NaN or infinite: a sound one must not make room for it."""
+        modules = [self.policy.model, *([self.critic] if self.critic else [])]
+        if not all(bool(p.isfinite().all()) for module in modules for p in module.parameters()):
+            self.log.faults(self.step, [{"kind": "non_finite_weights", "message": "checkpoint not written"}])
+            return
+        writers: dict[str, Callable[[Path], object]] = {"policy": self.policy.save}
+        if self.critic is not None:
+            writers["critic"] = self.critic.save
+        self.log.sync()  # a resume from this checkpoint needs the rows up to it
+        if is_main():
+            Checkpointer(self.folder, self.config.checkpoint.keep).save(self.step, writers, state_of(self.parts))
+        barrier()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "policy_version": self.policy_version}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.policy_version = state["step"], state["policy_version"]
+
+    def _write_log(
+        self, episodes: list[Episode], rollout: Rollout, faults: list[Fault], figures: dict[str, float]
+    ) -> None:
+        self.log.metrics(self.step, figures)
+        observed, true = rollout.observed_B.tolist(), rollout.true_B.tolist()
+        texts = [
+            {**_sample(episode), "observed": observed[i], "true": true[i]}
+            for i, episode in enumerate(episodes[: self.config.log.completions])
+        ]
+        self.log.completions(self.step, texts)
+        self.log.faults(
+            self.step,
+            [
+                {
+                    "kind": f.kind,
+                    "message": f.message,
+                    **({} if f.index is None else _sample(episodes[f.index])),
+                }
+                for f in faults
+            ],
+        )
+        if self.observer:
+            self.observer.on_step(self.step, figures)
+
+    # Set-up
+
+    def _open(self, source: str | Path) -> Policy:
+        model = self.config.model
+        return open_policy(source, self.device, model.dtype, model.gradient_checkpointing)
+
+    def _guard(self, reward: Callable[..., Any] | None) -> GuardedReward | None:
+        settings = self.config.reward
+        if reward is None and settings.function == "task":
+            return None
+        columns = {name for example in self.task.split("train") for name in example.columns}
+        return GuardedReward(settings.function if reward is None else reward, timeout=settings.timeout, columns=columns)
+
+    def _find_checkpoint(self) -> Path | None:
+        """The newest sound checkpoint; None for a run that was killed before it wrote one."""
+        written = self.folder / "config.yaml"
+        if not written.exists():
+            raise InputError(
+                f"output = {self.folder} holds no run to resume: check the path, or start without --resume"
+            )
+        changed = [k for k in differences(load_config(written), self.config) if not k.startswith(MAY_CHANGE)]
+        if changed:
+            raise InputError(
+                f"resume: {', '.join(changed)} differ from {written}: a resumed run must be the same run; "
+                "take the old values, or start another output folder"
+            )
+        if is_main():
+            Checkpointer(self.folder, self.config.checkpoint.keep)  # mends what a kill left half-done
+        barrier()
+        checkpoint = latest_checkpoint(self.folder)
+        if checkpoint is not None and checkpoint_step(checkpoint) > self.config.steps:
+            raise InputError(f"steps = {self.config.steps} lies before {checkpoint}: raise it")
+        return checkpoint
+
+
+def states(hidden_BSD: Tensor, rollout: Rollout) -> Tensor:
+    """Hidden state of the column *before* each response token: [B, T, D]."""
+    return hidden_BSD[:, rollout.prompt_length - 1 : -1]
+
+
+def choose_device(name: str) -> str:
+    """`auto` is a GPU if there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device = {name}, but torch sees no GPU: take device=cpu, or install a CUDA build of torch")
+    return name
+
+
+def starting_model(config: Config) -> str | Path:
+    """Folder or hub name of the policy before training; makes or fetches the embedded model if that is asked for."""
+    return warm_start(checker=config.model.checker) if config.model.path == "embedded" else config.model.path
+
+
+def make_optimiser(module: nn.Module, settings: OptimiserConfig) -> torch.optim.Optimizer:
+    """AdamW on the parameters that train."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+    )
+
+
+def set_learning_rate(
+    optimiser: torch.optim.Optimizer | None, settings: OptimiserConfig, step: int, steps: int
+) -> None:
+    """A pure function of the step: linear warm-up, then constant, linear or cosine to 0 at the last step."""
+    if optimiser is None:
+        return
+    rate = settings.lr
+    if step <= settings.warmup_steps:
+        rate *= step / settings.warmup_steps
+    elif settings.schedule != "constant":
+        rest = (steps - step) / max(steps - settings.warmup_steps, 1)
+        rate *= rest if settings.schedule == "linear" else (1 - math.cos(math.pi * rest)) / 2
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+
+
+def _sample(episode: Episode) -> dict[str, Any]:
+    """A sample as the log shows it."""
+    return {
+        "prompt_id": episode.example.id,
+        "visit": episode.visit,
+        "sample": episode.sample,
+        "prompt": episode.example.prompt,
+        "completion": episode.text,
+    }
+
+
+def _std(values: Tensor) -> float:
+    return float(values.std(unbiased=False)) if len(values) else 0.0
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
