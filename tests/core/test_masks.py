@@ -77,9 +77,7 @@ def test_zeroing_the_inputs_cleans_the_gradient_and_zeroing_the_result_does_not(
 
 def test_trailing_dimensions_are_zeroed_together():
     values_BTM = torch.ones(1, 3, 2)
-    assert torch.equal(
-        zero_masked(values_BTM, torch.tensor([[1, 0, 1]])).sum(-1), torch.tensor([[2.0, 0.0, 2.0]])
-    )
+    assert torch.equal(zero_masked(values_BTM, torch.tensor([[1, 0, 1]])).sum(-1), torch.tensor([[2.0, 0.0, 2.0]]))
 
 
 def in_processes(function, parts):

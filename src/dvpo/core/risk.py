@@ -59,18 +59,16 @@ def critic_terms(
     """
     if predictions.dim() < 2 or targets.shape[:-1] != predictions.shape[:-2]:
         shapes = f"{tuple(predictions.shape)} and {tuple(targets.shape)}"
-        raise ValueError(
-            f"predictions must be [..., N, M] and targets [..., L] with the same ..., got {shapes}"
-        )
+        raise ValueError(f"predictions must be [..., N, M] and targets [..., L] with the same ..., got {shapes}")
     _check_share("alpha", alpha)
     _check_share("beta", beta)
     _check_finite("eta", eta)
     predictions, targets = at_least_float32(predictions), at_least_float32(targets).detach()
-    # No term depends on where 0 lies. Far from 0, float32 would leave few digits for differences of means.
+    by_level = quantile_huber_by_level(predictions, targets, levels, kappa)
+    # No term depends on where 0 lies, but far from it float32 has few digits for a difference of means.
     centre = targets.mean(dim=-1, keepdim=True)
     predictions, targets = predictions - centre.unsqueeze(-1), (targets - centre).sort(dim=-1).values
 
-    by_level = quantile_huber_by_level(predictions, targets, levels, kappa)
     level_weights = torch.softmax(-eta * levels.to(by_level), dim=-1) * levels.shape[-1]
     theta = predictions.mean(dim=-2).sort(dim=-1).values
     theta_low, theta_up = _tails(theta, alpha, beta)
@@ -136,9 +134,7 @@ def spectral_value(atoms: Tensor, weights: Tensor) -> Tensor:
     Source: Acerbi 2002.
     """
     if atoms.dim() < 1 or weights.shape != atoms.shape[-1:]:
-        raise ValueError(
-            f"weights must be [M] for atoms [..., M], got {tuple(weights.shape)}, {tuple(atoms.shape)}"
-        )
+        raise ValueError(f"weights must be [M] for atoms [..., M], got {tuple(weights.shape)}, {tuple(atoms.shape)}")
     sorted_atoms = at_least_float32(atoms).sort(dim=-1).values
     return (sorted_atoms * weights.to(sorted_atoms)).sum(dim=-1)
 
