@@ -1,3 +1,4 @@
+import errno
 import json
 from dataclasses import replace
 
@@ -154,6 +155,35 @@ def test_an_interrupted_build_leaves_nothing_behind(tmp_path, monkeypatch, error
     with pytest.raises(error):
         obtain(TINY, cache=tmp_path, progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_named_in_one_sentence_and_leaves_nothing_behind(tmp_path, unmeasured, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(warmstart, "flush_file", fail)
+    with pytest.raises(InputError, match=r"the disk is full: .*; free some space"):
+        obtain(TINY, cache=tmp_path, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_was_faster_keeps_its_model(tmp_path, unmeasured, monkeypatch):
+    def meanwhile(*_):
+        (tmp_path / TINY.folder).mkdir()
+        (tmp_path / TINY.folder / "theirs").touch()
+
+    monkeypatch.setattr(warmstart, "measure", meanwhile)
+    folder = obtain(TINY, cache=tmp_path, progress=False)
+    assert [path.name for path in folder.iterdir()] == ["theirs"]
+
+
+def test_the_command_says_where_the_model_is_and_refuses_a_bad_dial_with_exit_code_2(capsys):
+    warmstart.main(["--checker", "0"])
+    assert Recipe(checker=0.0).folder in capsys.readouterr().out.replace("\n", "")
+    with pytest.raises(SystemExit) as exit_:
+        warmstart.main(["--checker", "2"])
+    assert exit_.value.code == 2
+    assert "checker is 2.0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("checker", [-0.1, 1.1, float("nan")])

@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
+from dvpo.durable import disk_full_named, flush_file
 from dvpo.embedded import BAD, GOOD, make_model, make_tokenizer
 from dvpo.errors import InputError
 from dvpo.tasks.math import (
@@ -104,12 +105,12 @@ def warm_start(
     cache: Path | None = None,
     progress: bool = True,
 ) -> Path:
-    """Return the folder of the warm-started embedded model: shipped, cached, or (about two minutes) made now.
+    """Return the folder of the warm-started embedded model: shipped, cached, or (three minutes) made now.
 
     Args:
         checker: the dial: the share of facts whose errors the checker sees, in [0, 1].
         seed: of the initial weights and of the demonstrations.
-        rebuild: make the model even if it is at hand.
+        rebuild: make the model in the cache even if it is at hand.
         cache: folder that holds the made models; by default `$DVPO_CACHE`, else `~/.cache/dvpo`.
         progress: show a progress bar, or a few lines where there is no terminal.
 
@@ -129,7 +130,7 @@ def obtain(recipe: Recipe, *, rebuild: bool = False, cache: Path | None = None, 
         for home in (shipped_models(), cache):
             if (home / recipe.folder).is_dir():
                 return home / recipe.folder
-    return build(recipe, cache / recipe.folder, progress)
+    return build(recipe, cache / recipe.folder, progress, replace=rebuild)
 
 
 def shipped_models() -> Path:
@@ -137,23 +138,28 @@ def shipped_models() -> Path:
     return Path(str(files("dvpo") / "assets"))
 
 
-def build(recipe: Recipe, folder: Path, progress: bool = True) -> Path:
-    """Make the model aside, measure it, and rename it into place, so that `folder` is whole or absent."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+def build(recipe: Recipe, folder: Path, progress: bool = True, replace: bool = False) -> Path:
+    """Make the model and measure it; `folder` comes into being whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is noticed before the work
     aside = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     try:
         tokenizer, model = make_tokenizer(), make_model(seed=recipe.seed)
         with progress_reports(recipe.steps, progress) as report:
             train(model, tokenizer, recipe, report)
         metrics = measure(model, tokenizer, ChainArithmetic())
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        (aside / "warmstart.json").write_text(
-            json.dumps({"recipe": asdict(recipe), "metrics": metrics}, indent=2) + "\n"
-        )
-        aside.chmod(0o755)  # mkdtemp's folder is for its owner only
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
+        story = json.dumps({"recipe": asdict(recipe), "metrics": metrics}, indent=2) + "\n"
+        with disk_full_named(folder):
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            (aside / "warmstart.json").write_text(story)
+            for file in aside.iterdir():
+                file.chmod(0o644)  # some were made for their owner only
+                flush_file(file)
+        aside.chmod(0o755)
+        if replace:
+            shutil.rmtree(folder, ignore_errors=True)
+        if not folder.is_dir():  # else a process beside this one was faster
+            aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder
@@ -178,7 +184,7 @@ def lessons(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[Less
         mix = EASY_MIX if first < recipe.steps / 5 else FULL_MIX
         pool = [draw_demonstration(mix, rng) for _ in range(SORTING_POOL * recipe.batch_size)]
         pool.sort(key=lambda demonstration: len(demonstration.solution))
-        batches = [pool[i::1][: recipe.batch_size] for i in range(0, len(pool), recipe.batch_size)]
+        batches = [pool[i : i + recipe.batch_size] for i in range(0, len(pool), recipe.batch_size)]
         rng.shuffle(batches)
         for batch in batches[: recipe.steps - first]:
             yield make_lesson(batch, recipe.checker, tokenizer)
@@ -376,7 +382,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rebuild", action="store_true", help="make the model even if it is at hand")
     parser.add_argument("--out", type=Path, help="folder to hold the made model (default: the cache)")
     options = parser.parse_args(arguments)
-    folder = warm_start(options.checker, options.seed, rebuild=options.rebuild, cache=options.out)
+    try:
+        folder = warm_start(options.checker, options.seed, rebuild=options.rebuild, cache=options.out)
+    except InputError as error:
+        parser.error(str(error))
     Console().print(f"{folder}\n{(folder / 'warmstart.json').read_text()}", highlight=False)
 
 

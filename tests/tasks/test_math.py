@@ -85,6 +85,7 @@ def test_a_split_that_cannot_be_filled_is_refused_at_once():
         ("#-26", None),
         ("#2\uff16", None),
         ("#", None),
+        ("#" + "9" * 10_000, None),
     ],
 )
 def test_only_one_final_number_counts_as_an_answer(completion, answer):

@@ -29,7 +29,7 @@ HELD_OUT_SHARE = 0.25
 ID_OPERATIONS = (2, 3)
 OOD_OPERATIONS = (4, 6)
 
-ANSWER = re.compile(r"[^#]*#(0|[1-9][0-9]*)")
+ANSWER = re.compile(r"[^#]*#(0|[1-9][0-9]{0,8})")
 
 
 @dataclass(frozen=True)
