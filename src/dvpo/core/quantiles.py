@@ -201,16 +201,16 @@ def _loss_and_slope(theta_CNM: Tensor, atoms_CL: Tensor, levels_M: Tensor, kappa
     num_atoms = atoms_CL.shape[-1]
     atoms_CL = atoms_CL.sort(-1).values
     theta_C1X = theta_CNM.flatten(1)[:, None]
-    # Searched before centring, which rounds, so that ties are exact. At kappa = 0 all three edges stand at theta,
-    # and what lies between the first and the last are its ties.
-    upper_C1X = torch.nextafter(theta_C1X + kappa, theta_C1X.new_tensor(math.inf))
-    edges_C3X = torch.cat([theta_C1X - kappa, theta_C1X, upper_C1X], dim=1)
-    index_CE = _count_below(atoms_CL, edges_C3X.flatten(1))
+    # Searched before centring, which rounds, so that ties are exact.
+    edges_C3X = theta_C1X + theta_C1X.new_tensor([[-kappa], [0.0], [kappa]])
+    if kappa == 0:  # all edges would stand at theta: ties go between the first and the last
+        edges_C3X[:, 2].nextafter_(edges_C3X.new_tensor(math.inf))
+    count_CE = _count_below(atoms_CL, edges_C3X.flatten(1))
 
     centre_C1 = atoms_CL.mean(-1, keepdim=True)
     atoms_CL = atoms_CL - centre_C1
     theta_C1X = theta_C1X - centre_C1[:, None]
-    count_C3X = index_CE.double().view_as(edges_C3X)
+    count_C3X, index_CE = count_CE.double().view_as(edges_C3X), count_CE.long()
     minus_sum_C3X = pad(-atoms_CL.cumsum(-1), (1, 0)).gather(-1, index_CE).view_as(edges_C3X)
     squares_C3X = pad(atoms_CL.square().cumsum(-1), (1, 0)).gather(-1, index_CE).view_as(edges_C3X)
     # Sums of theta - G and of (theta - G)^2 over the atoms before each edge.
@@ -233,7 +233,7 @@ def _loss_and_slope(theta_CNM: Tensor, atoms_CL: Tensor, levels_M: Tensor, kappa
 
 
 def _count_below(sorted_CL: Tensor, queries_CE: Tensor) -> Tensor:
-    """Return how many entries of each sorted row are below each query, int64.
+    """Return how many entries of each sorted row are below each query, int32.
 
     All queries take the steps of a binary search together. `torch.searchsorted` is four times slower on a CPU,
     where its branches are mispredicted unless the queries happen to be sorted.
@@ -244,4 +244,4 @@ def _count_below(sorted_CL: Tensor, queries_CE: Tensor) -> Tensor:
     for step in (2**k for k in reversed(range(depth))):
         probe_CE = table[:, step - 1 :].gather(-1, count_CE.long())
         count_CE.add_(probe_CE.lt_(queries_CE).int(), alpha=step)  # lt_ and int are vectorised, lt is not
-    return count_CE.long()
+    return count_CE
