@@ -46,8 +46,10 @@ class TaskConfig:
     ood_path: str | None = None
     """files: held-out data of another kind."""
     prompt_column: str = "prompt"
-    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """files: share of the training data held out when there is no `id_path`."""
+    truth: str | None = None
+    """files: `my_module:my_function`, the verified reward where you have one; logged beside the observed reward."""
 
 
 @section

@@ -1,18 +1,29 @@
 """Evaluation: a policy and a task's split -> one row an item, and a summary with intervals."""
 
-from collections.abc import Callable, Sequence
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
 
-from dvpo.config import SamplingConfig
-from dvpo.policy import Policy
+from dvpo.checkpoint import checkpoint_step, latest_checkpoint
+from dvpo.config import SamplingConfig, load_config
+from dvpo.durable import write_atomically
+from dvpo.errors import InputError
+from dvpo.noise import make_noise
+from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, play
-from dvpo.scoring import total
+from dvpo.scoring import Scorer, open_reward, total
 from dvpo.seeding import derive_seed
 from dvpo.stats import bootstrap_interval, pass_at_k, wilson_interval
-from dvpo.tasks import Example, Reward, Task
+from dvpo.tasks import Example, Reward, Task, make_task
 
 Judge = Callable[[Sequence[Episode]], list[Reward]]
 CORRECT = 1 - 1e-6
@@ -112,3 +123,61 @@ def _sampled_summary(rewards: np.ndarray) -> dict[str, float]:
 
 def _known(reward: float) -> float | None:
     return float(reward) if np.isfinite(reward) else None
+
+
+def evaluate_checkpoint(
+    source: str | Path, overrides: Sequence[str], splits: Sequence[str], samples: int, output: str | None
+) -> Path:
+    """Evaluate a run's checkpoint on its own task, print the summary, and write one JSONL row an item.
+
+    Args:
+        source: a run folder (its newest sound checkpoint is taken) or a `checkpoint-N` folder in one.
+        overrides: `key.sub=value` settings that win over the run's config.
+        splits: splits of the task.
+        samples: draws an item, 0 = greedy only.
+        output: the file; None: `evaluation-N.jsonl` in the run folder.
+
+    Returns:
+        The file.
+
+    Raises:
+        InputError: no run, no sound checkpoint, no such split.
+    """
+    folder = Path(source)
+    checkpoint = folder if folder.name.startswith("checkpoint-") else latest_checkpoint(folder)
+    if checkpoint is None or not (checkpoint / "policy").is_dir():
+        raise InputError(f"{source} holds no sound checkpoint: give a run folder or a checkpoint-N folder in one")
+    config = load_config(checkpoint.parent / "config.yaml", overrides)
+    if samples < 0:
+        raise InputError(f"--samples = {samples} is negative: take 0 for greedy only")
+    task = make_task(config.task)
+    missing = [split for split in splits if not task.split(split)]
+    if missing:
+        raise InputError(f"--splits {missing[0]}: the task {task.name} has no such examples; take others")
+    policy = open_policy(checkpoint / "policy", torch.device(choose_device(config.device)), config.model.dtype)
+    file = Path(output) if output else checkpoint.parent / f"evaluation-{checkpoint_step(checkpoint)}.jsonl"
+    table = Table(title=f"{checkpoint}: true reward on held-out prompts, 95% intervals in brackets")
+    for column in ("split", "items", "greedy accuracy", *((f"mean@{samples}", f"pass@{samples}") if samples else ())):
+        table.add_column(column, justify="right")
+    rows = []
+    with open_reward(config, task) or nullcontext() as reward:
+        judge = Scorer(task, reward, make_noise("none", 0.0, 0)).judge
+        for split in splits:
+            examples = task.split(split)[: config.evaluation.prompts]
+            result = evaluate(policy, task, examples, judge, config.sampling, samples, config.seed)
+            rows += [{"split": split, **row} for row in result.rows]
+            names = ("accuracy", *((f"mean@{samples}", f"pass@{samples}") if samples else ()))
+            table.add_row(split, str(len(examples)), *(interval_text(result.summary, name) for name in names))
+    write_atomically(file, [(json.dumps(row) + "\n").encode() for row in rows])
+    console = Console()
+    console.print(table)
+    console.print(f"items: {file}", soft_wrap=True)
+    return file
+
+
+def interval_text(figures: Mapping[str, float], name: str) -> str:
+    """`45.3% [39, 51]` from the figures `name`, `name_low`, `name_high`; a dash where there is none."""
+    if name not in figures or math.isnan(figures[name]):
+        return "-"
+    value, low, high = (100 * figures[name + end] for end in ("", "_low", "_high"))
+    return f"{value:.1f}% [{low:.0f}, {high:.0f}]"

@@ -209,3 +209,12 @@ def check_head(policy: Policy) -> None:
         raise InputError(
             f"model.path: {kind} transforms its logits in a way dvpo does not know: open an issue naming {kind}"
         )
+
+
+def choose_device(name: str) -> str:
+    """`auto` is a GPU if there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device = {name}, but torch sees no GPU: take device=cpu, or install a CUDA build of torch")
+    return name

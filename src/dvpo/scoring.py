@@ -1,13 +1,15 @@
 """From finished episodes to rewards: the truth where it is known, what was observed, and where each lands."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dvpo.config import Config
+from dvpo.errors import InputError
 from dvpo.noise import Noise
 from dvpo.rewards import Fault, GuardedReward
 from dvpo.sampling import Episode, pad_right
@@ -79,6 +81,31 @@ class Scorer:
             **_columns(episodes),
         )
         return [_with_turns(reward, episode) for reward, episode in zip(final, episodes, strict=True)]
+
+
+def open_reward(config: Config, task: Task, function: Callable[..., Any] | None = None) -> GuardedReward | None:
+    """The guarded reward function of a run, imported and checked; None where the task itself judges.
+
+    Args:
+        config: names it under `reward`.
+        task: its training split tells which columns the function will be given.
+        function: instead of the named one.
+
+    Raises:
+        InputError: it cannot be imported or called with the columns, or nobody knows a reward.
+    """
+    name = config.reward.function if function is None else function
+    examples = task.split("train")
+    if name != "task":
+        columns = {column for example in examples for column in example.columns}
+        return GuardedReward(name, timeout=config.reward.timeout, columns=sorted(columns))
+    probe = examples[0]
+    if task.true_reward([probe.prompt], [""], [[]], **{k: [v] for k, v in probe.columns.items()}) == [None]:
+        raise InputError(
+            f"reward.function = task, but the task {task.name} cannot judge an answer: "
+            "set reward.function to my_module:my_function"
+        )
+    return None
 
 
 def place(reward: Reward, episode: Episode) -> list[float] | str | None:

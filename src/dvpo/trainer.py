@@ -5,14 +5,13 @@ the losses are. Two modules, two optimisers, two clip norms: a critic's gradient
 All denominators are those of the optimiser step's whole batch, so nothing depends on the micro-batch.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dvpo.algorithms import Signals, find_algorithm
 from dvpo.batch import Estimates, Rollout
@@ -25,7 +24,7 @@ from dvpo.checkpoint import (
     restore,
     state_of,
 )
-from dvpo.config import Config, OptimiserConfig, differences, load_config, to_yaml
+from dvpo.config import Config, differences, load_config, to_yaml
 from dvpo.core.losses import aggregation_weights, kl_estimate
 from dvpo.core.masks import token_count, whiten
 from dvpo.core.returns import gae
@@ -36,11 +35,12 @@ from dvpo.errors import InputError
 from dvpo.evaluate import Evaluation, evaluate
 from dvpo.metrics import Means, critic_figures, reward_figures
 from dvpo.noise import make_noise
-from dvpo.policy import Policy, open_policy
-from dvpo.rewards import Fault, GuardedReward
+from dvpo.optimiser import Optimiser
+from dvpo.policy import Policy, choose_device, open_policy
+from dvpo.rewards import Fault
 from dvpo.runlog import RunLog
 from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, collate, fit_prompts, play
-from dvpo.scoring import Scorer
+from dvpo.scoring import Scorer, open_reward
 from dvpo.seeding import derive_seed
 from dvpo.tasks import Task, make_task
 from dvpo.warmstart import warm_start
@@ -104,8 +104,8 @@ class Trainer:
                 self.critic = load_critic(checkpoint / "critic", self.device, self.policy.dtype)
 
         self.prompts = PromptStream([e for e in train if e.id in self.prompt_tokens], config.seed)
-        self.policy_optimiser = make_optimiser(self.policy.model, config.policy_optimiser)
-        self.critic_optimiser = make_optimiser(self.critic, config.critic_optimiser) if self.critic else None
+        self.policy_optimiser = Optimiser(self.policy.model, config.policy_optimiser, config.steps)
+        self.critic_optimiser = Optimiser(self.critic, config.critic_optimiser, config.steps) if self.critic else None
         self.sampler = HuggingFaceSampler(self.policy, config.sampling)
         self.step = 0
         self.policy_version = 0
@@ -116,7 +116,7 @@ class Trainer:
         if checkpoint is not None:
             restore(self.parts, load_state(checkpoint))
 
-        self.reward = self._guard(reward)
+        self.reward = open_reward(config, self.task, reward)
         noise = config.noise
         seed = config.seed if noise.seed is None else noise.seed
         self.scorer = Scorer(self.task, self.reward, make_noise(noise.kind, noise.rate, seed, noise.low, noise.high))
@@ -132,27 +132,27 @@ class Trainer:
 
     # The run
 
-    def train(self) -> dict[str, float]:
+    def train(self) -> dict[int, dict[str, float]]:
         """Run to the last step, with evaluations and checkpoints on the way.
 
         Returns:
-            The figures of the last evaluation.
+            Step -> figures of the evaluations made by this call: before training, every `evaluation.every`, at the end.
         """
-        config, last = self.config, {}
-        with self.log:
-            try:
-                if self.step == 0:
-                    last = self.evaluate()
-                while self.step < config.steps:
-                    self.train_step()
-                    at_end = self.step == config.steps
-                    if at_end or _due(self.step, config.evaluation.every):
-                        last = self.evaluate()
-                    if at_end or _due(self.step, config.checkpoint.every):
-                        self.save()
-            finally:
-                self.close()
-        return last
+        config = self.config
+        evaluations = {}
+        try:
+            if self.step == 0:
+                evaluations[0] = self.evaluate()
+            while self.step < config.steps:
+                self.train_step()
+                at_end = self.step == config.steps
+                if at_end or _due(self.step, config.evaluation.every):
+                    evaluations[self.step] = self.evaluate()
+                if at_end or _due(self.step, config.checkpoint.every):
+                    self.save()
+        finally:
+            self.close()
+        return evaluations
 
     def train_step(self) -> dict[str, float]:
         """One step: sample, score, estimate, update, log."""
@@ -181,7 +181,8 @@ class Trainer:
         return figures
 
     def close(self) -> None:
-        """End the reward function's process."""
+        """Close the log and end the reward function's process."""
+        self.log.close()
         if self.reward is not None:
             self.reward.close()
 
@@ -283,9 +284,6 @@ class Trainer:
         """Some epochs over the rollout, each in `minibatches` optimiser steps."""
         settings, means = self.config.update, Means()
         warming_up = self.step <= settings.actor_warmup_steps
-        for group, optimiser in ((self.config.policy_optimiser, self.policy_optimiser),
-                                 (self.config.critic_optimiser, self.critic_optimiser)):  # fmt: skip
-            set_learning_rate(optimiser, group, self.step, self.config.steps)
         for epoch in range(settings.epochs):
             generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "rows", self.step, epoch))
             order_B = torch.randperm(len(rollout), generator=generator).to(self.device)
@@ -308,7 +306,7 @@ class Trainer:
             (terms["loss"].sum() / count).backward()
             for name, term_K in terms.items():
                 means.add(f"critic/{name}", term_K)
-        self._optimise(self.critic, self.critic_optimiser, self.config.critic_optimiser, "critic", means)
+        self._step(self.critic_optimiser, "critic", means)
 
     def _update_actor(self, rollout: Rollout, estimates: Estimates, rows: Tensor, means: Means) -> None:
         actor = self.config.actor
@@ -341,7 +339,7 @@ class Trainer:
             if self.policy_version == rollout.policy_version:
                 # Before the first update trainer and sampler hold the same weights: any gap is the machinery's.
                 means.add("actor/sampler_mismatch", (logprobs_K - old_K).abs())
-        self._optimise(self.policy.model, self.policy_optimiser, self.config.policy_optimiser, "actor", means)
+        self._step(self.policy_optimiser, "actor", means)
         self.policy_version += 1
 
     def _microbatches(
@@ -366,22 +364,11 @@ class Trainer:
             entropy,
         )
 
-    def _optimise(
-        self,
-        module: nn.Module,
-        optimiser: torch.optim.Optimizer,
-        settings: OptimiserConfig,
-        name: str,
-        means: Means,
-    ) -> None:
-        """Clip by this module's own norm and step; a non-finite gradient leaves weights and optimiser untouched."""
-        norm = nn.utils.clip_grad_norm_(module.parameters(), settings.max_grad_norm)
-        sound = bool(norm.isfinite())
-        if sound:
-            optimiser.step()
-            means.add(f"{name}/grad_norm", norm)
-        means.add(f"{name}/skipped_updates", torch.tensor(float(not sound)))
-        optimiser.zero_grad(set_to_none=True)
+    def _step(self, optimiser: Optimiser, name: str, means: Means) -> None:
+        norm, moved = optimiser.update(self.step)
+        if moved:
+            means.add(f"{name}/grad_norm", torch.tensor(norm))
+        means.add(f"{name}/skipped_updates", torch.tensor(float(not moved)))
 
     # Judge, save, log
 
@@ -459,13 +446,6 @@ class Trainer:
         model = self.config.model
         return open_policy(source, self.device, model.dtype, model.gradient_checkpointing)
 
-    def _guard(self, reward: Callable[..., Any] | None) -> GuardedReward | None:
-        settings = self.config.reward
-        if reward is None and settings.function == "task":
-            return None
-        columns = {name for example in self.task.split("train") for name in example.columns}
-        return GuardedReward(settings.function if reward is None else reward, timeout=settings.timeout, columns=columns)
-
     def _find_checkpoint(self) -> Path | None:
         """The newest sound checkpoint; None for a run that was killed before it wrote one."""
         written = self.folder / "config.yaml"
@@ -493,42 +473,9 @@ def states(hidden_BSD: Tensor, rollout: Rollout) -> Tensor:
     return hidden_BSD[:, rollout.prompt_length - 1 : -1]
 
 
-def choose_device(name: str) -> str:
-    """`auto` is a GPU if there is one."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device = {name}, but torch sees no GPU: take device=cpu, or install a CUDA build of torch")
-    return name
-
-
 def starting_model(config: Config) -> str | Path:
     """Folder or hub name of the policy before training; makes or fetches the embedded model if that is asked for."""
     return warm_start(checker=config.model.checker) if config.model.path == "embedded" else config.model.path
-
-
-def make_optimiser(module: nn.Module, settings: OptimiserConfig) -> torch.optim.Optimizer:
-    """AdamW on the parameters that train."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.AdamW(
-        parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
-    )
-
-
-def set_learning_rate(
-    optimiser: torch.optim.Optimizer | None, settings: OptimiserConfig, step: int, steps: int
-) -> None:
-    """A pure function of the step: linear warm-up, then constant, linear or cosine to 0 at the last step."""
-    if optimiser is None:
-        return
-    rate = settings.lr
-    if step <= settings.warmup_steps:
-        rate *= step / settings.warmup_steps
-    elif settings.schedule != "constant":
-        rest = (steps - step) / max(steps - settings.warmup_steps, 1)
-        rate *= rest if settings.schedule == "linear" else (1 - math.cos(math.pi * rest)) / 2
-    for group in optimiser.param_groups:
-        group["lr"] = rate
 
 
 def _sample(episode: Episode) -> dict[str, Any]:

@@ -105,6 +105,7 @@ def make_task(settings: Any) -> Task:
             ood_path=settings.ood_path,
             prompt_column=settings.prompt_column,
             held_out=settings.held_out,
+            truth=settings.truth,
         )
     module, colon, attribute = settings.name.partition(":")
     if not colon:

@@ -1,0 +1,117 @@
+"""The command line: `dvpo demo | train | eval | doctor`.
+
+Exit codes: 0 done, 1 a fault of ours (with its traceback), 2 bad input (one sentence), 130 interrupted.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from dvpo.errors import InputError
+
+OVERRIDES = "settings that win over the file, for example critic.alpha=0.05"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    # Reward functions, tasks and rows of the user's own are imported from where the command was given.
+    sys.path.insert(0, os.getcwd())
+    try:
+        arguments.run(arguments)
+    except InputError as error:
+        print(f"dvpo: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    except KeyboardInterrupt:
+        print("dvpo: interrupted; `dvpo train ... --resume` goes on from the last checkpoint", file=sys.stderr)  # noqa: T201
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dvpo", description="Train language models by reinforcement learning when rewards are noisy."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="train a tiny model by dvpo and ppo under a noisy reward (minutes, CPU)")
+    demo.add_argument("--algorithms", nargs="+", default=["dvpo", "ppo"], metavar="NAME", help="default: dvpo ppo")
+    demo.add_argument("--steps", type=int, default=100, help="training steps of each (default: 100)")
+    demo.add_argument("--noise", type=float, default=0.2, help="share of flipped rewards (default: 0.2)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--output", help="folder of the runs (default: a new one under runs/)")
+    demo.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=OVERRIDES)
+    demo.set_defaults(run=_demo)
+
+    train = commands.add_parser("train", help="train as a YAML config says")
+    train.add_argument("config", metavar="CONFIG.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
+    train.add_argument("--resume", action="store_true", help="go on from the newest sound checkpoint in `output`")
+    train.add_argument("--print-config", action="store_true", help="print the whole config as YAML and stop")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("eval", help="evaluate a checkpoint on its task, one JSONL row an item")
+    evaluate.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run folder (newest checkpoint) or one")
+    evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
+    evaluate.add_argument("--splits", nargs="+", default=["id", "ood"], help="default: id ood")
+    evaluate.add_argument("--samples", type=int, default=8, help="draws an item for pass@k (default: 8; 0: greedy)")
+    evaluate.add_argument("--output", help="the JSONL file (default: evaluation-N.jsonl in the run folder)")
+    evaluate.set_defaults(run=_eval)
+
+    doctor = commands.add_parser("doctor", help="what is installed; what a config will need in memory and time")
+    doctor.add_argument("config", nargs="?", metavar="CONFIG.yaml")
+    doctor.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+# Imports stand inside the commands: `dvpo --help` and a wrong config need no seconds of torch.
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from dvpo.demo import run_demo
+
+    run_demo(arguments.algorithms, arguments.steps, arguments.noise, arguments.seed, arguments.output, arguments.set)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from dvpo.config import load_config, to_yaml
+
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        sys.stdout.write(to_yaml(config))
+        return
+    from dvpo.progress import RunProgress
+    from dvpo.trainer import Trainer
+
+    trainer = Trainer(config, resume=arguments.resume)
+    with RunProgress(config.algorithm, config.steps, start=trainer.step) as progress:
+        trainer.observer = progress
+        trainer.train()
+        progress.console.print(f"run folder: {trainer.folder}", soft_wrap=True)
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from dvpo.evaluate import evaluate_checkpoint
+
+    evaluate_checkpoint(
+        arguments.checkpoint, arguments.overrides, arguments.splits, arguments.samples, arguments.output
+    )
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from dvpo.config import load_config
+    from dvpo.doctor import report_installation, report_needs
+
+    console = Console()
+    config = load_config(arguments.config, arguments.overrides) if arguments.config else None
+    report_installation(console)
+    if config is not None:
+        report_needs(config, console)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

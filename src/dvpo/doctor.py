@@ -1,0 +1,111 @@
+"""`dvpo doctor`: what is installed, and what a config will need in memory and time."""
+
+import resource
+import shutil
+import sys
+import tempfile
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dvpo.config import Config
+from dvpo.provenance import machine
+from dvpo.trainer import Trainer
+
+REQUIRED = ("torch", "transformers", "safetensors", "pydantic", "pyyaml", "rich", "cloudpickle")
+EXTRAS = {
+    "peft": "lora",
+    "vllm": "vllm",
+    "verl": "verl",
+    "math-verify": "math",
+    "tensorboard": "track",
+    "wandb": "track",
+    "trackio": "track",
+    "datasets": "data",
+}
+TRIAL_STEPS = 2
+MIB = 1 << 20
+
+
+def report_installation(console: Console) -> None:
+    """Print versions of what is needed and of what is optional, and the machine."""
+    table = Table(title="installed")
+    for column in ("package", "version", "needed for"):
+        table.add_column(column)
+    for name in REQUIRED:
+        table.add_row(name, _version(name) or "[red]missing[/]", "everything")
+    for name, extra in EXTRAS.items():
+        table.add_row(name, _version(name) or "-", f"optional: pip install 'dvpo[{extra}]'")
+    console.print(table)
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts = machine("cpu")
+    console.print(f"python {sys.version.split()[0]}, {facts['cpu']}, {torch.get_num_threads()} threads of torch")
+    console.print(f"GPUs: {', '.join(gpus) or 'none, everything runs on the CPU'}")
+    console.print(f"disk free here: {shutil.disk_usage('.').free / 2**30:.1f} GiB")
+
+
+def report_needs(config: Config, console: Console) -> None:
+    """Load what the config names, run a few real steps in a temporary folder, and print what they took.
+
+    Raises:
+        InputError: whatever would stop the run itself.
+    """
+    with tempfile.TemporaryDirectory(prefix="dvpo-doctor-") as folder:
+        trial = replace(config, output=str(Path(folder) / "run"), steps=max(config.steps, TRIAL_STEPS))
+        trainer = Trainer(trial)
+        policy = _parameters(trainer.policy.model)
+        critic, learning = (0, 0) if trainer.critic is None else (
+            _parameters(trainer.critic), _parameters(trainer.critic, only_trained=True))  # fmt: skip
+        try:
+            steps = [trainer.train_step() for _ in range(TRIAL_STEPS)]
+        finally:
+            trainer.close()
+    # float32: weights, gradient and AdamW's two moments for what trains; weights alone for the rest.
+    copies = 2 if trainer.reference is not None else 1
+    state = 4 * (4 * policy + (copies - 1) * policy + critic + 3 * learning)
+    seconds = steps[-1]["time/step"]
+    batch = config.sampling.prompts_per_step * config.sampling.samples_per_prompt
+    table = Table(title=f"{config.algorithm}: measured over {TRIAL_STEPS} real steps on this machine")
+    table.add_column("what")
+    table.add_column("figure", justify="right")
+    for what, figure in (
+        ("policy parameters", f"{policy:,}"),
+        ("critic parameters (of them training)", f"{critic:,} ({learning:,})"),
+        ("weights, gradients, optimisers", f"{state / MIB:,.0f} MiB"),
+        ("peak memory of the process", f"{_peak_memory(trainer.device) / MIB:,.0f} MiB"),
+        ("responses a step", f"{batch:,}"),
+        ("response length, mean", f"{steps[-1]['rollout/length']:.0f} tokens"),
+        ("one step", f"{seconds:.2f} s (sampling {steps[-1]['time/sample']:.2f} s)"),
+        (f"{config.steps} steps without evaluations", _duration(seconds * config.steps)),
+        ("one checkpoint on disk", f"{4 * (3 * policy + critic + 2 * learning) / MIB:,.0f} MiB"),
+    ):
+        table.add_row(what, figure)
+    console.print(table)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _parameters(module: torch.nn.Module, only_trained: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not only_trained)
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere but on macOS
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"

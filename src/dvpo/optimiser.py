@@ -1,0 +1,66 @@
+"""One optimiser a module: AdamW, its learning-rate schedule, its own gradient clipping."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from dvpo.config import OptimiserConfig
+
+
+class Optimiser:
+    """AdamW on the parameters of one module that train.
+
+    Args:
+        module: policy or critic; each has an optimiser and a clip norm of its own.
+        settings: the config's section.
+        steps: training steps of the run, for schedules that end at 0.
+    """
+
+    def __init__(self, module: nn.Module, settings: OptimiserConfig, steps: int) -> None:
+        self.settings, self.steps = settings, steps
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.adamw = torch.optim.AdamW(
+            self.parameters,
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
+
+    def update(self, step: int) -> tuple[float, bool]:
+        """Clip the gradient's norm, move the weights by training step `step`'s learning rate, drop the gradient.
+
+        A non-finite gradient leaves weights and optimiser as they were.
+
+        Returns:
+            (norm before clipping, whether the weights moved).
+        """
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
+        sound = math.isfinite(norm)
+        if sound:
+            for group in self.adamw.param_groups:
+                group["lr"] = learning_rate(self.settings, step, self.steps)
+            self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return norm, sound
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.adamw.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.adamw.load_state_dict(state_dict)
+
+
+def learning_rate(settings: OptimiserConfig, step: int, steps: int) -> float:
+    """The rate of training step 1..steps: linear warm-up, then constant, or linear or cosine to 0 behind the last step.
+
+    A pure function of the step, so that a resume has nothing to restore.
+    """
+    if step <= settings.warmup_steps:
+        return settings.lr * step / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.lr
+    rest = (steps - step + 1) / max(steps - settings.warmup_steps, 1)
+    return settings.lr * (rest if settings.schedule == "linear" else (1 - math.cos(math.pi * rest)) / 2)

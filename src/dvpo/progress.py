@@ -1,0 +1,65 @@
+"""Live progress of a run: a redrawn line in a terminal, a plain log elsewhere."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dvpo.evaluate import interval_text
+
+SHOWN = (
+    ("reward/true", "true"),
+    ("reward/observed", "observed"),
+    ("critic/value_error", "value error"),
+    ("actor/kl", "KL"),
+    ("time/tokens_per_second", "tokens/s"),
+)
+PLAIN_EVERY_SECONDS = 10.0
+
+
+class RunProgress:
+    """Shows step, true and observed reward, value error, KL, speed and time left; an `Observer` of the trainer."""
+
+    def __init__(self, name: str, steps: int, start: int = 0, console: Console | None = None) -> None:
+        self.console = Console() if console is None else console
+        self.name, self.steps, self.start = name, steps, start
+        self._began = self._said = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task(name, total=steps, completed=start, figures="")
+
+    def on_step(self, step: int, figures: dict[str, float]) -> None:
+        text = "  ".join(f"{label} {_short(figures[key])}" for key, label in SHOWN if key in figures)
+        self._bar.update(self._task, completed=step, figures=text)
+        now = time.monotonic()
+        if not self.console.is_terminal and (step == self.steps or now - self._said >= PLAIN_EVERY_SECONDS):
+            self._said = now
+            left = (now - self._began) / max(step - self.start, 1) * (self.steps - step)
+            self.console.print(f"{self.name} step {step}/{self.steps}  {text}  {left:.0f} s left", soft_wrap=True)
+
+    def on_evaluation(self, step: int, figures: dict[str, float]) -> None:
+        names = [name for name in figures if name.endswith("/accuracy")]
+        text = ", ".join(f"{name.split('/')[1].upper()} {interval_text(figures, name)}" for name in names)
+        self.console.print(f"{self.name} step {step}/{self.steps}  true accuracy {text}", soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}"
