@@ -58,6 +58,8 @@ class ModelConfig:
 
     path: str = "embedded"
     """`embedded` (a tiny Qwen3 made and warm-started here), a local model folder, or a hub name."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """`random`: make the model from the folder's config.json instead of loading weights."""
     checker: Share = 1.0
     """embedded: how much the warm start taught the model about checking solutions; 0 = nothing."""
     dtype: Literal["float32", "bfloat16"] = "float32"

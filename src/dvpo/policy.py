@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -139,7 +139,11 @@ def hidden_states(trunk: nn.Module, tokens_BS: Tensor, attention_BS: Tensor) -> 
 
 
 def open_policy(
-    path: str | Path, device: torch.device, dtype: str = "float32", gradient_checkpointing: bool = False
+    path: str | Path,
+    device: torch.device,
+    dtype: str = "float32",
+    gradient_checkpointing: bool = False,
+    weights: Literal["pretrained", "random"] = "pretrained",
 ) -> Policy:
     """Load a Hugging Face folder (or hub name) as a `Policy`; dropout off, no remote code.
 
@@ -148,6 +152,7 @@ def open_policy(
         device: where it lives.
         dtype: compute type of the trunk, `float32` or `bfloat16`; master weights are float32 either way.
         gradient_checkpointing: recompute activations in the backward pass.
+        weights: `random` makes the model from the folder's config.json, drawn from torch's global generator.
 
     Raises:
         InputError: no such folder, no causal language model in it, no tokenizer, no end token, or a family whose
@@ -161,9 +166,12 @@ def open_policy(
     source = str(local) if local.is_dir() else path
     try:
         model_config = without_dropout(AutoConfig.from_pretrained(source, trust_remote_code=False))
-        model = AutoModelForCausalLM.from_pretrained(
-            source, config=model_config, dtype=torch.float32, trust_remote_code=False
-        )
+        if weights == "random":
+            model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, trust_remote_code=False)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                source, config=model_config, dtype=torch.float32, trust_remote_code=False
+            )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

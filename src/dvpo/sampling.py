@@ -233,9 +233,15 @@ class HuggingFaceSampler:
     @torch.no_grad()
     def sample(self, contexts: Sequence[Sequence[int]], budgets: Sequence[int], seeds: Sequence[int]) -> list[Turn]:
         size, turns = self.settings.batch_size, []
-        for start in range(0, len(contexts), size):
-            part = slice(start, start + size)
-            turns += self._sample_batch(contexts[part], budgets[part], seeds[part])
+        model = self.policy.model
+        was_training = model.training
+        model.eval()  # gradient checkpointing needs training mode, in which transformers drops the KV cache
+        try:
+            for start in range(0, len(contexts), size):
+                part = slice(start, start + size)
+                turns += self._sample_batch(contexts[part], budgets[part], seeds[part])
+        finally:
+            model.train(was_training)
         return turns
 
     def _sample_batch(

@@ -8,7 +8,7 @@ All denominators are those of the optimiser step's whole batch, so nothing depen
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -91,11 +91,10 @@ class Trainer:
         self.task = make_task(config.task) if task is None else task
         train = self.task.split("train")
         source = starting_model(config)
-        torch.manual_seed(config.seed)
-        self.policy = self._open(source if checkpoint is None else checkpoint / "policy")
+        self.policy = self._open_start(source) if checkpoint is None else self._open(checkpoint / "policy")
         self.encoder = ChatEncoder(self.policy.tokenizer)
         self.prompt_tokens = fit_prompts(train, self.encoder, config.sampling, self.policy.context_length)
-        self.reference = self._open(source) if config.actor.kl.coef else None
+        self.reference = self._open_start(source) if config.actor.kl.coef else None
         self.critic = None
         if self.row.critic != "none":
             if checkpoint is None:
@@ -442,9 +441,14 @@ class Trainer:
 
     # Set-up
 
-    def _open(self, source: str | Path) -> Policy:
+    def _open_start(self, source: str | Path) -> Policy:
+        """The policy before training; random weights and heads are drawn from the run's seed."""
+        torch.manual_seed(self.config.seed)
+        return self._open(source, self.config.model.weights)
+
+    def _open(self, source: str | Path, weights: Literal["pretrained", "random"] = "pretrained") -> Policy:
         model = self.config.model
-        return open_policy(source, self.device, model.dtype, model.gradient_checkpointing)
+        return open_policy(source, self.device, model.dtype, model.gradient_checkpointing, weights)
 
     def _find_checkpoint(self) -> Path | None:
         """The newest sound checkpoint; None for a run that was killed before it wrote one."""
