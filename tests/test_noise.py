@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from dvpo.errors import InputError
-from dvpo.noise import Noise, keyed_uniform, make_noise
+from dvpo.noise import Noise, make_noise
+from dvpo.seeding import derive_uniform
 from dvpo.tasks import Reward
 
 Sample = tuple[Reward, str, int, int]
@@ -89,20 +90,20 @@ def test_python_s_own_hash_would_not_do_and_the_key_is_the_same_in_another_proce
     script = f"""
 import json, sys
 sys.path.insert(0, {str(Path(__file__).parents[1] / "src")!r})
-from dvpo.noise import keyed_uniform
-print(json.dumps([[keyed_uniform(*k) for k in {keys!r}], hash("prompt")]))
+from dvpo.seeding import derive_uniform
+print(json.dumps([[derive_uniform(*k) for k in {keys!r}], hash("prompt")]))
 """
     command = [sys.executable, "-c", script]
     outputs = [subprocess.check_output(command, env={"PYTHONHASHSEED": hash_seed}) for hash_seed in ("1", "2")]
     runs = [json.loads(output) for output in outputs]
-    assert runs[0][0] == runs[1][0] == [keyed_uniform(*key) for key in keys]
+    assert runs[0][0] == runs[1][0] == [derive_uniform(*key) for key in keys]
     assert runs[0][1] != runs[1][1]
-    assert keyed_uniform("a", "b") != keyed_uniform("ab", "")
+    assert derive_uniform("a", "b") != derive_uniform("ab", "")
 
 
 def test_the_key_s_value_is_pinned_since_checkpoints_and_published_runs_rely_on_it() -> None:
     # blake2b, 8 bytes, of '["noise", "flip", 0, "prompt-0", 0, 0]', big-endian, top 53 bits / 2^53.
-    assert keyed_uniform("noise", "flip", 0, "prompt-0", 0, 0) == 0.2670725234117659
+    assert derive_uniform("noise", "flip", 0, "prompt-0", 0, 0) == 0.2670725234117659
 
 
 def test_seeds_differ_and_lower_rates_are_nested_in_higher_ones() -> None:

@@ -53,7 +53,7 @@ def run_demo(
             trainer = Trainer(config, observer=progress)
             evaluations = trainer.train()
             results[name] = (evaluations[0], evaluations[config.steps], trainer.folder)
-    console.print(_table(results, f"True accuracy, {100 * rate:g}% flipped rewards, seed {seed}, "
+    console.print(_table(results, f"True accuracy (%), {100 * rate:g}% flipped rewards, seed {seed}, "
                                   f"checker dial {first.model.checker:g}"))  # fmt: skip
     for name, (_, _, run) in results.items():
         console.print(f"{name}: {run}", soft_wrap=True)

@@ -156,7 +156,7 @@ def evaluate_checkpoint(
         raise InputError(f"--splits {missing[0]}: the task {task.name} has no such examples; take others")
     policy = open_policy(checkpoint / "policy", torch.device(choose_device(config.device)), config.model.dtype)
     file = Path(output) if output else checkpoint.parent / f"evaluation-{checkpoint_step(checkpoint)}.jsonl"
-    table = Table(title=f"{checkpoint}: true reward on held-out prompts, 95% intervals in brackets")
+    table = Table(title=f"{checkpoint}: % of held-out items solved, 95% intervals in brackets")
     for column in ("split", "items", "greedy accuracy", *((f"mean@{samples}", f"pass@{samples}") if samples else ())):
         table.add_column(column, justify="right")
     rows = []
@@ -176,8 +176,8 @@ def evaluate_checkpoint(
 
 
 def interval_text(figures: Mapping[str, float], name: str) -> str:
-    """`45.3% [39, 51]` from the figures `name`, `name_low`, `name_high`; a dash where there is none."""
+    """Per cent, `45.3 [39, 51]`, from the figures `name`, `name_low`, `name_high`; a dash where there is none."""
     if name not in figures or math.isnan(figures[name]):
         return "-"
     value, low, high = (100 * figures[name + end] for end in ("", "_low", "_high"))
-    return f"{value:.1f}% [{low:.0f}, {high:.0f}]"
+    return f"{value:.1f} [{low:.0f}, {high:.0f}]"

@@ -7,14 +7,13 @@ that a study over rates is paired.
 """
 
 import difflib
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from dvpo.errors import InputError
+from dvpo.seeding import derive_uniform
 from dvpo.tasks import Reward
 
 
@@ -78,12 +77,6 @@ def make_noise(kind: str, rate: float, seed: int, low: float = 0.0, high: float 
     return _Reflection(kind, rate, seed, low, high)
 
 
-def keyed_uniform(*key: str | int) -> float:
-    """A number in [0, 1), uniform over keys and the same on every machine and in every version of Python."""
-    digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
-
-
 @dataclass(frozen=True)
 class _Reflection:
     """Mirrors wrong labels at the middle of the bounds: 0 and 1 trade places."""
@@ -119,7 +112,7 @@ class _Reflection:
                 f"noise.low, noise.high: the reward {reward} of prompt {prompt_id!r} is outside [{self.low}, "
                 f"{self.high}]; set them to the bounds of the reward"
             )
-        wrong = keyed_uniform("noise", self.kind, self.seed, *key) < self.rate
+        wrong = derive_uniform("noise", self.kind, self.seed, *key) < self.rate
         return self.low + self.high - reward if wrong else reward
 
 

@@ -49,7 +49,7 @@ class RunProgress:
     def on_evaluation(self, step: int, figures: dict[str, float]) -> None:
         names = [name for name in figures if name.endswith("/accuracy")]
         text = ", ".join(f"{name.split('/')[1].upper()} {interval_text(figures, name)}" for name in names)
-        self.console.print(f"{self.name} step {step}/{self.steps}  true accuracy {text}", soft_wrap=True)
+        self.console.print(f"{self.name} step {step}/{self.steps}  true accuracy (%) {text}", soft_wrap=True)
 
     def __enter__(self) -> Self:
         self._bar.start()

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dvpo.errors import InputError
-from dvpo.noise import keyed_uniform
 from dvpo.rewards import STANDARD_ARGUMENTS, GuardedReward
+from dvpo.seeding import derive_uniform
 from dvpo.tasks import Environment, Example, Message, Prompt, Reward, SingleTurn
 
 Row = tuple[str, Mapping[str, Any]]
@@ -92,7 +92,7 @@ class FilesTask:
 
 
 def _hold_out(examples: list[Example], share: float, path: str | Path) -> dict[str, list[Example]]:
-    levels = [keyed_uniform("held out", _prompt_hash(example.prompt)) for example in examples]
+    levels = [derive_uniform("held out", _prompt_hash(example.prompt)) for example in examples]
     if len(set(levels)) < 2:
         raise InputError(
             f"task.path: {path} holds a single prompt, of which none is left to evaluate on; "
