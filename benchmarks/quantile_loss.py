@@ -6,9 +6,11 @@ are unsorted, which is the slower case for a search.
 
 Time: the two take turns (A B A B ...), so that other users of the machine disturb both. A turn of the exact form is
 the mean of 20 runs, since a single one fits between two disturbances and another is hit in full. Wall-clock and CPU
-time are taken; the speed-up is the median over the pairs of turns. Memory: each form runs in fresh processes of its own, first on one token, so
-that what is loaded and allocated once does not count; then the kernel's peak mark is reset, and the rise of the peak
-resident size over one run at full size is read. Linux only.
+time are taken; the speed-up is the median over the pairs of turns.
+
+Memory: each form runs in fresh processes of its own, first on one token, so that what is loaded and allocated once
+does not count; then the kernel's peak mark is reset, and the rise of the peak resident size over one run at full size
+is read. Linux only.
 """
 
 import argparse
