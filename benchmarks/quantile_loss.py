@@ -15,6 +15,7 @@ is read. Linux only.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -130,6 +131,7 @@ def summary(
         },
         "seconds": seconds,
         "machine": machine("cpu"),
+        "load_average": os.getloadavg()[0],  # above the number of cores, others were running too
         "versions": versions(),
         "commit": here.commit,
         "dirty": here.dirty,
