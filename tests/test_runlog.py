@@ -154,7 +154,9 @@ def test_a_damaged_line_further_up_is_named_and_nothing_is_lost(tmp_path: Path) 
 @pytest.mark.parametrize("evidence", ["manifest.json", "metrics.jsonl", "checkpoint-5"])
 def test_a_fresh_run_does_not_touch_a_folder_that_holds_one(tmp_path: Path, evidence: str) -> None:
     (tmp_path / evidence).mkdir()
-    with pytest.raises(InputError, match=rf"{tmp_path} already holds a run: resume it, or choose another output"):
+    with pytest.raises(
+        InputError, match=rf"{tmp_path} already holds a run: go on with it by --resume, or choose another output"
+    ):
         open_log(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [evidence]
 

@@ -15,7 +15,14 @@ OVERRIDES = "settings that win over the file, for example critic.alpha=0.05"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes no further positionals behind an option: `train a.yaml --resume steps=200` leaves steps=200 over.
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in arguments]
+    if unknown:
+        parser.error(f"unrecognised argument {unknown[0]}: see dvpo COMMAND --help")
+    if rest:
+        arguments.overrides += rest
     # Reward functions, tasks and rows of the user's own are imported from where the command was given.
     sys.path.insert(0, os.getcwd())
     try:
@@ -54,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="evaluate a checkpoint on its task, one JSONL row an item")
     evaluate.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run folder (newest checkpoint) or one")
     evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
-    evaluate.add_argument("--splits", nargs="+", default=["id", "ood"], help="default: id ood")
+    evaluate.add_argument("--splits", nargs="+", help="default: id and ood, if the task has them")
     evaluate.add_argument("--samples", type=int, default=8, help="draws an item for pass@k (default: 8; 0: greedy)")
     evaluate.add_argument("--output", help="the JSONL file (default: evaluation-N.jsonl in the run folder)")
     evaluate.set_defaults(run=_eval)

@@ -301,7 +301,7 @@ def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides:
     values = _read(source) if isinstance(source, str | Path) else _deep_copy(source or {})
     for override in overrides:
         _set_dotted(values, override)
-    _refuse_unknown_keys(values, Config, "")
+    values = _checked(values, Config, "")
     name = values.get("algorithm", Config.algorithm)
     if not isinstance(name, str):
         raise InputError(f"algorithm = {name!r} is not a name: take a row such as dvpo or ppo")
@@ -362,15 +362,24 @@ def _set_dotted(values: dict[str, Any], override: str) -> None:
     node[leaf] = value
 
 
-def _refuse_unknown_keys(values: Mapping[Any, Any], kind: type, prefix: str) -> None:
-    known = get_type_hints(kind)
+def _checked(values: Mapping[Any, Any], kind: type, prefix: str) -> dict[str, Any]:
+    """The values, with empty sections in place of headings that nothing stands below.
+
+    Raises:
+        InputError: an unknown key, a value where a section is wanted, or what YAML made a yes or no of.
+    """
+    known, checked = get_type_hints(kind), dict(values)
     for key, value in values.items():
+        name = f"{prefix}{key}"
         if key not in known:
-            raise InputError(f"unknown config key {prefix}{key}: {_suggest(str(key), prefix)}")
+            raise InputError(f"unknown config key {name}: {_suggest(str(key), prefix)}")
         if dataclasses.is_dataclass(known[key]):
-            if not isinstance(value, Mapping):
-                raise InputError(f"config key {prefix}{key} = {value!r} is a section: write {prefix}{key}.name=value")
-            _refuse_unknown_keys(value, known[key], f"{prefix}{key}.")  # type: ignore[arg-type]
+            if not isinstance(value, Mapping | None):
+                raise InputError(f"config key {name} = {value!r} is a section: write {name}.key=value")
+            checked[key] = _checked(value or {}, known[key], f"{name}.")  # type: ignore[arg-type]
+        elif isinstance(value, bool) and known[key] is not bool:
+            raise InputError(f"{name} = {value!r} is not valid: it is no yes-or-no setting")
+    return checked
 
 
 def _suggest(key: str, prefix: str) -> str:
@@ -414,7 +423,7 @@ def _one_sentence(error: ValidationError) -> str:
     parts = []
     for item in error.errors():
         field = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
+        message = item["msg"].removeprefix("Value error, ").replace("tuple", "list")
         what = message[0].lower() + message[1:]
         parts.append(f"{field} = {item['input']!r} is not valid: {what}" if field else message)
     return "; ".join(parts)

@@ -55,7 +55,9 @@ def report_needs(config: Config, console: Console) -> None:
         InputError: whatever would stop the run itself.
     """
     with tempfile.TemporaryDirectory(prefix="dvpo-doctor-") as folder:
-        trial = replace(config, output=str(Path(folder) / "run"), steps=max(config.steps, TRIAL_STEPS))
+        update = replace(config.update, actor_warmup_steps=0)  # what is measured is a step that moves both models
+        steps_needed = max(config.steps, TRIAL_STEPS)
+        trial = replace(config, output=str(Path(folder) / "run"), steps=steps_needed, update=update)
         trainer = Trainer(trial)
         policy = _parameters(trainer.policy.model)
         critic, learning = (0, 0) if trainer.critic is None else (

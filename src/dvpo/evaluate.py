@@ -53,7 +53,7 @@ def evaluate(
     """Answer every example greedily and `samples` times at the sampling temperature.
 
     Args:
-        policy: in evaluation mode.
+        policy: answers.
         task: makes the environments.
         examples: the items; none is sampled twice for different items, draws are keyed by (seed, item, draw).
         judge: rewards of finished episodes, None where unknown; an unknown reward counts in no figure.
@@ -62,13 +62,14 @@ def evaluate(
         seed: of the draws.
     """
     encoder = ChatEncoder(policy.tokenizer)
+    limit = min(settings.max_prompt_length, policy.context_length - settings.max_completion_length)
 
     def run(count: int, greedy: bool) -> tuple[list[Episode], np.ndarray]:
         environments, episodes = [], []
         for example in examples:
             for sample in range(count):
                 environment = task.environment(example)
-                tokens = encoder.prompt(environment.reset())[-settings.max_prompt_length :]
+                tokens = encoder.prompt(environment.reset())[-limit:]
                 environments.append(environment)
                 episodes.append(Episode(example, visit=0, sample=sample, prompt_tokens=tokens))
         sampler = HuggingFaceSampler(policy, settings, greedy=greedy)
@@ -126,14 +127,14 @@ def _known(reward: float) -> float | None:
 
 
 def evaluate_checkpoint(
-    source: str | Path, overrides: Sequence[str], splits: Sequence[str], samples: int, output: str | None
+    source: str | Path, overrides: Sequence[str], splits: Sequence[str] | None, samples: int, output: str | None
 ) -> Path:
     """Evaluate a run's checkpoint on its own task, print the summary, and write one JSONL row an item.
 
     Args:
         source: a run folder (its newest sound checkpoint is taken) or a `checkpoint-N` folder in one.
         overrides: `key.sub=value` settings that win over the run's config.
-        splits: splits of the task.
+        splits: splits of the task; None: `id` and `ood`, if it has them.
         samples: draws an item, 0 = greedy only.
         output: the file; None: `evaluation-N.jsonl` in the run folder.
 
@@ -151,11 +152,16 @@ def evaluate_checkpoint(
     if samples < 0:
         raise InputError(f"--samples = {samples} is negative: take 0 for greedy only")
     task = make_task(config.task)
+    splits = [name for name in ("id", "ood") if task.split(name)] if splits is None else splits
     missing = [split for split in splits if not task.split(split)]
-    if missing:
-        raise InputError(f"--splits {missing[0]}: the task {task.name} has no such examples; take others")
+    if missing or not splits:
+        raise InputError(
+            f"--splits {' '.join(missing)}: the task {task.name} has no such examples; take train, id or ood"
+        )
     policy = open_policy(checkpoint / "policy", torch.device(choose_device(config.device)), config.model.dtype)
     file = Path(output) if output else checkpoint.parent / f"evaluation-{checkpoint_step(checkpoint)}.jsonl"
+    if not file.parent.is_dir():
+        raise InputError(f"--output = {file}: there is no folder {file.parent}; make it, or name another file")
     table = Table(title=f"{checkpoint}: % of held-out items solved, 95% intervals in brackets")
     for column in ("split", "items", "greedy accuracy", *((f"mean@{samples}", f"pass@{samples}") if samples else ())):
         table.add_column(column, justify="right")

@@ -139,9 +139,26 @@ def read_rows(path: Path, up_to_step: int | None = None) -> Iterator[dict[str, A
         yield row
 
 
-def _start(folder: Path, config: str, seed: int, device: str | torch.device) -> None:
+def refuse_used_folder(folder: Path) -> None:
+    """Check that a fresh run may write here.
+
+    Raises:
+        InputError: the folder holds a run, or cannot be made.
+    """
     if any(folder.glob("checkpoint-*")) or any((folder / name).exists() for name in ("manifest.json", *STREAMS)):
-        raise InputError(f"output = {folder} already holds a run: resume it, or choose another output folder")
+        raise InputError(
+            f"output = {folder} already holds a run: go on with it by --resume, or choose another output folder"
+        )
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputError(
+            f"output = {folder} cannot be made, since {nearest} is no folder one may write to: "
+            "choose another output folder"
+        )
+
+
+def _start(folder: Path, config: str, seed: int, device: str | torch.device) -> None:
+    refuse_used_folder(folder)
     with disk_full_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
     session = _record_session(folder, config, seed, device, "dirty.diff")

@@ -96,6 +96,8 @@ def open_reward(config: Config, task: Task, function: Callable[..., Any] | None 
     """
     name = config.reward.function if function is None else function
     examples = task.split("train")
+    if not examples:
+        raise InputError(f"task.name = {config.task.name}: its training split is empty, give it at least one example")
     if name != "task":
         columns = {column for example in examples for column in example.columns}
         return GuardedReward(name, timeout=config.reward.timeout, columns=sorted(columns))

@@ -38,7 +38,7 @@ from dvpo.noise import make_noise
 from dvpo.optimiser import Optimiser
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.rewards import Fault
-from dvpo.runlog import RunLog
+from dvpo.runlog import RunLog, refuse_used_folder
 from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, collate, fit_prompts, play
 from dvpo.scoring import Scorer, open_reward
 from dvpo.seeding import derive_seed
@@ -87,9 +87,12 @@ class Trainer:
         self.device = init_from_env(choose_device(config.device))
         checkpoint = self._find_checkpoint() if resume else None
         begun = resume and (self.folder / "manifest.json").exists()
+        if not resume:
+            refuse_used_folder(self.folder)  # now, not after minutes of loading a model
 
         self.task = make_task(config.task) if task is None else task
         train = self.task.split("train")
+        self.reward = open_reward(config, self.task, reward)
         source = starting_model(config)
         self.policy = self._open_start(source) if checkpoint is None else self._open(checkpoint / "policy")
         self.encoder = ChatEncoder(self.policy.tokenizer)
@@ -115,7 +118,6 @@ class Trainer:
         if checkpoint is not None:
             restore(self.parts, load_state(checkpoint))
 
-        self.reward = open_reward(config, self.task, reward)
         noise = config.noise
         seed = config.seed if noise.seed is None else noise.seed
         self.scorer = Scorer(self.task, self.reward, make_noise(noise.kind, noise.rate, seed, noise.low, noise.high))
@@ -457,11 +459,15 @@ class Trainer:
             raise InputError(
                 f"output = {self.folder} holds no run to resume: check the path, or start without --resume"
             )
-        changed = [k for k in differences(load_config(written), self.config) if not k.startswith(MAY_CHANGE)]
+        changed = [
+            f"{key} was {old!r} and is {new!r}"
+            for key, (old, new) in differences(load_config(written), self.config).items()
+            if not key.startswith(MAY_CHANGE)
+        ]
         if changed:
             raise InputError(
-                f"resume: {', '.join(changed)} differ from {written}: a resumed run must be the same run; "
-                "take the old values, or start another output folder"
+                f"resume: {'; '.join(changed)} (see {written}): a resumed run must be the same run, so take the old "
+                "values, or start another output folder"
             )
         if is_main():
             Checkpointer(self.folder, self.config.checkpoint.keep)  # mends what a kill left half-done
