@@ -33,7 +33,7 @@ class Policy:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype = torch.float32
-    """Compute type of the trunk; heads, log-probs and losses are float32."""
+    """Compute type of the trunk and of the language-model head's product; logits, log-probs and losses are float32."""
 
     @property
     def device(self) -> torch.device:
@@ -76,9 +76,10 @@ class Policy:
         with self.autocast():
             logits_KV = self.model.get_output_embeddings()(hidden_KD).float()
         config = self.model.config.get_text_config()
-        # The scalings that model families put behind their head; `check_head` refuses a family with any other.
-        logits_KV = logits_KV * (getattr(config, "logit_scale", None) or 1.0)
-        logits_KV = logits_KV / (getattr(config, "logits_scaling", None) or 1.0)
+        # What model families put behind their head; `check_head` refuses a family with anything else.
+        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        if scale != 1.0:
+            logits_KV = logits_KV * scale
         cap = getattr(config, "final_logit_softcapping", None)
         return torch.tanh(logits_KV / cap) * cap if cap else logits_KV
 
@@ -183,6 +184,9 @@ def open_policy(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # transformers checkpoints in training mode only; with every dropout at 0 the mode changes nothing else.
     policy = Policy(model.to(device).train(gradient_checkpointing), tokenizer, getattr(torch, dtype))
+    # Several families make an empty tokenizer where there are no files for one.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise InputError(f"model.path = {path} has no tokenizer: write one there with tokenizer.save_pretrained")
     if not policy.end_ids:
         raise InputError(f"model.path = {path} has no end token: set eos_token in its tokenizer")
     check_head(policy)
@@ -190,10 +194,10 @@ def open_policy(
 
 
 def without_dropout(config: Any) -> Any:
-    """Set every dropout probability of a transformers config to 0: ratios of the same policy must be 1."""
+    """Set every dropout probability and router jitter of a transformers config to 0: ratios of one policy must be 1."""
     for part in (config, config.get_text_config()):
         for name, value in list(vars(part).items()):
-            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+            if ("drop" in name or "jitter" in name) and isinstance(value, float):
                 setattr(part, name, 0.0)
     return config
 
@@ -209,7 +213,8 @@ def check_head(policy: Policy) -> None:
     tokens_BS = torch.arange(8, device=policy.device).remainder(vocabulary).unsqueeze(0)
     attention_BS = torch.ones_like(tokens_BS, dtype=torch.bool)
     with policy.autocast():
-        expected = policy.model(input_ids=tokens_BS, attention_mask=attention_BS.long()).logits.float()
+        out = policy.model(input_ids=tokens_BS, attention_mask=attention_BS.long(), use_cache=False)
+    expected = out.logits.float()
     ours = policy.logits(policy.hidden_states(tokens_BS, attention_BS)[0])
     # bf16 autocast of the same computation agrees closely; a missing scale or cap does not.
     if not torch.allclose(ours, expected[0], rtol=0.02, atol=0.02 * float(expected.abs().max())):
