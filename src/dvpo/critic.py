@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -126,13 +127,14 @@ def load_critic(folder: str | Path, device: str | torch.device = "cpu", dtype: t
     try:
         shape = CriticShape(**json.loads((folder / "critic.json").read_text()))
         tensors = load_file(folder / "critic.safetensors")
-    except (OSError, ValueError, TypeError) as error:
+        trunk = None
+        if shape.trunk != "shared":
+            trunk = AutoModel.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        critic = Critic(shape, trunk, dtype)
+        critic.load_state_dict(tensors)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"critic folder {folder} cannot be read ({error}): give the critic/ folder of a checkpoint"
+            f"critic folder {folder} cannot be read ({reason}): give the critic/ folder of a checkpoint"
         ) from None
-    trunk = None
-    if shape.trunk != "shared":
-        trunk = AutoModel.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    critic = Critic(shape, trunk, dtype)
-    critic.load_state_dict(tensors)
     return critic.to(device).eval()
