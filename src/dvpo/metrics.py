@@ -52,28 +52,36 @@ def explained_variance(values_K: Tensor, returns_K: Tensor, reduce: Reduce) -> f
     return 1 - (var_r + var_v - 2 * covariance) / var_r if var_r > 1e-12 else math.nan
 
 
-def calibration_error(values_K: Tensor, returns_K: Tensor, reduce: Reduce, low: float, high: float) -> float:
-    """Mean over tokens of |mean return - mean V| in equal-width bins of V over [low, high]; V outside is clipped."""
-    width = max(high - low, 1e-12)
-    bins_K = ((values_K - low) / width * CALIBRATION_BINS).long().clamp(0, CALIBRATION_BINS - 1)
-    gap_K, zeros = (returns_K - values_K).double(), torch.zeros(CALIBRATION_BINS, dtype=torch.float64)
-    zeros = zeros.to(values_K.device)
-    totals = reduce(torch.stack([zeros.index_add(0, bins_K, gap_K), zeros.index_add(0, bins_K, gap_K * 0 + 1)]))
-    count = float(totals[1].sum())
-    return float(totals[0].abs().sum()) / count if count else math.nan
+def calibration_error(values_K: Tensor, returns_K: Tensor, reduce: Reduce) -> float:
+    """Mean over tokens of |mean return - mean V| in ten equal-width bins of V; the outer two are open.
+
+    The bins reach two standard deviations of V to either side of its mean: a blind critic keeps its V within a small
+    part of the returns' range, and one outlier among the returns would put all of V into one bin.
+    """
+    moments = _moments(values_K, values_K, reduce)
+    if moments is None:
+        return math.nan
+    mean, variance, *_ = moments
+    width = max(4 * math.sqrt(variance) / CALIBRATION_BINS, 1e-12)
+    bins_K = ((values_K.double() - mean) / width).floor().long() + CALIBRATION_BINS // 2
+    gap_K = returns_K.double() - values_K.double()
+    gaps = gap_K.new_zeros(CALIBRATION_BINS).index_add(0, bins_K.clamp(0, CALIBRATION_BINS - 1), gap_K)
+    total, count = reduce(gaps).abs().sum(), reduce(torch.ones_like(gap_K).sum())
+    return float(total / count)
 
 
 def _moments(x_K: Tensor, y_K: Tensor, reduce: Reduce) -> tuple[float, float, float, float] | None:
-    """Count, variances and covariance, in float64 and in two passes."""
+    """Mean of x, variances and covariance, in float64 and in two passes; None for fewer than two pairs."""
     x, y = x_K.double(), y_K.double()
     count, sum_x, sum_y = reduce(torch.stack([torch.ones_like(x).sum(), x.sum(), y.sum()])).tolist()
     if count < 2:
         return None
-    dx, dy = x - sum_x / count, y - sum_y / count
+    mean_x, mean_y = sum_x / count, sum_y / count
+    dx, dy = x - mean_x, y - mean_y
     var_x, var_y, covariance = (
         reduce(torch.stack([dx.square().sum(), dy.square().sum(), (dx * dy).sum()])) / count
     ).tolist()
-    return count, var_x, var_y, covariance
+    return mean_x, var_x, var_y, covariance
 
 
 def critic_figures(values_KNM: Tensor, returns_K: Tensor, truth_K: Tensor, reduce: Reduce) -> dict[str, float]:
@@ -100,10 +108,9 @@ def critic_figures(values_KNM: Tensor, returns_K: Tensor, truth_K: Tensor, reduc
         error.add("critic/head_disagreement", values_KNM.mean(dim=-1).std(dim=-1, unbiased=False))
     figures = error.result(reduce)
     figures["critic/value_error"] = math.sqrt(figures.pop("critic/squared_error"))
-    bounds = (float(returns_K.min()), float(returns_K.max())) if len(returns_K) else (0.0, 1.0)
     return figures | {
         "critic/explained_variance": explained_variance(values_K, returns_K, reduce),
-        "critic/calibration_error": calibration_error(values_K, returns_K, reduce, *bounds),
+        "critic/calibration_error": calibration_error(values_K, returns_K, reduce),
         "critic/true_correlation": correlation(values_K[known_K], truth_K[known_K], reduce),
     }
 
