@@ -79,11 +79,12 @@ class ChatEncoder:
             return list(self.tokenizer(prompt)["input_ids"])
         return self._tokens(self._render(prompt))
 
-    def reply(self, messages: Sequence[Message], ended: bool) -> list[int]:
+    def reply(self, messages: Sequence[Message], last_token: int) -> list[int]:
         """Token ids of what the environment says, between the policy's last token and its next turn.
 
         The sampled ids are never decoded and encoded again: the template is rendered around a mark in place of the
-        policy's words, and only what follows the mark is tokenised (less the end token that the policy wrote itself).
+        policy's words, and only what follows the mark is tokenised (less the end token that the policy wrote itself,
+        which need not be the tokenizer's eos_token: a generation config may name others).
         """
         if self.tokenizer.chat_template is None:
             return self._tokens("".join(m["content"] for m in messages))
@@ -91,10 +92,9 @@ class ChatEncoder:
         _, mark, tail = self._render([*dummy, *messages]).rpartition(self.MARK)
         if not mark:
             raise InputError("model.path: the chat template does not show the assistant's words: use another template")
-        end = self.tokenizer.eos_token or ""
-        stripped = tail.lstrip()
-        if ended and end and stripped.startswith(end):
-            tail = stripped.removeprefix(end)
+        special = self.tokenizer.added_tokens_decoder.get(last_token)
+        if special is not None and tail.lstrip().startswith(special.content):
+            tail = tail.lstrip().removeprefix(special.content)
         return self._tokens(tail)
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -198,7 +198,7 @@ def _take_turn(
     episode.turns += [turn] * len(drawn.tokens)
     text = encoder.text(drawn.tokens)
     for stop in settings.stop:
-        text = text.removesuffix(stop)
+        text = text.partition(stop)[0]  # its last token may reach beyond it
     episode.messages.append({"role": "assistant", "content": text})
     if not drawn.finished:
         episode.turn_rewards.append(None)
@@ -208,8 +208,7 @@ def _take_turn(
     if answer.done:
         episode.terminated = True
         return False
-    ended = drawn.tokens[-1] == encoder.tokenizer.eos_token_id
-    reply = encoder.reply(answer.messages, ended)
+    reply = encoder.reply(answer.messages, drawn.tokens[-1])
     if len(episode.tokens) + len(reply) >= settings.max_completion_length:
         return False  # no room for another word of the policy: the length limit cuts the episode here
     episode.messages.extend(answer.messages)
@@ -237,9 +236,12 @@ class HuggingFaceSampler:
         was_training = model.training
         model.eval()  # gradient checkpointing needs training mode, in which transformers drops the KV cache
         try:
-            for start in range(0, len(contexts), size):
-                part = slice(start, start + size)
-                turns += self._sample_batch(contexts[part], budgets[part], seeds[part])
+            with (
+                self.policy.autocast()
+            ):  # around all steps: autocast casts the weights once and keeps them until it ends
+                for start in range(0, len(contexts), size):
+                    part = slice(start, start + size)
+                    turns += self._sample_batch(contexts[part], budgets[part], seeds[part])
         finally:
             model.train(was_training)
         return turns
@@ -249,7 +251,10 @@ class HuggingFaceSampler:
     ) -> list[Turn]:
         device, longest = self.policy.device, max(budgets)
         tokens_BS, attention_BS = pad_left(contexts, self.policy.pad_id)
-        uniforms_BT = torch.stack([torch.rand(longest, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        # float64, like the inverted distribution: a grid of 2^-24 is too coarse for a vocabulary of 150,000.
+        uniforms_BT = torch.stack(
+            [torch.rand(longest, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+        )
         budgets_B = torch.tensor(budgets, device=device)
         end_ids = torch.tensor(sorted(self.policy.end_ids), device=device)
         tokens_BS, attention_BS = tokens_BS.to(device), attention_BS.to(device)
@@ -265,14 +270,13 @@ class HuggingFaceSampler:
         positions = (attention_BS.long().cumsum(dim=-1) - 1).clamp(min=0)
         going_on = torch.ones_like(finished_B)
         for t in range(longest):
-            with self.policy.autocast():
-                out = self.policy.trunk(
-                    input_ids=inputs,
-                    attention_mask=attention_BS.long(),
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                )
+            out = self.policy.trunk(
+                input_ids=inputs,
+                attention_mask=attention_BS.long(),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
             cache = out.past_key_values
             logits = self.policy.logits(out.last_hidden_state[:, -1])
             chosen, logprobs = self._choose(logits, uniforms_BT[rows, t])
@@ -289,7 +293,8 @@ class HuggingFaceSampler:
             if left == 0:
                 break
             attention_BS = torch.cat([attention_BS, attention_BS.new_ones(len(rows), 1)], dim=1)
-            inputs, positions = chosen.unsqueeze(-1), positions[:, -1:] + 1
+            # Finished rows stand still, or they would run out of the positions that the model knows.
+            inputs, positions = chosen.unsqueeze(-1), positions[:, -1:] + going_on.unsqueeze(-1)
             if left <= len(rows) // 2 and hasattr(cache, "batch_select_indices"):
                 # Finished rows are dropped once they are half of the batch: each drop copies the cache.
                 keep = going_on.nonzero().squeeze(-1)
@@ -317,18 +322,22 @@ class HuggingFaceSampler:
                 kept_BV = warp(None, kept_BV)
             # float64: over a vocabulary of 150,000 a float32 sum would lose the rare tokens.
             mass_BV = kept_BV.double().softmax(dim=-1).cumsum(dim=-1)
-            level_B1 = uniforms_B.double().unsqueeze(-1) * mass_BV[:, -1:]
-            chosen_B = torch.searchsorted(mass_BV, level_B1, right=True).squeeze(-1)
+            level_B1 = uniforms_B.unsqueeze(-1) * mass_BV[:, -1:]
+            # The product may round up to the whole mass, once in 2^53 draws.
+            chosen_B = torch.searchsorted(mass_BV, level_B1, right=True).squeeze(-1).clamp(max=mass_BV.shape[-1] - 1)
         return chosen_B, logprobs_BV.gather(-1, chosen_B.unsqueeze(-1)).squeeze(-1)
 
     def _at_stop_string(self, written_BT: Tensor) -> Tensor:
-        """Rows whose text ends with a stop string; a token carries at least one byte, so a short tail is enough."""
+        """Rows whose last token completes a stop string, and may reach beyond it (one token can hold ">" and "\\n").
+
+        A token carries at least one byte, so a short tail of the turn holds every string that its last token completes.
+        """
         stop = self.settings.stop
         if not stop:
             return torch.zeros(len(written_BT), dtype=torch.bool, device=written_BT.device)
         window = max(len(s.encode()) for s in stop) + 4
         texts = self.policy.tokenizer.batch_decode(written_BT[:, -window:])
-        return torch.tensor([text.endswith(stop) for text in texts], device=written_BT.device)
+        return torch.tensor([any(s in text for s in stop) for text in texts], device=written_BT.device)
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
