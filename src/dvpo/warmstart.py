@@ -105,7 +105,7 @@ def warm_start(
     cache: Path | None = None,
     progress: bool = True,
 ) -> Path:
-    """Return the folder of the warm-started embedded model: shipped, cached, or (three minutes) made now.
+    """Return the folder of the warm-started embedded model: shipped, cached, or made now (3 to 5 minutes).
 
     Args:
         checker: the dial: the share of facts whose errors the checker sees, in [0, 1].
