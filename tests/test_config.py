@@ -1,0 +1,232 @@
+"""Configs: the published defaults, who wins over whom, and every mistake answered by one sentence."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from dvpo.algorithms import ALGORITHMS
+from dvpo.config import Config, differences, load_config, to_yaml
+from dvpo.errors import InputError
+
+TERMS = ("risk", "cvar", "gain", "shift", "shape", "curvature", "consistency")
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def refusal(source: Any = None, *overrides: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load_config(source, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# Values
+
+
+def test_the_defaults_of_the_embedded_task_are_those_of_section_7_of_the_method():
+    config = load_config()
+    advantage, critic, actor = config.advantage, config.critic, config.actor
+    assert (advantage.gamma, advantage.lam, advantage.critic_lam) == (1.0, 0.95, None)
+    assert (advantage.target, advantage.truncation, advantage.missing_reward) == ("indexwise", "terminal", "mask")
+    assert (critic.num_heads, critic.num_quantiles, critic.levels) == (3, 32, "midpoint")
+    assert (critic.kappa, critic.eta, critic.alpha, critic.beta) == (0.1, 2.0, 0.1, 0.1)
+    assert critic.value_clip == 0.5
+    assert {getattr(critic.weights, term) for term in TERMS} == {0.1}
+    assert (actor.clip_low, actor.clip_high, actor.kl.coef, actor.entropy_coef) == (0.2, 0.2, 0.0, 0.0)
+    assert (config.update.epochs, config.update.minibatches) == (1, 2)
+    assert (config.sampling.prompts_per_step, config.sampling.samples_per_prompt) == (16, 8)
+    assert (config.sampling.top_p, config.sampling.top_k) == (1.0, 0)
+
+
+def test_both_rows_share_every_setting_but_their_critic():
+    assert {key.split(".")[0] for key in differences(load_config(), load_config(None, ["algorithm=ppo"]))} == {
+        "algorithm",
+        "critic",
+    }
+    assert load_config(None, ["algorithm=ppo"]).critic.num_heads == 1
+
+
+def test_the_row_wins_over_the_defaults_the_file_over_the_row_and_the_override_over_the_file(tmp_path: Path):
+    file = written(tmp_path, "critic: {weights: {cvar: 0.5, gain: 0.6}}")
+    config = load_config(file, ["critic.weights.gain=0.7"])
+    assert Config().critic.weights.cvar == 0.0
+    assert load_config().critic.weights.cvar == 0.1
+    assert (config.critic.weights.cvar, config.critic.weights.gain, config.critic.weights.shift) == (0.5, 0.7, 0.1)
+
+
+def test_of_two_overrides_the_last_wins_and_the_source_mapping_is_left_alone():
+    source: dict[str, Any] = {"critic": {"alpha": 0.3}}
+    assert load_config(source, ["critic.alpha=0.2", "critic.alpha=0.25"]).critic.alpha == 0.25
+    assert source == {"critic": {"alpha": 0.3}}
+
+
+def test_the_row_named_by_an_override_brings_its_own_defaults(tmp_path: Path):
+    file = written(tmp_path, "algorithm: dvpo")
+    assert load_config(file, ["algorithm=ppo"]).critic.weights.cvar == 0.0
+
+
+def test_exponents_without_a_point_which_yaml_reads_as_text_are_numbers(tmp_path: Path):
+    assert load_config(written(tmp_path, "policy_optimiser: {lr: 1e-4}")).policy_optimiser.lr == 1e-4
+    assert load_config(None, ["critic_optimiser.lr=2e-5"]).critic_optimiser.lr == 2e-5
+
+
+def test_an_empty_file_and_a_heading_with_nothing_below_it_mean_the_defaults(tmp_path: Path):
+    assert load_config(written(tmp_path, "")) == load_config()
+    assert load_config(written(tmp_path, "critic:\n  # alpha: 0.2\nactor: {kl: }\n")) == load_config()
+
+
+def test_yaml_out_and_in_again_gives_an_equal_config(tmp_path: Path):
+    for overrides in ([], ["algorithm=ppo"], ["sampling.stop=['\\n', 'Q:']", "critic.value_clip=null", "steps=7"]):
+        config = load_config(None, overrides)
+        assert load_config(written(tmp_path, to_yaml(config))) == config
+
+
+def test_differences_name_each_key_with_both_values():
+    one, other = load_config(None, ["seed=1", "actor.kl.coef=0.5"]), load_config()
+    assert differences(one, other) == {"seed": (1, 0), "actor.kl.coef": (0.5, 0.0)}
+    assert differences(one, one) == {}
+
+
+def test_a_config_cannot_be_changed_after_it_was_checked():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load_config().critic.alpha = 7.0  # type: ignore[misc]
+
+
+def test_a_config_made_in_python_is_checked_too():
+    with pytest.raises(ValueError, match="less than or equal to 1"):
+        dataclasses.replace(load_config().critic, alpha=7.0)
+
+
+def test_one_quantile_is_fine_while_the_tail_terms_are_off():
+    off = [f"critic.weights.{term}=0" for term in TERMS if term not in ("shift", "consistency")]
+    assert load_config(None, ["critic.num_quantiles=1", *off]).critic.num_quantiles == 1
+    assert load_config(None, ["critic.num_quantiles=1", "algorithm=ppo"]).critic.num_quantiles == 1
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("override", "suggestion"),
+    [
+        ("sed=3", "did you mean seed?"),
+        ("critic.alhpa=0.1", "did you mean critic.alpha?"),
+        ("critic.weights.cvr=0.1", "did you mean critic.weights.cvar?"),
+        ("critics.alpha=0.1", "did you mean critic?"),
+        ("critic.lam=0.9", "did you mean advantage.lam?"),
+        ("alpha=0.1", "did you mean critic.alpha?"),
+        ("critic.cvar=0.1", "did you mean critic.weights.cvar?"),
+        ("actor.warmup_step=3", "did you mean"),
+        ("zzz=1", "the keys here are actor, advantage, algorithm"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_near_one_of_its_section_or_of_another(override: str, suggestion: str):
+    message = refusal(None, override)
+    assert message.startswith(f"unknown config key {override.split('=')[0].split('.')[0]}")
+    assert suggestion in message
+
+
+def test_an_unknown_key_in_a_file_is_refused_like_one_in_an_override(tmp_path: Path):
+    assert refusal(written(tmp_path, "critic: {alhpa: 0.1}")) == refusal(None, "critic.alhpa=0.1")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("critic.alpha=0", "critic.alpha = 0 is not valid: input should be greater than 0"),
+        ("critic.alpha=1.5", "critic.alpha = 1.5 is not valid: input should be less than or equal to 1"),
+        ("critic.alpha=.nan", "critic.alpha = nan is not valid"),
+        ("critic.kappa=.inf", "critic.kappa = inf is not valid: input should be a finite number"),
+        ("advantage.gamma=1.01", "advantage.gamma = 1.01 is not valid"),
+        ("steps=0", "steps = 0 is not valid: input should be greater than or equal to 1"),
+        ("steps=1.5", "steps = 1.5 is not valid: input should be a valid integer"),
+        ("steps=many", "steps = 'many' is not valid: input should be a valid integer"),
+        ("steps=yes", "steps = True is not valid: it is no yes-or-no setting"),
+        ("critic.alpha=off", "critic.alpha = False is not valid: it is no yes-or-no setting"),
+        ("critic.monotone=3", "critic.monotone = 3 is not valid"),
+        ("critic.alpha=[0.1]", "critic.alpha = [0.1] is not valid"),
+        ("sampling.stop=Q:", "sampling.stop = 'Q:' is not valid: input should be a valid list"),
+        ("noise.kind=flop", "noise.kind = 'flop' is not valid: input should be 'none', 'flip' or 'persistent'"),
+        ("critic=3", "config key critic = 3 is a section: write critic.key=value"),
+        ("critic.num_quantiles=1", "critic.num_quantiles = 1 is too few for tail terms: take at least 3, or set the"),
+        ("critic.num_quantiles=2", "critic.num_quantiles = 2 is too few for tail terms"),
+        ("update.minibatches=129", "update.minibatches = 129 exceeds the 128 responses of a step"),
+        ("task.name=files", "task.path is empty"),
+        ("algorithm=dvop", "algorithm = dvop is unknown: did you mean dvpo?"),
+        ("algorithm=[dvpo]", "algorithm = ['dvpo'] is not a name"),
+        ("critic.alpha", "override 'critic.alpha' has no `key=value` form"),
+        ("=3", "override '=3' has no `key=value` form"),
+        ("sampling.stop=[a", "override 'sampling.stop=[a': the value is not valid YAML"),
+        ("seed.x=1", "seed = {'x': 1} is not valid"),
+    ],
+)
+def test_a_wrong_value_is_answered_with_field_value_and_what_is_wanted(override: str, words: str):
+    assert words in refusal(None, override)
+
+
+def test_several_wrong_values_are_named_at_once():
+    message = refusal(None, "critic.alpha=2", "steps=0")
+    assert "critic.alpha = 2" in message
+    assert "steps = 0" in message
+
+
+def test_an_override_below_a_value_of_the_file_is_refused(tmp_path: Path):
+    assert "'seed' is a value and holds no 'x'" in refusal(written(tmp_path, "seed: 3"), "seed.x=1")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"- a\n- b\n", "holds a list: it must hold `key: value` lines"),
+        (b"seed", "holds a str"),
+        (b"seed: 1\ncritic: {alpha: [0.1\n", "is not valid YAML at line 3: mend the syntax"),
+        (b"seed:\t1\n\tsteps: 3\n", "is not valid YAML at line 2"),
+        (b"output: \xff\n", "cannot be read (it is not UTF-8 text)"),
+        (b"3: 4\n", "unknown config key 3"),
+    ],
+    ids=["a list", "a word", "an open bracket", "a tab", "not UTF-8", "a number as key"],
+)
+def test_a_file_that_is_no_config_is_refused_with_its_name_and_reason(tmp_path: Path, content: bytes, words: str):
+    (tmp_path / "config.yaml").write_bytes(content)
+    assert words in refusal(tmp_path / "config.yaml")
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path):
+    assert refusal(tmp_path / "no.yaml").endswith("no.yaml cannot be read (No such file or directory): check the path")
+    assert "cannot be read (Is a directory)" in refusal(tmp_path)
+
+
+# Documentation
+
+
+def test_no_setting_needs_guessing():
+    """Every setting has a docstring, or is named as in the method page's equations and the field's papers."""
+    obvious = (
+        "prompt_column gradient_checkpointing prompts_per_step samples_per_prompt temperature top_p rate gamma lam "
+        "target whiten truncation missing_reward num_heads num_quantiles levels monotone eta coef estimator clip_low "
+        "clip_high aggregation entropy_coef lr betas eps weight_decay max_grad_norm warmup_steps epochs minibatches "
+        "keep tensorboard seed steps kind weights low high"
+    ).split()
+    source = Path(__import__("dvpo.config").config.__file__).read_text()
+    undocumented = []
+    sections = [Config, *(t for t in get_type_hints(Config).values() if dataclasses.is_dataclass(t))]
+    for section in sections:
+        body = source.split(f"\nclass {section.__name__}:")[1].split("\n@section")[0]
+        for name, hint in get_type_hints(section).items():
+            documented = re.search(rf'\n    {name}: [^\n]*\n    """', body)
+            if not (documented or name in obvious or dataclasses.is_dataclass(hint)):
+                undocumented.append(f"{section.__name__}.{name}")
+    assert undocumented == []
+
+
+def test_every_rows_defaults_are_settings_that_exist():
+    for name in ALGORITHMS:
+        assert load_config(None, [f"algorithm={name}"]).algorithm == name
