@@ -46,6 +46,7 @@ class TaskConfig:
     ood_path: str | None = None
     """files: held-out data of another kind."""
     prompt_column: str = "prompt"
+    """files: holds a string, or a list of messages."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """files: share of the training data held out when there is no `id_path`."""
     truth: str | None = None
@@ -65,6 +66,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type. Master weights, heads, losses and advantages are float32 either way."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
 
 
 @section
@@ -78,6 +80,7 @@ class SamplingConfig:
     top_k: CountOrZero = 0
     """0 = off. Recorded log-probs are those of the untruncated distribution whatever top_p and top_k."""
     max_prompt_length: Count = 256
+    """Tokens, those of the chat template included."""
     long_prompts: Literal["error", "skip", "truncate"] = "error"
     """A prompt above the limit: refuse to start, leave it out, or keep its last `max_prompt_length` tokens."""
     max_completion_length: Count = 64
@@ -103,7 +106,9 @@ class NoiseConfig:
     """Noise injected into the observed reward; the true one is kept beside it."""
 
     kind: Literal["none", "flip", "persistent"] = "none"
+    """`flip`: each label by itself; `persistent`: every label of some prompts, whenever they are drawn."""
     rate: Share = 0.0
+    """Share of wrong labels, or of prompts with wrong labels."""
     low: float = 0.0
     high: float = 1.0
     """A wrong label turns a reward r into low + high - r."""
@@ -123,8 +128,11 @@ class AdvantageConfig:
     target_atoms: Count = 32
     """mixture: number of target atoms L."""
     whiten: bool = True
+    """Give the advantages of a step mean 0 and deviation 1."""
     truncation: Literal["terminal", "bootstrap", "mask"] = "terminal"
+    """After a cut by the length limit: worth 0, worth what the critic says, or the response leaves the step."""
     missing_reward: Literal["mask", "bootstrap"] = "mask"
+    """A response without a reward leaves the step, or the critic's opinion of it stands. It never counts as 0."""
 
 
 @section
@@ -205,6 +213,7 @@ class UpdateConfig:
     """How often the sampled responses are used. `minibatches` optimiser steps an epoch."""
 
     epochs: Count = 1
+    """Passes over the responses of a step."""
     minibatches: Count = 2
     microbatch_size: Count = 64
     """Sequences in one forward and backward pass: memory only, the result does not depend on it."""
@@ -229,6 +238,7 @@ class CheckpointConfig:
     every: CountOrZero = 50
     """Steps between checkpoints (0 = only at the end)."""
     keep: Count = 2
+    """So many of the newest stay on the disk."""
 
 
 @section
