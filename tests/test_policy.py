@@ -140,19 +140,18 @@ def test_bfloat16_is_a_compute_type_over_float32_weights_and_float32_logprobs(tm
     assert policy.trunk.layers[0].mlp.up_proj(torch.zeros(1, 16)).dtype is torch.float32
     with policy.autocast():
         assert policy.trunk.layers[0].mlp.up_proj(torch.zeros(1, 16)).dtype is torch.bfloat16
-    logprobs_K, entropies_K = policy.token_logprobs(
-        policy.hidden_states(tokens_BS, attention_BS)[0, :-1], tokens_BS[0, 1:]
-    )
+    hidden_KD = policy.hidden_states(tokens_BS, attention_BS)[0, :-1]
+    logprobs_K, entropies_K = policy.token_logprobs(hidden_KD, tokens_BS[0, 1:])
     assert logprobs_K.dtype is entropies_K.dtype is torch.float32
     torch.testing.assert_close(logprobs_K, reference(open_policy(folder, CPU))[0], rtol=0.05, atol=0.15)
     logprobs_K.sum().backward()
-    before = [p.detach().clone() for p in policy.model.parameters()]
-    torch.optim.SGD(policy.model.parameters(), lr=1e-6).step()
-    for old, parameter in zip(before, policy.model.parameters(), strict=True):
-        assert parameter.dtype is parameter.grad.dtype is torch.float32
-    # So small a step would be lost in bfloat16 weights.
-    assert not all(torch.equal(old, new) for old, new in zip(before, policy.model.parameters(), strict=True))
-    assert all(torch.equal(old.bfloat16(), (old - 1e-6).bfloat16()) for old in [torch.tensor(0.3)])
+    weight = policy.trunk.layers[0].mlp.up_proj.weight
+    assert {p.dtype for p in policy.model.parameters()} == {weight.grad.dtype} == {torch.float32}
+    before = weight.detach().clone()
+    torch.optim.SGD([weight], lr=1e-5).step()
+    moved = (weight != before).float().mean()
+    moved_in_bfloat16 = (before.bfloat16() - 1e-5 * weight.grad.bfloat16() != before.bfloat16()).float().mean()
+    assert moved > 0.5 > 0.1 > moved_in_bfloat16  # so small a step is what master weights are for
 
 
 # Padding and neighbours

@@ -1,0 +1,204 @@
+"""The critic: what its heads can say, which states they see, where its gradients go, and how it is kept."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dvpo.config import CriticConfig
+from dvpo.critic import Critic, QuantileHeads, load_critic, make_critic
+from dvpo.errors import InputError
+from dvpo.policy import Policy
+from tiny import one_row, tiny_policy
+
+TOKENS = [70, 81, 92, 17, 40, 33, 44, 1, 200]
+
+
+def new_critic(policy: Policy, kind: str = "quantile", seed: int = 0, **settings: object) -> Critic:
+    torch.manual_seed(seed)
+    return make_critic(kind, CriticConfig(**{"num_heads": 3, "num_quantiles": 5, **settings}), policy)
+
+
+def predict(critic: Critic, policy: Policy, tokens: list[int]) -> Tensor:
+    """Predictions at every column: [S, N, M]."""
+    return critic.heads(critic.hidden_states(*one_row(tokens), policy))[0]
+
+
+def wild_heads(heads: int, quantiles: int, monotone: bool) -> QuantileHeads:
+    module = QuantileHeads(16, heads, quantiles, monotone)
+    torch.nn.init.normal_(module.linear.weight, std=5.0)
+    torch.nn.init.normal_(module.linear.bias, std=5.0)
+    return module
+
+
+# Heads
+
+
+def test_monotone_heads_never_cross_and_plain_ones_can():
+    torch.manual_seed(0)
+    states_KD = 3 * torch.randn(500, 16)
+    assert (wild_heads(3, 20, monotone=True)(states_KD).diff(dim=-1) >= 0).all()
+    assert (wild_heads(3, 20, monotone=False)(states_KD).diff(dim=-1) < 0).any()
+
+
+def test_the_mean_of_a_monotone_head_is_its_base():
+    torch.manual_seed(0)
+    heads, states_KD = wild_heads(2, 7, monotone=True), torch.randn(50, 16)
+    base_KN = heads.linear(states_KD).unflatten(-1, (2, 8))[..., 0]
+    torch.testing.assert_close(heads(states_KD).mean(-1), base_KN, rtol=1e-5, atol=1e-4)
+
+
+def test_a_quantile_of_a_monotone_head_by_hand():
+    # base 2, x = (0, ln(e - 1), -100): softplus = (ln 2, 1, 0), c = (.6931, 1.6931, 1.6931),
+    # c / 3 = (.2310, .5644, .5644) with mean .4533: theta = 2 + (-.2222, .1111, .1111).
+    heads = QuantileHeads(1, 1, 3, monotone=True)
+    with torch.no_grad():
+        heads.linear.weight.zero_()
+        heads.linear.bias.copy_(torch.tensor([2.0, 0.0, 0.541324855, -100.0]))
+    torch.testing.assert_close(heads(torch.ones(1))[0], torch.tensor([1.77777, 2.11111, 2.11111]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("monotone", [True, False])
+def test_one_quantile_is_a_scalar_head(monotone):
+    torch.manual_seed(0)
+    heads, states_KD = QuantileHeads(16, 3, 1, monotone), torch.randn(5, 16)
+    assert heads.linear.out_features == 3
+    assert torch.equal(heads(states_KD).squeeze(-1), heads.linear(states_KD))
+
+
+def test_heads_begin_near_zero_differ_from_each_other_and_monotone_ones_spread_over_one_unit_of_reward():
+    torch.manual_seed(0)
+    states_KD = torch.randn(200, 64)
+    for monotone, spread in ((True, 0.95), (False, 0.0)):  # 20 quantiles: 19 steps of 1/20
+        theta_KNM = QuantileHeads(64, 3, 20, monotone)(states_KD)
+        assert theta_KNM.mean(-1).abs().max() < 0.1
+        torch.testing.assert_close(
+            (theta_KNM[..., -1] - theta_KNM[..., 0]).mean(), torch.tensor(spread), rtol=0, atol=0.02
+        )
+        assert (theta_KNM[:, 0] - theta_KNM[:, 1]).abs().max() > 1e-3
+
+
+def test_heads_compute_in_float32_whatever_type_the_trunk_has():
+    torch.manual_seed(0)
+    heads, states_KD = QuantileHeads(16, 2, 4, monotone=True), torch.randn(3, 16).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        theta_KNM = heads(states_KD)
+    assert theta_KNM.dtype is heads.linear.weight.dtype is torch.float32
+    assert torch.equal(theta_KNM, heads(states_KD.float()))
+
+
+# States
+
+
+@pytest.mark.parametrize("trunk", ["own", "frozen", "shared"])
+@torch.no_grad()
+def test_the_value_of_a_state_knows_the_tokens_before_it_and_not_its_own_token(trunk):
+    """V(s_t) stands in the column before token t: token t must change V(s_{t+1}) and no earlier value."""
+    policy = tiny_policy()
+    critic = new_critic(policy, trunk=trunk)
+    column = 5  # of token t; its state is read from column 4
+    changed = [*TOKENS]
+    changed[column] += 1
+    before_SNM, after_SNM = predict(critic, policy, TOKENS), predict(critic, policy, changed)
+    assert torch.equal(before_SNM[:column], after_SNM[:column])
+    assert (before_SNM[column] != after_SNM[column]).all()  # reading one column too late would know the token
+    assert (before_SNM[column + 1] != after_SNM[column + 1]).any()
+
+
+@torch.no_grad()
+def test_a_fresh_critic_reads_what_the_policys_own_trunk_says():
+    policy = tiny_policy("gpt2")
+    states = [new_critic(policy, trunk=t).hidden_states(*one_row(TOKENS), policy) for t in ("own", "frozen", "shared")]
+    assert all(torch.equal(states[0], other) for other in states[1:])
+    assert torch.equal(states[0], policy.hidden_states(*one_row(TOKENS)))
+
+
+# Gradients
+
+
+@pytest.mark.parametrize(("trunk", "trunk_learns"), [("own", True), ("frozen", False), ("shared", False)])
+def test_critic_gradients_reach_heads_and_an_own_trunk_and_never_the_policy(trunk, trunk_learns):
+    policy = tiny_policy()
+    critic = new_critic(policy, trunk=trunk)
+    predict(critic, policy, TOKENS).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in critic.heads.parameters())
+    assert all(p.grad is None for p in policy.model.parameters())
+    in_trunk = [] if critic.trunk is None else list(critic.trunk.parameters())
+    assert (critic.trunk is None) == (trunk == "shared")
+    assert all((p.grad is not None) == p.requires_grad == trunk_learns for p in in_trunk)
+
+
+def test_training_the_critics_trunk_leaves_the_policys_where_it_was():
+    policy = tiny_policy()
+    critic = new_critic(policy)
+    before_SD = policy.hidden_states(*one_row(TOKENS)).detach()
+    predict(critic, policy, TOKENS).sum().backward()
+    torch.optim.SGD(critic.parameters(), lr=1.0).step()
+    assert torch.equal(policy.hidden_states(*one_row(TOKENS)), before_SD)
+    assert not torch.equal(critic.hidden_states(*one_row(TOKENS), policy), before_SD)
+
+
+def test_a_shared_trunk_follows_the_policy():
+    policy = tiny_policy()
+    shared, own = new_critic(policy, trunk="shared"), new_critic(policy)
+    before = [predict(critic, policy, TOKENS) for critic in (shared, own)]
+    with torch.no_grad():
+        policy.model.get_input_embeddings().weight.mul_(2)
+    assert not torch.equal(predict(shared, policy, TOKENS), before[0])
+    assert torch.equal(predict(own, policy, TOKENS), before[1])
+
+
+# Kept and opened
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma2"])
+@pytest.mark.parametrize("trunk", ["own", "frozen", "shared"])
+@torch.no_grad()
+def test_a_saved_critic_is_opened_bit_by_bit_and_from_safetensors_alone(family, trunk, tmp_path):
+    policy = tiny_policy(family)
+    critic = new_critic(policy, trunk=trunk)
+    critic.save(tmp_path)
+    files = {file.name for file in tmp_path.iterdir()}
+    assert files == {"critic.safetensors", "critic.json"} | ({"config.json"} if trunk != "shared" else set())
+    torch.manual_seed(99)
+    again = load_critic(tmp_path)
+    assert again.shape == critic.shape
+    assert torch.equal(predict(again, policy, TOKENS), predict(critic, policy, TOKENS))
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in critic.parameters()]
+
+
+def test_a_scalar_critic_has_one_quantile_a_head_whatever_the_config_says(tmp_path):
+    policy = tiny_policy()
+    critic = new_critic(policy, kind="scalar", num_quantiles=32)
+    assert predict(critic, policy, TOKENS).shape == (len(TOKENS), 3, 1)
+    critic.save(tmp_path)
+    assert load_critic(tmp_path).shape.kind == "scalar"
+
+
+def test_heads_are_drawn_from_the_global_generator_and_the_trunk_is_not():
+    policy = tiny_policy()
+    one, same, other = (new_critic(policy, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(one.heads.linear.weight, same.heads.linear.weight)
+    assert not torch.equal(one.heads.linear.weight, other.heads.linear.weight)
+    assert all(torch.equal(a, b) for a, b in zip(one.trunk.parameters(), other.trunk.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("damage", ["no folder", "no trunk config", "cut file", "other width", "unknown field"])
+def test_a_folder_that_holds_no_sound_critic_is_an_input_error_in_one_line(damage, tmp_path):
+    folder = tmp_path / "critic"
+    new_critic(tiny_policy()).save(folder)
+    if damage == "no folder":
+        folder = tmp_path / "nowhere"
+    elif damage == "no trunk config":
+        (folder / "config.json").unlink()
+    elif damage == "cut file":
+        file = folder / "critic.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "other width":
+        file = folder / "critic.json"
+        file.write_text(file.read_text().replace('"num_quantiles": 5', '"num_quantiles": 6'))
+    else:
+        file = folder / "critic.json"
+        file.write_text(file.read_text().replace('"levels"', '"bevels"'))
+    with pytest.raises(InputError, match="critic folder") as caught:
+        load_critic(folder)
+    assert "\n" not in str(caught.value)
