@@ -8,7 +8,7 @@ from dvpo.config import CriticConfig
 from dvpo.critic import Critic, QuantileHeads, load_critic, make_critic
 from dvpo.errors import InputError
 from dvpo.policy import Policy
-from tiny import one_row, tiny_policy
+from tiny_models import one_row, tiny_policy
 
 TOKENS = [70, 81, 92, 17, 40, 33, 44, 1, 200]
 
