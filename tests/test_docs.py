@@ -1,0 +1,216 @@
+"""The prose says what the code does: links, commands, settings, files, metrics, dependencies; and its examples run."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dvpo import Trainer, load_config
+from dvpo.cli import main
+from dvpo.config import to_yaml
+from dvpo.embedded import make_model, make_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+EXAMPLES = DOCS / "own_data.md"
+TINY = (
+    "steps=1",
+    "sampling.prompts_per_step=2",
+    "sampling.samples_per_prompt=2",
+    "sampling.max_completion_length=16",
+    "evaluation.prompts=2",
+)
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def fenced(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def code(page: Path) -> list[str]:
+    """Inline code and lines of code, comments left out."""
+    prose = page.read_text()
+    blocks = re.findall(r"^```\w*\n(.*?)^```", prose, re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```.*?^```", "", prose, flags=re.MULTILINE | re.DOTALL)
+    lines = [*re.findall(r"^ {4}(.*)", prose, re.MULTILINE), *"\n".join(blocks).splitlines()]
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^ {4}.*", "", prose, flags=re.MULTILINE))
+    return [line.split("#")[0].strip() for line in lines] + inline
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_relative_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    prose = re.sub(r"^```.*?^```|^ {4}.*?$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not link.startswith("http") and (not target.exists() or (anchor and anchor not in anchors(target))):
+            dead.append(link)
+    assert dead == []
+
+
+# Commands and settings.
+
+
+@pytest.fixture(scope="module")
+def settings() -> set[str]:
+    """Every config key and every section, dotted."""
+    found: set[str] = set()
+
+    def walk(values: dict[str, Any], prefix: str) -> None:
+        for key, value in values.items():
+            found.add(prefix + key)
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+
+    walk(yaml.safe_load(to_yaml(load_config())), "")
+    return found
+
+
+def commands(page: Path) -> list[list[str]]:
+    found = [re.match(r"(?:\S*/)?dvpo ([a-z].*)", line) for line in code(page)]
+    return [match[1].split() for match in found if match]
+
+
+@each_page
+def test_every_command_shown_has_its_options_and_overrides(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command, *words in commands(page):
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--help"])
+        assert ended.value.code == 0, command
+        options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+        assert {word for word in words if word.startswith("--")} <= options
+        # `key.sub=value` is the form itself, and rows of one's own are imported by another test.
+        overrides = [word for word in words if re.match(r"[a-z._]+=", word) and ":" not in word]
+        load_config(None, [override for override in overrides if not override.endswith("=value")])
+
+
+@each_page
+def test_every_make_target_shown_exists(page: Path) -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    shown = {match[1] for line in code(page) if (match := re.match(r"make ([a-z-]+)", line))}
+    assert shown <= set(targets)
+
+
+@each_page
+def test_every_setting_named_in_prose_exists(page: Path, settings: set[str]) -> None:
+    sections = {name.split(".")[0] for name in settings if "." in name}
+    named = [re.match(r"[a-z_]+(?:\.[a-z_]+)+", line) for line in code(page)]
+    keys = {match[0] for match in named if match and match[0].split(".")[0] in sections and match[0][-3:] != ".py"}
+    assert keys - settings == set()
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))], ids=lambda page: page.name)
+def test_every_yaml_block_is_a_valid_config(page: Path) -> None:
+    for block in fenced(page, "yaml"):
+        load_config(yaml.safe_load(block))
+
+
+# Files, dependencies, versions.
+
+
+def test_the_architecture_names_every_file_of_the_package() -> None:
+    prose = (DOCS / "architecture.md").read_text()
+    package = ROOT / "src" / "dvpo"
+    files = {path.relative_to(package).as_posix() for path in package.rglob("*.py")} | {"py.typed", "assets/"}
+    named = set(re.findall(r"^\| `([^`]+)` \|", prose, re.MULTILINE))
+    assert named == files
+
+
+def test_every_dependency_has_its_reason_and_no_reason_lacks_its_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = {
+        "Needed": {(name_of(line),) for line in project["dependencies"]},
+        "Extras": {(f"`{extra}`", name_of(line)) for extra in extras.keys() - {"dev"} for line in extras[extra]},
+        "Development": {(name_of(line),) for line in extras["dev"]},
+    }
+    prose = (DOCS / "dependencies.md").read_text()
+    for heading, names in wanted.items():
+        part = prose.split(f"## {heading}\n")[1].split("\n## ")[0]
+        rows = [row.strip("|").split("|") for row in part.splitlines() if row.startswith("|")][2:]
+        columns = len(next(iter(names)))
+        assert {tuple(cell.strip() for cell in row[:columns]) for row in rows} == names
+        assert all(cell.strip() for row in rows for cell in row)
+
+
+def name_of(requirement: str) -> str:
+    return re.split(r"[<>=!~;\[ ]", requirement)[0]
+
+
+def test_the_version_is_one_in_project_citation_and_changelog() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_readme_quotes_the_committed_benchmark() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "quantile_loss.json").read_text())
+    quoted = re.search(
+        r"(\d+) times faster .*?with ([\d.]+)% of its memory", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    assert quoted
+    figures = (f"{result['speedup']['cpu']['median']:.0f}", f"{100 * result['peak_rise_share']:.1f}")
+    assert quoted.groups() == figures
+
+
+# What is shown runs, and what it logs is explained.
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_glossary_explains_every_key_that_a_run_logs_and_no_other(tmp_path: Path, tiny_model: Path) -> None:
+    logged = set()
+    for name in ("dvpo", "ppo"):
+        place = [f"algorithm={name}", f"model.path={tiny_model}", f"output={tmp_path / name}"]
+        Trainer(load_config(None, [*TINY, *place, "actor.kl.coef=0.01", "evaluation.samples=2"])).train()
+        logged |= {key for row in rows_of(tmp_path / name) for key in row}
+    logged = {re.sub(r"^eval/\w+/", "eval/<split>/", key).replace("@2", "@k") for key in logged}
+    table = re.findall(r"^\| (`.*?`) \|", (DOCS / "metrics.md").read_text(), re.MULTILINE)
+    assert {key for cell in table for key in re.findall(r"`([^`]+)`", cell)} == logged
+
+
+def test_the_own_data_page_runs_as_it_stands(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for block in fenced(EXAMPLES, "python"):
+        name = re.match(r"# (\w+\.py)\n", block)
+        assert name, "a block of Python begins with its file's name"
+        Path(name[1]).write_text(block)
+    Path("my_prompts.jsonl").write_text(fenced(EXAMPLES, "json")[0])
+    Path("my.yaml").write_text(fenced(EXAMPLES, "yaml")[0])
+    own_reward = load_config("my.yaml", [*TINY, f"model.path={tiny_model}"])
+    own_task = ["task.name=my_task:make_task", "reward.function=task", "algorithm=my_rows:rank", "output=runs/rank"]
+    own_rest = load_config("my.yaml", [*TINY, f"model.path={tiny_model}", *own_task])
+    for config in (own_reward, own_rest):
+        Trainer(config).train()
+        (step,) = [row for row in rows_of(Path(config.output)) if "reward/observed" in row]
+        assert (step["reward/faults"], step["reward/missing"]) == (0, 0)
+    assert 0 < step["actor/advantage_std"] <= 0.5  # a rank advantage lies in [-1/2, 1/2]
+
+
+def test_the_readme_shows_what_the_own_data_page_runs() -> None:
+    for language in ("python", "yaml"):
+        assert set(fenced(ROOT / "README.md", language)) <= set(fenced(EXAMPLES, language))
