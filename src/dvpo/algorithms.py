@@ -53,9 +53,10 @@ class Algorithm:
         paper: where it comes from.
         critic: `none`, `scalar` (N heads x 1), or `quantile` (N heads x M).
         estimate: (signals, config) -> (advantages_BT, targets_BTL), both detached, L = 0 without a critic.
-        critic_loss: (predictions_KNM, before_KNM, targets_KL, config) -> per-token terms; `loss` is minimised, all
-            are logged. `before_KNM` are the predictions before the step's first update (for value clipping).
         actor_loss: (logprobs_K, old_logprobs_K, advantages_K, config) -> (per-token loss, per-token clipped 0/1).
+        critic_loss: (predictions_KNM, before_KNM, targets_KL, config) -> per-token terms; `loss` is minimised, all
+            are logged. `before_KNM` are the predictions before the step's first update (for value clipping). None
+            without a critic.
         defaults: nested config values that stand below the user's own.
     """
 
@@ -63,9 +64,13 @@ class Algorithm:
     paper: str
     critic: Literal["none", "scalar", "quantile"]
     estimate: Callable[[Signals, "Config"], tuple[Tensor, Tensor]]
-    critic_loss: Callable[[Tensor, Tensor, Tensor, "Config"], dict[str, Tensor]]
     actor_loss: Callable[[Tensor, Tensor, Tensor, "Config"], tuple[Tensor, Tensor]]
+    critic_loss: Callable[[Tensor, Tensor, Tensor, "Config"], dict[str, Tensor]] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.has_critic != (self.critic_loss is not None):
+            raise InputError(f"algorithm = {self.name}: a row has a critic_loss if, and only if, it has a critic")
 
     @property
     def has_critic(self) -> bool:
@@ -92,8 +97,9 @@ def find_algorithm(name: str) -> Algorithm:
     module, _, attribute = name.partition(":")
     try:
         row = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"algorithm = {name} cannot be imported ({error}): check PYTHONPATH and the name") from None
+    except Exception as error:  # a user's module fails in whatever way it likes
+        reason = str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
+        raise InputError(f"algorithm = {name} cannot be imported ({reason}): check PYTHONPATH and the name") from error
     if not isinstance(row, Algorithm):
         raise InputError(f"algorithm = {name} is a {type(row).__name__}: it must be a dvpo.algorithms.Algorithm")
     return row
@@ -204,8 +210,8 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             paper="Distributional Value Modeling with Risk-aware Policy Optimization, arXiv 2512.03847",
             critic="quantile",
             estimate=distributional_estimate,
-            critic_loss=distributional_critic_loss,
             actor_loss=ppo_actor_loss,
+            critic_loss=distributional_critic_loss,
             defaults={
                 "critic": {
                     "weights": dict.fromkeys(
@@ -219,8 +225,8 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             paper="Proximal Policy Optimization Algorithms, arXiv 1707.06347",
             critic="scalar",
             estimate=scalar_estimate,
-            critic_loss=squared_critic_loss,
             actor_loss=ppo_actor_loss,
+            critic_loss=squared_critic_loss,
             defaults={"critic": {"num_heads": 1}},
         ),
     )

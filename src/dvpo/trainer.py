@@ -298,6 +298,7 @@ class Trainer:
     def _update_critic(self, rollout: Rollout, estimates: Estimates, rows: Tensor, means: Means) -> None:
         assert self.critic is not None
         assert self.critic_optimiser is not None
+        assert self.row.critic_loss is not None
         count = token_count(estimates.mask_BT[rows], all_reduce_sum)
         for micro, at, mask_BT in self._microbatches(rollout, estimates, rows):
             hidden_BSD = self.critic.hidden_states(micro.tokens_BS, micro.attention_BS, self.policy)
