@@ -1,5 +1,6 @@
 """Episodes: turns of policy and environment, prompts that are too long, and the rollout made of them."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -25,7 +26,7 @@ def ids(text: str) -> list[int]:
 class Quiz:
     """Three turns: asks back twice and gives .5 for each answer, then ends with a reward of 2."""
 
-    REPLY = [{"role": "user", "content": "And then?"}]
+    REPLY = ({"role": "user", "content": "And then?"},)
 
     def __init__(self, prompt: Prompt) -> None:
         self.prompt, self.heard = prompt, []
@@ -42,13 +43,14 @@ class Quiz:
 class Script:
     """A sampler that writes what it is told, turn by turn, and remembers what it was asked."""
 
-    def __init__(self, *turns: list[int], finished: bool = True) -> None:
-        self.turns, self.finished, self.asked = list(turns), finished, []
+    def __init__(self, *turns: list[int], finished: Sequence[bool] = (True, True, True)) -> None:
+        self.turns, self.finished, self.asked = turns, finished, []
 
     def sample(self, contexts: Sequence[Sequence[int]], budgets: Sequence[int], seeds: Sequence[int]) -> list[Turn]:
+        turn = len(self.asked)
         self.asked.append((list(contexts[0]), budgets[0], seeds[0]))
-        tokens = self.turns[len(self.asked) - 1]
-        return [Turn(tokens, [-0.1 * (i + 1) for i in range(len(tokens))], self.finished)]
+        logprobs = [-0.1 * (i + 1) for i in range(len(self.turns[turn]))]
+        return [Turn(self.turns[turn], logprobs, self.finished[turn])]
 
 
 ASK = [{"role": "user", "content": "Count."}]
@@ -57,7 +59,7 @@ ASK = [{"role": "user", "content": "Count."}]
 def converse(script: Script, *, tokenizer=TOKENIZER, **settings: object) -> tuple[Episode, Quiz]:
     quiz, encoder = Quiz(ASK), ChatEncoder(tokenizer)
     episode = Episode(Example("quiz", ASK), visit=0, sample=0, prompt_tokens=encoder.prompt(ASK))
-    play([episode], [quiz], script, encoder, SamplingConfig(max_completion_length=200, **settings), seed=0)
+    play([episode], [quiz], script, encoder, SamplingConfig(**{"max_completion_length": 200, **settings}), seed=0)
     return episode, quiz
 
 
@@ -100,8 +102,7 @@ def test_sampled_tokens_are_kept_although_decoding_and_encoding_them_gives_other
     script = Script([one, two, END_ID], [two, END_ID], [one, END_ID])
     episode, quiz = converse(script, tokenizer=tokenizer)
     assert episode.tokens[:3] == [one, two, END_ID]
-    contexts = [context for context, *_ in script.asked]
-    for context, later in zip(contexts, contexts[1:], strict=False):
+    for context, later in itertools.pairwise(context for context, *_ in script.asked):
         assert later[: len(context)] == context  # what was seen and written once is never written anew
     assert quiz.heard[0] == "12"
 
@@ -132,27 +133,20 @@ def test_an_end_token_that_is_not_the_tokenizers_eos_is_not_written_twice():
     assert ChatEncoder(tokenizer).reply(Quiz.REPLY, ids("x")[0]) == [BAD_ID, *rest]
 
 
-def test_a_reply_that_leaves_no_room_for_another_word_cuts_the_episode_and_keeps_the_turns_reward():
-    first = ids("one<|end|>")
-    room = len(first) + len(ids("<|user|>And then?<|end|><|assistant|>"))
-    quiz, encoder = Quiz(ASK), ChatEncoder(TOKENIZER)
-    for limit, fits in ((room, False), (room + 1, True)):
-        episode = Episode(Example("quiz", ASK), 0, 0, encoder.prompt(ASK))
-        script = Script(first, ids("t"))
-        script.sample = lambda *a, s=script: [
-            Turn(t.tokens, t.logprobs, t.tokens[-1] == END_ID) for t in Script.sample(s, *a)
-        ]
-        play([episode], [quiz], script, encoder, SamplingConfig(max_completion_length=limit), seed=0)
-        assert not episode.terminated
-        assert episode.tokens == (encoder.prompt(ASK) + episode.tokens)[len(episode.prompt_tokens) :]
-        assert len(episode.tokens) == (limit if fits else len(first))
-        assert episode.turn_rewards == ([0.5, None] if fits else [0.5])
-        assert [m["role"] for m in episode.messages] == ["assistant", "user", "assistant"][: 3 if fits else 1]
-        assert [budget for _, budget, _ in script.asked] == [limit, 1][: 2 if fits else 1]
+@pytest.mark.parametrize("fits", [False, True])
+def test_a_reply_that_leaves_no_room_for_another_word_cuts_the_episode_and_keeps_the_turns_reward(fits):
+    first, reply = ids("one<|end|>"), ids("<|user|>And then?<|end|><|assistant|>")
+    script = Script(first, ids("t"), finished=[True, False])
+    episode, _ = converse(script, max_completion_length=len(first) + len(reply) + fits)
+    assert not episode.terminated
+    assert episode.tokens == ([*first, *reply, *ids("t")] if fits else first)
+    assert episode.turn_rewards == [0.5, None][: 1 + fits]
+    assert [m["role"] for m in episode.messages] == ["assistant", "user", "assistant"][: 3 if fits else 1]
+    assert [budget for _, budget, _ in script.asked][1:] == [1] * fits
 
 
 def test_a_turn_cut_by_the_length_limit_is_truncated_and_never_heard():
-    episode, quiz = converse(Script(ids("one"), finished=False))
+    episode, quiz = converse(Script(ids("one"), finished=[False]))
     assert not episode.terminated
     assert (quiz.heard, episode.turn_rewards, episode.text) == ([], [None], "one")
 
@@ -249,10 +243,8 @@ def fit(prompts: Sequence[Prompt], context: int = 100, **settings: object) -> di
 
 
 def test_strings_stand_as_they_are_and_messages_go_through_the_template():
-    assert fit(["abc", [{"role": "user", "content": "a"}]]) == {
-        "p0": ids("abc"),
-        "p1": ids("<|user|>a<|end|><|assistant|>"),
-    }
+    fitted = fit(["abc", [{"role": "user", "content": "a"}]])
+    assert fitted == {"p0": ids("abc"), "p1": ids("<|user|>a<|end|><|assistant|>")}
 
 
 def test_overlong_prompts_are_refused_left_out_or_keep_their_last_tokens():
