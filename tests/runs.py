@@ -23,10 +23,11 @@ SETTINGS: dict[str, Any] = {
 
 @cache
 def model_folder() -> str:
-    """A saved random model with the embedded tokenizer; its responses are 1 to 12 tokens long."""
+    """A saved random model with the embedded tokenizer; each token ends the response with probability 1/8 or so."""
     folder = TemporaryDirectory(prefix="dvpo-tiny-")
     _folders.append(folder)  # removed when the interpreter ends
     model = make_model(make_config(hidden_size=32, num_hidden_layers=2, intermediate_size=64))
+    model.generation_config.eos_token_id = [1, *range(8, 40)]
     model.save_pretrained(folder.name)
     make_tokenizer().save_pretrained(folder.name)
     return folder.name

@@ -71,6 +71,7 @@ class FilesTask:
             self._splits |= _hold_out(self._splits["train"], held_out, path)
         self._splits = _with_the_same_columns(self._splits)
         self.columns = list(self._splits["train"][0].columns)
+        self.knows_truth = truth is not None
         self._truth = None if truth is None else GuardedReward(truth, columns=self.columns, field="task.truth")
 
     def split(self, name: str) -> Sequence[Example]:

@@ -1,0 +1,520 @@
+"""The training step as a whole: what must not matter does not, what goes wrong does not spread, all is on record."""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dvpo import trainer as trainer_module
+from dvpo.algorithms import ALGORITHMS
+from dvpo.batch import Estimates, Rollout
+from dvpo.metrics import Means
+from dvpo.runlog import TIME_PREFIX, read_rows
+from dvpo.tasks import Environment, Example, Step
+from dvpo.trainer import Trainer
+from dvpo.warmstart import warm_start
+from runs import Parity, run_config
+
+# Steps that are linear in the gradient (Adam with a large eps): rounding stays rounding, and is not divided by itself.
+LINEAR = [f"{name}.{key}" for name in ("policy_optimiser", "critic_optimiser") for key in ("eps=10", "lr=1")]
+
+
+def trained(folder: Path, *overrides: str, task: Any = None, kind: type[Trainer] = Trainer, **given: Any) -> Trainer:
+    """A tiny run to its last step."""
+    trainer = kind(run_config(folder, *overrides), task=task or Parity(), **given)
+    trainer.train()
+    return trainer
+
+
+def weights(trainer: Trainer) -> list[Tensor]:
+    critic = list(trainer.critic.parameters()) if trainer.critic else []
+    return [p.detach().clone() for p in (*trainer.policy.model.parameters(), *critic)]
+
+
+def farthest(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    return max(float((a - b).detach().abs().max()) for a, b in zip(one, other, strict=True))
+
+
+def rows(trainer: Trainer, name: str = "metrics") -> list[dict[str, Any]]:
+    """The log without evaluations and wall-clock figures."""
+    return [
+        {key: value for key, value in row.items() if not key.startswith(TIME_PREFIX)}
+        for row in read_rows(trainer.folder / f"{name}.jsonl")
+        if not any(key.startswith("eval/") for key in row)
+    ]
+
+
+# What must not matter
+
+
+class WrongDenominator(Trainer):
+    """Each micro-batch divides by its own tokens, and the gradients are averaged: the usual mistake."""
+
+    def _update_critic(self, rollout: Rollout, estimates: Estimates, rows: Tensor, means: Means) -> None:
+        self._part_by_part(super()._update_critic, self.critic, self.critic_optimiser, rollout, estimates, rows, means)
+
+    def _update_actor(self, rollout: Rollout, estimates: Estimates, rows: Tensor, means: Means) -> None:
+        model = self.policy.model
+        self._part_by_part(super()._update_actor, model, self.policy_optimiser, rollout, estimates, rows, means)
+
+    def _part_by_part(self, update, module, optimiser, rollout, estimates, rows, means) -> None:
+        parts = rows.split(self.config.update.microbatch_size)
+        step, self._step = self._step, lambda *_: None
+        for part in parts:
+            update(rollout, estimates, part, means)
+        self._step = step
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= len(parts)
+        self._step(optimiser, "wrong", means)
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_sum_fixed_length"])
+@pytest.mark.parametrize("algorithm", ["dvpo", "ppo"])
+def test_weights_do_not_depend_on_the_micro_batch(tmp_path: Path, algorithm: str, aggregation: str):
+    settings = [*LINEAR, f"algorithm={algorithm}", f"actor.aggregation={aggregation}", "actor.entropy_coef=0.01"]
+    start = weights(Trainer(run_config(tmp_path / "start", *settings), task=Parity()))
+    whole = weights(trained(tmp_path / "6", *settings, "update.microbatch_size=6"))
+    assert farthest(whole, start) > 1e-3
+    for size in (1, 2):
+        cut = weights(trained(tmp_path / str(size), *settings, f"update.microbatch_size={size}"))
+        assert farthest(cut, whole) < 1e-6
+
+
+def test_a_denominator_of_the_micro_batch_would_be_noticed(tmp_path: Path):
+    whole = weights(trained(tmp_path / "6", *LINEAR, "update.microbatch_size=6"))
+    wrong = weights(trained(tmp_path / "1", *LINEAR, "update.microbatch_size=1", kind=WrongDenominator))
+    assert farthest(wrong, whole) > 1e-4
+
+
+def test_the_same_seed_gives_the_same_metrics_and_weights_and_another_seed_others(tmp_path: Path):
+    one, same = trained(tmp_path / "one"), trained(tmp_path / "same")
+    other = trained(tmp_path / "other", "seed=1")
+    assert rows(one) == rows(same)
+    assert farthest(weights(one), weights(same)) == 0
+    assert rows(one) != rows(other)
+
+
+def test_noise_of_rate_0_is_a_clean_run_bit_for_bit(tmp_path: Path):
+    clean = trained(tmp_path / "clean")
+    for kind in ("flip", "persistent"):
+        noisy = trained(tmp_path / kind, f"noise.kind={kind}", "noise.rate=0")
+        assert rows(noisy) == rows(clean)
+        assert farthest(weights(noisy), weights(clean)) == 0
+
+
+def drawn(folder: Path, *overrides: str) -> list[tuple[int, str, int, int, bool]]:
+    """(step, prompt, visit, sample, flipped) of every response."""
+    flips = ["noise.kind=flip", "noise.rate=0.4", "log.completions=100", "steps=4"]
+    found = rows(trained(folder, *flips, *overrides), "completions")
+    return [(r["step"], r["prompt_id"], r["visit"], r["sample"], r["observed"] != r["true"]) for r in found]
+
+
+def test_both_rows_see_the_same_prompts_in_the_same_order_and_the_same_labels_flipped(tmp_path: Path):
+    dvpo = drawn(tmp_path / "dvpo")
+    assert 0 < sum(flipped for *_, flipped in dvpo) < len(dvpo)
+    assert dvpo == drawn(tmp_path / "ppo", "algorithm=ppo")
+
+
+def test_which_labels_are_wrong_does_not_depend_on_how_the_batch_is_laid_out(tmp_path: Path):
+    two = {key: flipped for _, *key, flipped in drawn(tmp_path / "two") for key in [tuple(key)]}
+    four = {
+        key: flipped
+        for _, *key, flipped in drawn(tmp_path / "four", "sampling.prompts_per_step=4", "sampling.batch_size=5")
+        for key in [tuple(key)]
+    }
+    assert set(two) < set(four)
+    assert all(four[key] == flipped for key, flipped in two.items())
+
+
+# The update
+
+
+@pytest.mark.parametrize("trunk", ["own", "frozen", "shared"])
+def test_the_first_update_starts_from_ratio_1_and_the_critics_trunk_follows_its_rule(tmp_path: Path, trunk: str):
+    trainer = Trainer(run_config(tmp_path / "run", f"critic.trunk={trunk}", "update.minibatches=1"), task=Parity())
+    trunk_before = [p.detach().clone() for p in trainer.critic.trunk.parameters()] if trainer.critic.trunk else []
+    figures = trainer.train_step()
+    # The sampler's log-probs (cached, left-padded) and the trainer's (whole, trimmed) differ by rounding only.
+    assert figures["actor/sampler_mismatch"] < 1e-5
+    assert figures["actor/clip_share"] == 0
+    assert figures["actor/kl"] < 1e-9
+    if trainer.critic.trunk:
+        moved = farthest(trunk_before, list(trainer.critic.trunk.parameters())) > 0
+        assert moved == (trunk == "own")
+    trainer.close()
+
+
+def test_epochs_and_minibatches_are_so_many_optimiser_steps_of_either_module(tmp_path: Path):
+    trainer = Trainer(run_config(tmp_path / "run", "update.epochs=3", "update.minibatches=2"), task=Parity())
+    calls: list[str] = []
+    step = trainer._step
+    trainer._step = lambda optimiser, name, means: (calls.append(name), step(optimiser, name, means))
+    figures = trainer.train_step()
+    assert calls == ["critic", "actor"] * 6
+    assert trainer.policy_version == 6
+    assert figures["actor/kl"] > 0
+    trainer.close()
+
+
+def test_a_second_epoch_trains_on_the_advantages_and_log_probs_of_the_sampler(tmp_path: Path, monkeypatch):
+    """The estimates are made once: not again between epochs, when the critic has already seen the rewards."""
+    trainer = Trainer(run_config(tmp_path / "run", "update.epochs=3"), task=Parity())
+    made = []
+    estimate = trainer.estimate
+    monkeypatch.setattr(trainer, "estimate", lambda rollout: made.append(rollout) or estimate(rollout))
+    trainer.train_step()
+    assert len(made) == 1
+    trainer.close()
+
+
+def test_while_the_critic_warms_up_the_policy_stays_bit_for_bit(tmp_path: Path):
+    trainer = Trainer(run_config(tmp_path / "run", "update.actor_warmup_steps=2", "steps=3"), task=Parity())
+    policy = [p.detach().clone() for p in trainer.policy.model.parameters()]
+    critic = [p.detach().clone() for p in trainer.critic.parameters()]
+    for warm in (True, True, False):
+        figures = trainer.train_step()
+        unchanged = all(torch.equal(a, b) for a, b in zip(policy, trainer.policy.model.parameters(), strict=True))
+        assert unchanged == warm
+        assert ("actor/loss" in figures) != warm
+    assert farthest(critic, list(trainer.critic.parameters())) > 0
+    trainer.close()
+
+
+def test_the_critics_gradient_does_not_shrink_the_policys_update(tmp_path: Path):
+    """Two modules, two clip norms: a critic loss a million times as large leaves the first policy step as it is."""
+    small = Trainer(run_config(tmp_path / "small", "critic_optimiser.lr=0"), task=Parity())
+    large = Trainer(run_config(tmp_path / "large", "critic_optimiser.lr=0"), task=Parity())
+    loss = large.row.critic_loss
+    large.row = dataclasses.replace(large.row, critic_loss=lambda *given: {"loss": 1e6 * loss(*given)["loss"]})
+    for trainer in (small, large):
+        trainer.train_step()
+        trainer.close()
+    assert farthest(list(small.policy.model.parameters()), list(large.policy.model.parameters())) == 0
+
+
+# KL
+
+
+def rollout_of(trainer: Trainer) -> Rollout:
+    trainer.step += 1
+    rollout, _ = trainer.score(trainer.sample())
+    return rollout
+
+
+def test_kl_in_the_reward_takes_k1_from_the_reward_of_each_token(tmp_path: Path):
+    """With lambda = gamma = 1 and V = 0 the advantage is the sum of the later rewards, less the KL of those tokens."""
+    settings = ["algorithm=ppo", "advantage.lam=1", "advantage.whiten=false"]
+    kl = ["actor.kl.coef=0.5", "actor.kl.place=reward"]
+    plain = Trainer(run_config(tmp_path / "plain", *settings), task=Parity())
+    penal = Trainer(run_config(tmp_path / "penal", *settings, *kl), task=Parity())
+    with torch.no_grad():  # another reference than the policy, or every k1 would be 0
+        next(penal.reference.model.parameters()).add_(0.05 * torch.randn(264, 32))
+    rollout = rollout_of(penal)
+    reference_BT = penal._reference_logprobs(rollout)
+    k1_BT = (rollout.sampler_logprobs_BT - reference_BT) * rollout.mask_BT
+    with_kl, without = penal.estimate(rollout)[0], plain.estimate(rollout)[0]
+    later_BT = k1_BT.flip(1).cumsum(dim=1).flip(1) * rollout.mask_BT
+    assert later_BT.abs().max() > 0.01
+    torch.testing.assert_close(with_kl.advantages_BT, without.advantages_BT - 0.5 * later_BT, atol=1e-5, rtol=1e-4)
+    plain.close()
+    penal.close()
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_kl_in_the_loss_draws_the_log_probs_to_the_references_when_nothing_else_draws_them(
+    tmp_path: Path, estimator: str
+):
+    kl = ["actor.kl.coef=1", f"actor.kl.estimator={estimator}"]
+    trainer = Trainer(run_config(tmp_path / "run", "policy_optimiser.lr=3e-3", *kl), task=Parity())
+    trainer.row = dataclasses.replace(trainer.row, actor_loss=lambda logprobs_K, *_: (0 * logprobs_K, 0 * logprobs_K))
+    with torch.no_grad():
+        next(trainer.reference.model.parameters()).add_(0.1 * torch.randn(264, 32))
+    rollout = rollout_of(trainer)
+    estimates, _ = trainer.estimate(rollout)
+    distances = [trainer.update(rollout, estimates)["actor/kl_reference"] for _ in range(12)]
+    assert distances[-1] < 0.2 * distances[0]
+    trainer.close()
+
+
+def test_without_a_coefficient_no_reference_model_is_loaded(tmp_path: Path):
+    trainer = Trainer(run_config(tmp_path / "run"), task=Parity())
+    assert trainer.reference is None
+    trainer.close()
+
+
+# Truncated responses and missing rewards
+
+
+MISSING = [None, math.nan, None]
+
+
+def test_a_masked_response_leaves_actor_critic_and_counts_as_if_it_had_never_been_drawn(tmp_path: Path):
+    """The trained mask has no token of it, and the advantages of the others are whitened without it."""
+    trainer = Trainer(run_config(tmp_path / "run"), task=Parity(MISSING))
+    rollout = rollout_of(trainer)
+    estimates, figures = trainer.estimate(rollout)
+    assert rollout.rewarded_B.tolist() == [False] * 3 + [True] * 3
+    assert not estimates.mask_BT[:3].any()
+    assert (estimates.advantages_BT[:3] == 0).all()
+    kept = estimates.advantages_BT[estimates.mask_BT]
+    assert abs(float(kept.mean())) < 1e-5
+    assert abs(float(kept.std(unbiased=False)) - 1) < 1e-4
+    assert figures["reward/missing"] == 0.5
+    trainer.close()
+
+
+def test_a_bootstrapped_response_trains_with_a_last_delta_of_0_and_never_as_a_0(tmp_path: Path):
+    settings = ["advantage.missing_reward=bootstrap", "advantage.whiten=false", "advantage.lam=0"]
+    trainer = Trainer(run_config(tmp_path / "run", *settings), task=Parity(MISSING))
+    with torch.no_grad():
+        trainer.critic.heads.linear.bias.add_(0.7)  # V = .7 or so: as a 0 the last delta would be -.7
+    rollout = rollout_of(trainer)
+    estimates, figures = trainer.estimate(rollout)
+    assert estimates.mask_BT[:3].any(dim=1).all()
+    last_B = rollout.mask_BT.sum(dim=1) - 1
+    assert (estimates.advantages_BT[torch.arange(3), last_B[:3]] == 0).all()
+    assert figures["reward/observed"] == pytest.approx(float(rollout.true_B[3:].mean()))
+    trainer.close()
+
+
+@pytest.mark.parametrize("algorithm", ["dvpo", "ppo"])
+def test_a_step_without_any_reward_changes_no_weight_and_breaks_nothing(tmp_path: Path, algorithm: str):
+    settings = [f"algorithm={algorithm}", "policy_optimiser.weight_decay=0.1", "advantage.target=mixture"]
+    trainer = Trainer(run_config(tmp_path / "run", *settings), task=Parity([None] * 6))
+    before = weights(trainer)
+    trainer.train_step()
+    assert farthest(weights(trainer), before) == 0
+    trainer.task = trainer.scorer.task = Parity()
+    figures = trainer.train_step()
+    assert farthest(weights(trainer), before) > 0
+    assert all(math.isfinite(figures[key]) for key in ("actor/loss", "critic/loss", "actor/grad_norm"))
+    trainer.close()
+
+
+@pytest.mark.parametrize("rule", ["terminal", "bootstrap", "mask"])
+def test_a_truncated_response_ends_at_0_at_the_critics_value_or_leaves(tmp_path: Path, rule: str):
+    settings = [f"advantage.truncation={rule}", "advantage.whiten=false", "advantage.lam=0", "algorithm=ppo"]
+    trainer = Trainer(run_config(tmp_path / "run", *settings), task=Parity())
+    with torch.no_grad():
+        trainer.critic.heads.linear.bias.add_(0.7)
+    rollout = rollout_of(trainer)
+    cut_B = rollout.truncated_B
+    assert cut_B.any()
+    assert not cut_B.all()
+    estimates, _ = trainer.estimate(rollout)
+    each = torch.arange(len(rollout))
+    last_B = rollout.mask_BT.sum(dim=1) - 1
+    rewards_B, values_B = rollout.rewards_BT[each, last_B], estimates.values_BTNM[each, last_B].squeeze()
+    ends_B = trainer._values(rollout)[1].squeeze()
+    expected_B = rewards_B - values_B + (ends_B * cut_B if rule == "bootstrap" else 0)
+    if rule == "mask":
+        assert not estimates.mask_BT[cut_B].any()
+        expected_B = expected_B * ~cut_B
+    torch.testing.assert_close(estimates.advantages_BT[each, last_B], expected_B)
+    trainer.close()
+
+
+class Guessing:
+    """Two turns: the environment answers the first with a hint of several tokens; each turn has a reward."""
+
+    def __init__(self, example: Example) -> None:
+        self.example, self.turn = example, 0
+
+    def reset(self):
+        return self.example.prompt
+
+    def step(self, response: str) -> Step:
+        self.turn += 1
+        hint = [{"role": "user", "content": "?!"}]
+        return Step(hint if self.turn == 1 else (), reward=0.25 * self.turn, done=self.turn == 2)
+
+
+class Talk(Parity):
+    def environment(self, example: Example) -> Environment:
+        return Guessing(example)
+
+
+def test_several_turns_train_on_the_policys_words_only_whatever_the_micro_batch(tmp_path: Path):
+    settings = [*LINEAR, "sampling.max_completion_length=24"]
+    one = trained(tmp_path / "1", *settings, "update.microbatch_size=1", task=Talk())
+    six = trained(tmp_path / "6", *settings, "update.microbatch_size=6", task=Talk())
+    assert farthest(weights(one), weights(six)) < 1e-6
+    rollout = rollout_of(trainer := Trainer(run_config(tmp_path / "look", *settings), task=Talk()))
+    gaps_BT = ~rollout.mask_BT & rollout.attention_BS[:, rollout.prompt_length :]
+    assert gaps_BT.any()
+    estimates, _ = trainer.estimate(rollout)
+    assert (estimates.advantages_BT[gaps_BT] == 0).all()
+    assert (estimates.targets_BTL[gaps_BT] == 0).all()
+    trainer.close()
+
+
+# Reward functions that misbehave
+
+
+def counted(folder: Path, reward: Any, *overrides: str) -> tuple[dict[str, Any], list[dict[str, Any]], Trainer]:
+    trainer = trained(folder, "steps=1", "evaluation.prompts=1", *overrides, reward=reward)
+    [row] = rows(trainer)
+    return row, rows(trainer, "faults"), trainer
+
+
+def test_none_and_nan_are_no_opinion_infinity_is_a_fault_and_neither_counts_as_0(tmp_path: Path):
+    def reward(prompts, completions, completion_ids, **columns):
+        return [None, float("nan"), float("inf"), 1.0, 1.0, 1.0][: len(prompts)]
+
+    row, faults, _ = counted(tmp_path / "run", reward)
+    assert row["reward/missing"] == 0.5
+    assert row["reward/observed"] == 1.0
+    assert row["reward/faults"] == 1
+    assert [fault["kind"] for fault in faults] == ["non_finite"]
+    assert {"prompt_id", "visit", "sample", "completion", "message"} <= faults[0].keys()
+
+
+def test_a_sample_on_which_the_function_raises_loses_its_reward_and_the_others_keep_theirs(tmp_path: Path):
+    def reward(prompts, completions, completion_ids, **columns):
+        return [1.0 if sum(ids) % 2 else 1 / 0 for ids in completion_ids]
+
+    row, faults, trainer = counted(tmp_path / "run", reward, "log.completions=6")
+    odd = sum(r["true"] == 0 for r in rows(trainer, "completions"))
+    assert 0 < odd < 6
+    assert row["reward/faults"] == 6 - odd == len(faults)
+    assert row["reward/missing"] == pytest.approx(1 - odd / 6)
+    assert row["reward/observed"] == 1.0
+    assert "ZeroDivisionError" in faults[0]["message"]
+
+
+def test_a_function_that_hangs_costs_its_time_limit_and_not_the_run(tmp_path: Path):
+    def reward(prompts, completions, completion_ids, **columns):
+        import time
+
+        time.sleep(60)
+
+    row, faults, trainer = counted(tmp_path / "run", reward, "reward.timeout=0.05")
+    assert trainer.step == 1
+    assert row["reward/missing"] == 1.0
+    assert {fault["kind"] for fault in faults} == {"timeout"}
+    assert row["reward/observed"] is None  # not 0: nothing was observed
+
+
+def test_a_list_of_the_wrong_length_for_one_response_is_that_responses_fault(tmp_path: Path):
+    def reward(prompts, completions, completion_ids, **columns):
+        return [[1.0] * 99, *[1.0] * 5][: len(prompts)]
+
+    row, faults, _ = counted(tmp_path / "run", reward)
+    assert row["reward/missing"] == pytest.approx(1 / 6)
+    assert [fault["kind"] for fault in faults] == ["wrong_length"]
+    assert "a list of 99 rewards fits neither the 1 turns nor the" in faults[0]["message"]
+
+
+def test_too_few_rewards_for_a_batch_are_asked_for_one_by_one_and_reported_once(tmp_path: Path):
+    def reward(prompts, completions, completion_ids, **columns):
+        return [1.0] * min(len(prompts), 5)
+
+    row, faults, _ = counted(tmp_path / "run", reward)
+    assert (row["reward/missing"], row["reward/observed"]) == (0.0, 1.0)
+    assert [fault["kind"] for fault in faults] == ["wrong_length"]
+
+
+# What a run leaves behind
+
+
+def test_metrics_say_what_an_expert_asks_for_and_every_figure_is_finite(tmp_path: Path):
+    task_model = f"model.path={warm_start(progress=False)}"
+    config = run_config(
+        tmp_path / "run", task_model, "sampling.samples_per_prompt=8", "sampling.max_completion_length=28"
+    )
+    trainer = Trainer(config)
+    trainer.train()
+    row = rows(trainer)[0]
+    wanted = {
+        *(f"reward/{name}" for name in ("observed", "true", "accuracy", "missing", "faults")),
+        *(f"critic/{name}" for name in ("explained_variance", "calibration_error", "true_correlation", "value_error")),
+        *(f"critic/{name}" for name in ("crossing_share", "head_disagreement", "grad_norm", "skipped_updates", "loss")),
+        *(f"critic/{name}" for name in ("qr", "risk", "cvar", "gain", "shift", "shape", "curvature", "consistency")),
+        *(f"actor/{name}" for name in ("loss", "kl", "entropy", "clip_share", "grad_norm", "sampler_mismatch")),
+        *(f"rollout/{name}" for name in ("tokens", "length", "truncated")),
+    }
+    assert wanted <= row.keys()
+    assert all(isinstance(row[name], float) and math.isfinite(row[name]) for name in wanted)
+    assert 0 < row["reward/true"] < 1
+    assert -1 <= row["critic/true_correlation"] <= 1
+    assert row["actor/skipped_updates"] == 0
+
+
+def test_the_folder_holds_config_manifest_texts_faults_and_checkpoints_and_evaluations_where_asked(tmp_path: Path):
+    settings = ["steps=4", "evaluation.every=2", "evaluation.samples=2", "checkpoint.every=1", "checkpoint.keep=2"]
+    trainer = Trainer(run_config(tmp_path / "run", *settings, "log.completions=3"), task=Parity())
+    evaluations = trainer.train()
+    assert list(evaluations) == [0, 2, 4]
+    assert {"eval/id/accuracy", "eval/ood/accuracy", "eval/id/pass@2", "eval/id/mean@2"} <= evaluations[4].keys()
+    assert sorted(path.name for path in trainer.folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    assert (trainer.folder / "checkpoint-4" / "policy" / "model.safetensors").exists()
+    assert (trainer.folder / "checkpoint-4" / "critic" / "critic.safetensors").exists()
+    texts = rows(trainer, "completions")
+    assert [row["step"] for row in texts] == [step for step in range(1, 5) for _ in range(3)]
+    assert {"prompt_id", "visit", "sample", "prompt", "completion", "observed", "true"} <= texts[0].keys()
+    assert (trainer.folder / "faults.jsonl").read_text() == ""
+    manifest = json.loads((trainer.folder / "manifest.json").read_text())
+    assert {"versions", "machine", "seed", "commit", "dirty", "config_hash"} <= manifest.keys()
+
+
+def test_an_observer_hears_of_every_step_and_evaluation(tmp_path: Path):
+    class Ear:
+        def __init__(self) -> None:
+            self.heard: list[tuple[str, int]] = []
+
+        def on_step(self, step: int, figures: dict[str, float]) -> None:
+            self.heard.append(("step", step))
+
+        def on_evaluation(self, step: int, figures: dict[str, float]) -> None:
+            self.heard.append(("evaluation", step))
+
+    ear = Ear()
+    trained(tmp_path / "run", observer=ear)
+    assert ear.heard == [("evaluation", 0), ("step", 1), ("step", 2), ("evaluation", 2)]
+
+
+def test_weights_that_are_not_finite_are_never_saved_over_sound_ones(tmp_path: Path):
+    trainer = Trainer(run_config(tmp_path / "run", "checkpoint.every=1", "checkpoint.keep=1"), task=Parity())
+    trainer.train_step()
+    trainer.save()
+    trainer.step = 2
+    for module in (trainer.policy.model, trainer.critic):
+        parameter = list(module.parameters())[-1]
+        sound = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.view(-1)[0] = math.nan
+        trainer.save()
+        with torch.no_grad():
+            parameter.copy_(sound)
+    trainer.close()
+    assert [path.name for path in trainer.folder.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert [row["kind"] for row in rows(trainer, "faults")] == ["non_finite_weights"] * 2
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path: Path):
+    trainer = Trainer(run_config(tmp_path / "run"), task=Parity())
+    before = weights(trainer)
+    loss = trainer.row.critic_loss
+    trainer.row = dataclasses.replace(trainer.row, critic_loss=lambda *given: {"loss": math.nan * loss(*given)["loss"]})
+    figures = trainer.train_step()
+    assert figures["critic/skipped_updates"] == 1
+    assert figures["actor/skipped_updates"] == 0
+    assert all(p.isfinite().all() for p in weights(trainer))
+    critic = list(trainer.critic.parameters())
+    assert farthest(before[-len(critic) :], critic) == 0
+    trainer.close()
+
+
+def test_the_trainer_tests_no_algorithms_name():
+    source = Path(trainer_module.__file__).read_text()
+    names = "|".join(map(re.escape, ALGORITHMS))
+    assert re.findall(rf"[\"']({names})[\"']", source) == []
+    assert "row.name" not in source
