@@ -1,0 +1,46 @@
+"""The prompt stream: passes without replacement, counted visits, and a state of one number."""
+
+from collections import Counter
+
+import pytest
+
+from dvpo.data import PromptStream
+from dvpo.tasks import Example
+
+EXAMPLES = [Example(f"p{i}", str(i)) for i in range(7)]
+
+
+def draw(stream: PromptStream, *counts: int) -> list[tuple[str, int]]:
+    return [(example.id, visit) for count in counts for example, visit in stream.next(count)]
+
+
+def test_every_prompt_comes_once_a_pass_and_its_visit_is_the_number_of_earlier_draws():
+    seen: Counter[str] = Counter()
+    drawn = draw(PromptStream(EXAMPLES, seed=0), *[3] * 7)
+    for prompt, visit in drawn:
+        assert visit == seen[prompt]
+        seen[prompt] += 1
+    assert set(seen.values()) == {3}
+    assert [{p for p, _ in drawn[i : i + 7]} for i in (0, 7, 14)] == [{e.id for e in EXAMPLES}] * 3
+
+
+def test_passes_and_seeds_differ_in_order_and_the_same_seed_repeats_it():
+    passes = [p for p, _ in draw(PromptStream(EXAMPLES, seed=0), 21)]
+    assert len({tuple(passes[i : i + 7]) for i in (0, 7, 14)}) == 3
+    assert draw(PromptStream(EXAMPLES, seed=0), 21) == draw(PromptStream(EXAMPLES, seed=0), 10, 11)
+    assert draw(PromptStream(EXAMPLES, seed=0), 7) != draw(PromptStream(EXAMPLES, seed=1), 7)
+
+
+@pytest.mark.parametrize("before", [0, 1, 6, 7, 8, 20])
+def test_a_resumed_stream_goes_on_as_if_nothing_had_happened(before):
+    whole = PromptStream(EXAMPLES, seed=3)
+    draw(whole, before)
+    resumed = PromptStream(EXAMPLES, seed=3)
+    draw(resumed, 5)  # whatever it did before
+    resumed.load_state_dict(whole.state_dict())
+    assert draw(resumed, 9, 9) == draw(whole, 18)
+
+
+def test_a_checkpoint_of_another_number_of_prompts_is_refused():
+    with pytest.raises(ValueError, match="7 prompts, the checkpoint 6"):
+        PromptStream(EXAMPLES, 0).load_state_dict(PromptStream(EXAMPLES[:6], 0).state_dict())

@@ -1,0 +1,186 @@
+"""Scoring: where rewards land, what a missing one becomes, and who is asked."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dvpo.config import load_config
+from dvpo.errors import InputError
+from dvpo.noise import make_noise
+from dvpo.rewards import Fault
+from dvpo.sampling import Episode
+from dvpo.scoring import Scorer, open_reward, place, total
+from dvpo.tasks import Example, Reward
+
+NOTHING = make_noise("none", 0.0, seed=0)
+
+
+def episode(
+    turns: list[int], name: str = "a", turn_rewards: list[float | None] | None = None, **columns: Any
+) -> Episode:
+    """One token for each entry of `turns`, the policy's turn or -1; its text is its name."""
+    made = Episode(Example(name, "prompt of " + name, columns), 0, 0, [9], tokens=[*range(len(turns))], turns=turns)
+    made.turn_rewards = [None] * (max(turns) + 1) if turn_rewards is None else turn_rewards
+    made.messages = [{"role": "assistant", "content": name}]
+    return made
+
+
+TWO_TURNS = [0, 0, -1, -1, 1, 1, 1]
+
+
+class Known:
+    """A task that knows the truth of each text."""
+
+    name = "known"
+
+    def __init__(self, truth: dict[str, Reward]) -> None:
+        self.truth, self.columns = truth, {}
+
+    def split(self, name: str) -> list[Example]:
+        return [Example(key, key) for key in self.truth] if name == "train" else []
+
+    def true_reward(self, prompts: Any, completions: list[str], completion_ids: Any, **columns: Any) -> list[Reward]:
+        self.columns = columns
+        return [self.truth.get(text) for text in completions]
+
+
+class Asked:
+    """A guarded reward function that remembers its arguments."""
+
+    def __init__(self, rewards: list[Reward], faults: list[Fault] | None = None) -> None:
+        self.answer, self.arguments = SimpleNamespace(rewards=rewards, faults=faults or []), ()
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.arguments = arguments
+        return self.answer
+
+
+def tolist(tensor: torch.Tensor) -> list[Any]:
+    """NaN as None, so that it compares."""
+    return [None if x != x else x for x in tensor.tolist()]
+
+
+# Where a reward lands
+
+
+def test_a_number_lands_on_the_last_policy_token():
+    assert place(2.5, episode(TWO_TURNS)) == [0, 0, 0, 0, 0, 0, 2.5]
+    assert place(2.5, episode([0, 0, -1])) == [0, 2.5, 0]  # not on what the environment said last
+
+
+def test_a_list_with_one_entry_a_turn_lands_on_the_last_token_of_each_turn():
+    assert place([1.0, -2.0], episode(TWO_TURNS)) == [0, 1, 0, 0, 0, 0, -2]
+
+
+def test_a_list_with_one_entry_a_token_lands_where_it_says():
+    rewards = [0.1, 0.2, 0.0, 0.0, 0.3, 0.4, 0.5]
+    assert place(rewards, episode(TWO_TURNS)) == rewards
+
+
+@pytest.mark.parametrize("missing", [None, math.nan, [1.0, None], [math.nan, 1.0], [0.0] * 6 + [None]])
+def test_one_missing_entry_leaves_the_whole_return_unknown(missing):
+    assert place(missing, episode(TWO_TURNS)) is None
+
+
+@pytest.mark.parametrize("wrong", [[], [1.0], [1.0] * 3, [1.0] * 8])
+def test_a_list_of_another_length_is_a_fault_that_names_all_three_numbers(wrong):
+    message = place(wrong, episode(TWO_TURNS))
+    assert message == f"a list of {len(wrong)} rewards fits neither the 2 turns nor the 7 tokens of the response"
+
+
+def test_a_reward_at_a_token_of_the_environment_is_a_fault():
+    assert "token of the environment" in place([0, 0, 1.0, 0, 0, 0, 0], episode(TWO_TURNS))
+
+
+def test_the_total_of_a_list_is_its_sum_and_unknown_with_one_entry_missing():
+    assert total(3.0) == total([1.0, 2.0]) == 3.0
+    assert all(math.isnan(total(r)) for r in (None, math.nan, [1.0, None]))
+
+
+# Fields of a rollout
+
+
+def test_a_missing_or_faulty_reward_is_marked_missing_and_never_counts_as_zero():
+    task = Known({"a": 1.0, "b": 0.0, "c": None, "d": 1.0})
+    reward = Asked([0.5, None, 0.25, [1.0, 2.0]], [Fault("exception", 1, "boom")])
+    scored = Scorer(task, reward, NOTHING)([episode([0, 0, 0], n) for n in "abcd"])
+    assert scored.fields["rewards_BT"].tolist() == [[0, 0, 0.5], [0, 0, 0], [0, 0, 0.25], [0, 0, 0]]
+    assert scored.fields["rewarded_B"].tolist() == [True, False, True, False]
+    assert tolist(scored.fields["observed_B"]) == [0.5, None, 0.25, None]
+    assert tolist(scored.fields["true_B"]) == [1.0, 0.0, None, 1.0]
+    assert [(f.kind, f.index) for f in scored.faults] == [("exception", 1), ("wrong_length", 3)]
+
+
+def test_rewards_of_short_responses_are_padded_and_a_zero_reward_is_no_missing_one():
+    scored = Scorer(Known({"a": 0.0, "b": 1.0}), None, NOTHING)([episode([0], "a"), episode([0, 0, 0], "b")])
+    assert scored.fields["rewards_BT"].tolist() == [[0, 0, 0], [0, 0, 1]]
+    assert scored.fields["rewarded_B"].tolist() == [True, True]
+    assert scored.fields["observed_B"].tolist() == [0, 1]
+    assert scored.faults == []
+
+
+def test_noise_changes_what_is_observed_and_never_the_truth():
+    episodes = [episode([0], "a"), episode([0], "b")]
+    scored = Scorer(Known({"a": 1.0, "b": None}), None, make_noise("flip", 1.0, seed=0))(episodes)
+    assert tolist(scored.fields["observed_B"]) == [0.0, None]  # a missing reward stays missing
+    assert tolist(scored.fields["true_B"]) == [1.0, None]
+    with_function = Scorer(Known({"a": 1.0, "b": 0.0}), Asked([0.0, 0.0]), make_noise("flip", 1.0, seed=0))(episodes)
+    assert with_function.fields["observed_B"].tolist() == [1.0, 1.0]
+    assert with_function.fields["true_B"].tolist() == [1.0, 0.0]
+
+
+def test_noise_is_keyed_by_prompt_visit_and_sample_and_so_blind_to_the_order():
+    episodes = [episode([0], str(i)) for i in range(60)]
+    scorer = Scorer(Known({str(i): 1.0 for i in range(60)}), None, make_noise("flip", 0.5, seed=0))
+    forward_B, backward_B = scorer(episodes).fields["observed_B"], scorer(episodes[::-1]).fields["observed_B"]
+    assert torch.equal(forward_B, backward_B.flip(0))
+    assert 15 < forward_B.sum() < 45
+
+
+# Turns of an environment
+
+
+def test_what_the_environment_gave_stands_at_its_turns_and_the_verdict_joins_the_last():
+    task = Known({"a": 1.0, "b": None, "c": math.nan})
+    given = {"a": [0.5, None], "b": [0.5, 2.0], "c": [0.5, 0.0]}
+    scored = Scorer(task, None, NOTHING)([episode([0, -1, 1], n, turn_rewards=r) for n, r in given.items()])
+    # b: the task has no opinion of its own, the environment's stands; c: the task's verdict is missing.
+    assert scored.fields["rewards_BT"].tolist() == [[0.5, 0, 1], [0.5, 0, 2], [0, 0, 0]]
+    assert tolist(scored.fields["true_B"]) == [1.5, 2.5, None]
+    assert scored.fields["rewarded_B"].tolist() == [True, True, False]
+
+
+# Who is asked
+
+
+def test_the_reward_function_gets_prompts_completions_tokens_and_columns():
+    chat = [{"role": "user", "content": "hi"}]
+    talk = episode([0, 0], "b")
+    talk.example = Example("b", chat, {"level": 3})
+    reward = Asked([1.0, 1.0])
+    Scorer(Known({}), reward, NOTHING)([episode([0], "a", answer="4"), talk])
+    prompts, completions, completion_ids, columns = reward.arguments
+    assert prompts == ["prompt of a", chat]
+    assert completions == ["a", [{"role": "assistant", "content": "b"}]]  # messages for a message prompt
+    assert completion_ids == [[0], [0, 1]]
+    assert columns == {"answer": ["4", None], "level": [None, 3]}
+
+
+def test_an_evaluation_asks_the_truth_and_the_reward_function_only_where_no_truth_is_known():
+    reward = Asked([7.0, 8.0])
+    noise = make_noise("flip", 1.0, seed=0)
+    assert Scorer(Known({"a": 1.0}), reward, noise).judge([episode([0], "a"), episode([0], "b")]) == [1.0, None]
+    assert reward.arguments == ()
+    assert Scorer(Known({}), reward, noise).judge([episode([0], "a"), episode([0], "b")]) == [7.0, 8.0]
+    assert Scorer(Known({}), None, noise).judge([episode([0], "a")]) == [None]
+
+
+def test_a_run_without_anyone_who_knows_a_reward_and_one_without_prompts_do_not_start():
+    assert open_reward(load_config(), Known({"": 0.0})) is None
+    with pytest.raises(InputError, match=r"reward.function = task.*cannot judge"):
+        open_reward(load_config(), Known({"a": 1.0}))
+    with pytest.raises(InputError, match="training split is empty"):
+        open_reward(load_config(), Known({}))
