@@ -22,11 +22,8 @@ def make_rollout() -> Rollout:
         tokens = torch.randint(8, 264, (prompt + response,), generator=generator).tolist()
         turns = [0] * response if response < 5 else [0, 0, -1, -1, *[1] * (response - 4)]
         logprobs = [-0.5 - j if turn >= 0 else 0.0 for j, turn in enumerate(turns)]
-        episodes.append(
-            Episode(
-                Example(f"p{i}", "x"), i, 10 + i, tokens[:prompt], tokens[prompt:], turns, logprobs, terminated=i < 2
-            )
-        )
+        made = Episode(Example(f"p{i}", "x"), i, 10 + i, tokens[:prompt], tokens[prompt:], turns, logprobs)
+        episodes.append(made)
     scores = {
         "rewards_BT": torch.arange(28.0).reshape(4, 7),
         "rewarded_B": torch.tensor([True, False, True, True]),

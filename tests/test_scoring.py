@@ -60,7 +60,7 @@ class Asked:
 
 def tolist(tensor: torch.Tensor) -> list[Any]:
     """NaN as None, so that it compares."""
-    return [None if x != x else x for x in tensor.tolist()]
+    return [None if math.isnan(x) else x for x in tensor.tolist()]
 
 
 # Where a reward lands
@@ -179,8 +179,10 @@ def test_an_evaluation_asks_the_truth_and_the_reward_function_only_where_no_trut
 
 
 def test_a_run_without_anyone_who_knows_a_reward_and_one_without_prompts_do_not_start():
-    assert open_reward(load_config(), Known({"": 0.0})) is None
+    task = Known({"a": 1.0})
+    assert open_reward(load_config(), task) is None
+    task.knows_truth = False
     with pytest.raises(InputError, match=r"reward.function = task.*cannot judge"):
-        open_reward(load_config(), Known({"a": 1.0}))
+        open_reward(load_config(), task)
     with pytest.raises(InputError, match="training split is empty"):
         open_reward(load_config(), Known({}))

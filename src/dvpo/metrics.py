@@ -105,7 +105,8 @@ def critic_figures(values_KNM: Tensor, returns_K: Tensor, truth_K: Tensor, reduc
         error.add("critic/spread", theta_KM[:, high] - theta_KM[:, low])
         error.add("critic/crossing_share", crossing_share(values_KNM).flatten())
     if values_KNM.shape[-2] > 1:
-        error.add("critic/head_disagreement", values_KNM.mean(dim=-1).std(dim=-1, unbiased=False))
+        heads_KN = values_KNM.mean(dim=-1)
+        error.add("critic/head_disagreement", (heads_KN - values_K.unsqueeze(-1)).square().mean(dim=-1).sqrt())
     figures = error.result(reduce)
     figures["critic/value_error"] = math.sqrt(figures.pop("critic/squared_error"))
     return figures | {

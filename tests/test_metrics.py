@@ -1,0 +1,189 @@
+"""Figures: hand-made examples, what is not defined, and the same numbers from one process as from two."""
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dvpo.metrics import (
+    Means,
+    Reduce,
+    calibration_error,
+    correlation,
+    critic_figures,
+    explained_variance,
+    finite,
+    reward_figures,
+)
+
+VALUES = torch.tensor([0.2, 0.8, 0.6, 0.4])
+RETURNS = torch.tensor([0.0, 1.0, 1.0, 0.0])
+NOTHING = torch.zeros(0)
+
+
+def alone(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def on_two_processes(figure: Callable[..., Any], tensors: tuple[Tensor, ...], cut: int) -> list[Any]:
+    """The figure as two processes see it that hold the rows before and behind `cut`: threads that meet to add up."""
+    barrier, shares = Barrier(2, timeout=20), [torch.empty(0), torch.empty(0)]
+
+    def process(rank: int) -> Any:
+        def reduce(tensor: Tensor) -> Tensor:
+            shares[rank] = tensor
+            barrier.wait()
+            total = shares[0] + shares[1]
+            barrier.wait()
+            return total
+
+        return figure(*(x[:cut] if rank == 0 else x[cut:] for x in tensors), reduce)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(process, range(2)))
+
+
+# By hand
+
+
+def test_means_weigh_micro_batches_by_their_size_or_as_told():
+    means = Means()
+    means.add("loss", torch.tensor([1.0, 2.0, 3.0]))
+    means.add("loss", torch.tensor([10.0], requires_grad=True))
+    means.add("share", torch.tensor([True, False]))
+    means.add("weighted", torch.tensor([3.0, 4.0]), weight=14.0)
+    means.add("nothing", NOTHING)
+    result = means.result(alone)
+    assert result.pop("nothing") != 0
+    assert result == {"loss": 4.0, "share": 0.5, "weighted": 0.5}
+    assert Means().result(alone) == {}
+
+
+def test_correlation_by_hand():
+    # x = 1, 2, 3 and y = 1, 2, 4: cov = 1, var = 2/3 and 14/9, r = 1 / sqrt(28/27) = .98198.
+    assert correlation(torch.tensor([1.0, 2, 3]), torch.tensor([1.0, 2, 4]), alone) == pytest.approx(0.98198, abs=1e-5)
+
+
+def test_explained_variance_by_hand_is_blind_to_an_offset_and_zero_for_a_constant():
+    # Return less V is -.2, .2, .4, -.4: variance .1, that of the returns .25: 1 - .4 = .6.
+    assert explained_variance(VALUES, RETURNS, alone) == pytest.approx(0.6)
+    assert explained_variance(VALUES + 7, RETURNS, alone) == pytest.approx(0.6, abs=1e-5)
+    assert explained_variance(RETURNS, RETURNS, alone) == 1.0
+    assert explained_variance(0 * VALUES, RETURNS, alone) == 0.0
+    assert explained_variance(-RETURNS, RETURNS, alone) == -3.0  # worse than a constant
+
+
+def test_calibration_error_by_hand():
+    # V = .25 before returns of mean .25: no gap. V = .75 before returns of mean 1: .25, on half of the tokens.
+    values_K = torch.tensor([0.25] * 4 + [0.75] * 4)
+    returns_K = torch.tensor([0.0, 0, 1, 0, 1, 1, 1, 1])
+    assert calibration_error(values_K, returns_K, alone) == pytest.approx(0.125)
+    # A critic that knows nothing but the mean is calibrated; one beside the mean is wrong by its distance.
+    assert calibration_error(torch.full((8,), 0.625), returns_K, alone) == pytest.approx(0)
+    assert calibration_error(torch.full((8,), 0.525), returns_K, alone) == pytest.approx(0.1)
+
+
+def test_opposite_errors_at_different_values_do_not_cancel_in_the_calibration_error():
+    values_K, returns_K = torch.tensor([0.4, 0.6] * 5), torch.tensor([0.6, 0.4] * 5)
+    assert calibration_error(values_K, returns_K, alone) == pytest.approx(0.2)
+    # An outlier among the returns must not throw all values into one bin, where they would.
+    values_K, returns_K = torch.cat([values_K, values_K[:1]]), torch.cat([returns_K, torch.tensor([1e4])])
+    with_outlier = calibration_error(values_K, returns_K, alone)
+    assert with_outlier == pytest.approx((1e4 - 0.4 + 5 * 0.2 + 5 * 0.2) / 11, rel=1e-4)
+
+
+def test_critic_figures_by_hand():
+    # Two states, two heads, three quantiles; ensemble (1, 2, 3) of mean 2 and (0, 1, 5) of mean 2.
+    values_KNM = torch.tensor([[[0.0, 2, 4], [2, 2, 2]], [[0.0, 2, 1], [0, 0, 9]]])
+    figures = critic_figures(values_KNM, torch.tensor([3.0, 2.0]), torch.tensor([1.0, math.nan]), alone)
+    assert figures["critic/value_mean"] == 2.0
+    assert figures["critic/return_mean"] == 2.5
+    assert figures["critic/value_error"] == pytest.approx(math.sqrt(0.5))  # errors 1 and 0
+    # Levels .1 and .9 of three sorted atoms are the outer two (index round(.2) = 0, round(1.8) = 2): 2 and 5.
+    assert figures["critic/spread"] == 3.5
+    assert figures["critic/crossing_share"] == pytest.approx(1 / 8)  # 2 > 1, of eight neighbours
+    assert figures["critic/head_disagreement"] == pytest.approx((0 + 1) / 2)  # head means 2, 2 and 1, 3
+    assert figures["critic/explained_variance"] == 0.0
+    assert math.isnan(figures["critic/true_correlation"])  # one known truth
+
+
+def test_a_scalar_critic_has_no_spread_and_a_single_head_no_disagreement():
+    names = set(critic_figures(VALUES.view(4, 1, 1), RETURNS, RETURNS, alone))
+    assert not names & {"critic/spread", "critic/crossing_share", "critic/head_disagreement"}
+    assert critic_figures(VALUES.view(4, 1, 1), RETURNS, RETURNS, alone)["critic/true_correlation"] == pytest.approx(
+        # cov = .1, var .05 and .25: .1 / sqrt(.0125)
+        0.894427,
+        abs=1e-5,
+    )
+
+
+def test_reward_figures_by_hand():
+    nan = math.nan
+    figures = reward_figures(
+        observed_B=torch.tensor([1.0, 0.0, 1.0, nan, 1.0]),
+        true_B=torch.tensor([1.0, 1.0, nan, 0.0, 1.0]),
+        rewarded_B=torch.tensor([True, True, True, False, True]),
+        reduce=alone,
+    )
+    expected = {"reward/observed": 3 / 4, "reward/true": 3 / 4, "reward/accuracy": 2 / 3, "reward/missing": 1 / 5}
+    assert figures == pytest.approx(expected)
+
+
+# Not defined
+
+
+def test_what_is_not_defined_is_nan_and_is_left_out_of_a_table():
+    for pair in ((NOTHING, NOTHING), (VALUES[:1], RETURNS[:1])):
+        assert all(math.isnan(figure(*pair, alone)) for figure in (correlation, explained_variance, calibration_error))
+    assert math.isnan(correlation(VALUES, torch.ones(4), alone))
+    assert math.isnan(explained_variance(VALUES, torch.ones(4), alone))
+    unknown_B = torch.full((2,), math.nan)
+    rewards = reward_figures(unknown_B, unknown_B, torch.zeros(2, dtype=torch.bool), alone)
+    assert math.isnan(rewards["reward/observed"])
+    assert finite(rewards) == {"reward/missing": 1.0}
+    assert finite(critic_figures(torch.zeros(0, 2, 3), NOTHING, NOTHING, alone)) == {}
+
+
+# Several processes
+
+
+def samples(count: int = 40) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    values_KNM = torch.rand(count, 3, 5, generator=generator)
+    truth_K = torch.rand(count, generator=generator).round()
+    truth_K[::7] = math.nan
+    return values_KNM, torch.randn(count, generator=generator) + values_KNM.mean((1, 2)), truth_K
+
+
+@pytest.mark.parametrize("cut", [20, 3, 0])
+def test_critic_figures_are_those_of_the_global_batch_however_processes_share_it(cut):
+    tensors = samples()
+    expected = critic_figures(*tensors, alone)
+    assert all(math.isfinite(x) for x in expected.values())
+    for figures in on_two_processes(critic_figures, tensors, cut):
+        assert figures == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("cut", [2, 1])
+def test_reward_figures_are_those_of_the_global_batch(cut):
+    nan = math.nan
+    tensors = torch.tensor([1.0, 0, 1, nan]), torch.tensor([nan, 1.0, 1, 0]), torch.tensor([True, True, True, False])
+    expected = reward_figures(*tensors, alone)
+    for figures in on_two_processes(reward_figures, tensors, cut):
+        assert figures == pytest.approx(expected)
+
+
+def test_a_mean_of_the_processes_means_would_be_another_number():
+    def mean(values: Tensor, reduce: Reduce) -> float:
+        means = Means()
+        means.add("x", values)
+        return means.result(reduce)["x"]
+
+    values = torch.tensor([1.0, 2.0, 3.0, 10.0])
+    assert on_two_processes(mean, (values,), 3) == [4.0, 4.0]
+    assert (mean(values[:3], alone) + mean(values[3:], alone)) / 2 == 6.0
