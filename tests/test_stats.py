@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dvpo.stats import bootstrap_interval, iqm, pass_at_k, probability_of_improvement, wilson_interval
+from dvpo.stats import bootstrap_interval, iqm, pass_at_k, pass_hat_k, probability_of_improvement, wilson_interval
 
 
 def test_wilson_interval_equals_hand_arithmetic() -> None:
@@ -51,6 +51,18 @@ def test_the_naive_pass_at_k_is_biased_and_would_fail() -> None:
     naive = 1 - (1 - 1 / 5) ** 2
     assert pass_at_k(1, 5, 2) == pytest.approx(0.4)
     assert naive == pytest.approx(0.36)
+
+
+def test_pass_hat_k_equals_the_share_of_all_k_subsets_that_are_all_correct() -> None:
+    for correct in range(6):
+        samples = [True] * correct + [False] * (5 - correct)
+        for k in range(1, 6):
+            share = np.mean([all(subset) for subset in itertools.combinations(samples, k)])
+            assert pass_hat_k(correct, 5, k) == pytest.approx(share, abs=1e-12)
+    # The naive (c/n)^k is biased: 3 of 5, two tries: 3 of the 10 pairs are all correct, it says .36.
+    assert pass_hat_k(3, 5, 2) == pytest.approx(0.3)
+    with pytest.raises(ValueError, match="k = 6 with 5"):
+        pass_hat_k(3, 5, 6)
 
 
 def test_iqm_drops_a_quarter_at_each_end_over_all_rows() -> None:

@@ -2,7 +2,7 @@
 
 Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice": interquartile
 mean, stratified bootstrap intervals, probability of improvement. Chen et al. 2021, "Evaluating Large Language
-Models Trained on Code": pass@k. Wilson 1927: the interval of a proportion.
+Models Trained on Code": pass@k. Yao et al. 2024, "tau-bench": pass^k. Wilson 1927: the interval of a proportion.
 
 Scores of several runs come as rows: one row for each stratum (a task, a noise level), one entry for each run
 (a seed). Rows may differ in length; a flat list is one row.
@@ -68,11 +68,25 @@ def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
     Raises:
         ValueError: if a count is out of range.
     """
-    if not 0 <= num_correct <= num_samples:
-        raise ValueError(f"num_correct must lie in 0..num_samples, got {num_correct} of {num_samples}")
-    if not 1 <= k <= num_samples:
-        raise ValueError(f"k must lie in 1..num_samples, got k = {k} with {num_samples} samples")
+    _check_counts(num_correct, num_samples, k)
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def pass_hat_k(num_correct: int, num_samples: int, k: int) -> float:
+    """The chance that k samples are *all* correct, unbiased from n >= k samples (Yao et al. 2024, tau-bench).
+
+        pass^k = C(c, k) / C(n, k)
+
+    Args:
+        num_correct: correct samples c of one prompt.
+        num_samples: samples n of that prompt.
+        k: samples that have to succeed, 1..n.
+
+    Raises:
+        ValueError: if a count is out of range.
+    """
+    _check_counts(num_correct, num_samples, k)
+    return math.comb(num_correct, k) / math.comb(num_samples, k)
 
 
 def iqm(scores: Scores) -> float:
@@ -143,6 +157,13 @@ def _rows(scores: Scores) -> list[NDArray]:
     if not rows or any(row.ndim != 1 or row.size == 0 for row in rows):
         raise ValueError(f"scores must be rows of at least one number each, got {scores!r}")
     return rows
+
+
+def _check_counts(num_correct: int, num_samples: int, k: int) -> None:
+    if not 0 <= num_correct <= num_samples:
+        raise ValueError(f"num_correct must lie in 0..num_samples, got {num_correct} of {num_samples}")
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"k must lie in 1..num_samples, got k = {k} with {num_samples} samples")
 
 
 def _check_level(level: float) -> None:

@@ -87,7 +87,9 @@ class Task(Protocol):
 
 
 def make_task(settings: Any) -> Task:
-    """The task that a config's `task` section names: `math`, `files`, or `my_module:make_task`, called with it.
+    """The task that a config's `task` section names: an embedded one, `files`, or `my_module:make_task`.
+
+    The last is called with the section.
 
     Raises:
         InputError: no such task, or one that cannot be imported.
@@ -96,6 +98,10 @@ def make_task(settings: Any) -> Task:
         from dvpo.tasks.math import ChainArithmetic
 
         return ChainArithmetic()
+    if settings.name == "dialogue":
+        from dvpo.tasks.dialogue import SlotFilling
+
+        return SlotFilling()
     if settings.name == "files":
         from dvpo.tasks.files import FilesTask
 
@@ -109,7 +115,7 @@ def make_task(settings: Any) -> Task:
         )
     module, colon, attribute = settings.name.partition(":")
     if not colon:
-        raise InputError(f"task.name = {settings.name} is unknown: take math, files, or my_module:make_task")
+        raise InputError(f"task.name = {settings.name} is unknown: take math, dialogue, files, or my_module:make_task")
     try:
         return getattr(importlib.import_module(module), attribute)(settings)
     except (ImportError, AttributeError) as error:
