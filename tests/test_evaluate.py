@@ -1,0 +1,141 @@
+"""Evaluation: the summary of a rigged sampler by hand, and draws that are keyed by the item."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from scipy.stats import binomtest
+
+from dvpo import evaluate as evaluate_module
+from dvpo.config import SamplingConfig
+from dvpo.evaluate import Evaluation, evaluate, interval_text
+from dvpo.sampling import Episode, Turn
+from dvpo.tasks import Example, Reward, SingleTurn
+from tiny_models import END_ID, AsciiPolicy, tiny_policy
+
+ITEMS = [Example(f"item {i}", "q" * (i + 1)) for i in range(5)]
+RIGHT, WRONG = 200, 100
+
+
+class Task:
+    """Only the environment is asked for."""
+
+    def environment(self, example: Example) -> SingleTurn:
+        return SingleTurn(example)
+
+
+class RiggedSampler:
+    """Answers item i by the letters of a script: the first is the greedy answer, the others are the draws.
+
+    r: right, w: wrong, t: wrong and cut by the length limit, x: an answer of which nothing is known.
+    """
+
+    SCRIPT = ("rrww", "rrrr", "wwww", "twrw", "rxrr")
+    CODES = {"r": RIGHT, "w": WRONG, "t": WRONG, "x": 50}  # noqa: RUF012
+
+    def __init__(self, policy: Any, settings: SamplingConfig, greedy: bool) -> None:
+        self.greedy = greedy
+
+    def sample(self, contexts: Sequence[Sequence[int]], budgets: Sequence[int], seeds: Sequence[int]) -> list[Turn]:
+        scripts = [text[:1] if self.greedy else text[1:] for text in self.SCRIPT]
+        letters = "".join(scripts)
+        assert len(contexts) == len(letters)
+        # Rows come item by item, and each item's prompt is as long as its number says.
+        assert [len(c) - 1 for c in contexts] == [i for i, script in enumerate(scripts) for _ in script]
+        return [Turn([self.CODES[x], END_ID], [0.0, 0.0], finished=x != "t") for x in letters]
+
+
+def judge(episodes: Sequence[Episode]) -> list[Reward]:
+    return [{RIGHT: 1.0, WRONG: 0.25}.get(e.tokens[0]) for e in episodes]
+
+
+@pytest.fixture
+def rigged(monkeypatch: pytest.MonkeyPatch) -> Evaluation:
+    monkeypatch.setattr(evaluate_module, "HuggingFaceSampler", RiggedSampler)
+    return evaluate(tiny_policy(), Task(), ITEMS, judge, SamplingConfig(), samples=3, seed=0)
+
+
+def test_the_greedy_summary_by_hand(rigged):
+    # r r w t r: three of five solved; reward (3 + 2 * .25) / 5; one of five cut.
+    low, high = binomtest(3, 5).proportion_ci(method="wilson")
+    expected = {
+        "items": 5,
+        "accuracy": 0.6,
+        "reward": 0.7,
+        "truncated": 0.2,
+        "accuracy_low": low,
+        "accuracy_high": high,
+    }
+    assert {name: rigged.summary[name] for name in expected} == pytest.approx(expected)
+
+
+def test_mean_and_pass_at_k_by_hand_leave_out_an_item_with_an_unknown_draw(rigged):
+    # Draws rww, rrr, www, wrw; the fifth item has an unknown one: mean (1/3 + 1 + 0 + 1/3) / 4, pass 3 of 4.
+    assert rigged.summary["mean@3"] == pytest.approx(5 / 12)
+    assert rigged.summary["pass@3"] == 0.75
+    for name in ("mean@3", "pass@3"):
+        assert 0 <= rigged.summary[name + "_low"] < rigged.summary[name] < rigged.summary[name + "_high"] <= 1
+
+
+def test_rows_hold_each_items_own_answers_and_rewards(rigged):
+    assert [row["id"] for row in rigged.rows] == [item.id for item in ITEMS]
+    assert [row["reward"] for row in rigged.rows] == [1.0, 1.0, 0.25, 0.25, 1.0]
+    assert [row["samples"] for row in rigged.rows] == [
+        [1.0, 0.25, 0.25], [1.0, 1.0, 1.0], [0.25, 0.25, 0.25], [0.25, 1.0, 0.25], [None, 1.0, 1.0]
+    ]  # fmt: skip
+
+
+def test_unknown_rewards_count_in_no_figure(monkeypatch):
+    monkeypatch.setattr(evaluate_module, "HuggingFaceSampler", RiggedSampler)
+    nothing = evaluate(tiny_policy(), Task(), ITEMS, lambda e: [None] * len(e), SamplingConfig(), samples=3, seed=0)
+    assert nothing.summary["items"] == 0
+    assert math.isnan(nothing.summary["accuracy"])
+    assert "mean@3" not in nothing.summary
+    assert nothing.rows[0]["reward"] is None
+
+
+def answers(
+    policy: AsciiPolicy, items: Sequence[Example], samples: int = 2, seed: int = 0, **settings: Any
+) -> list[Any]:
+    """Tokens of the greedy answer and of the draws, by item."""
+    seen: dict[str, list[list[int]]] = {item.id: [] for item in items}
+
+    def remember(episodes: Sequence[Episode]) -> list[Reward]:
+        for e in episodes:
+            seen[e.example.id].append(e.tokens)
+        return [1.0] * len(episodes)
+
+    chosen = SamplingConfig(**{"max_completion_length": 12, **settings})
+    result = evaluate(policy, Task(), items, remember, chosen, samples, seed)
+    assert [row["completion"] for row in result.rows] == [
+        policy.tokenizer.decode(seen[item.id][0], skip_special_tokens=True) for item in items
+    ]
+    return list(seen.values())
+
+
+def test_answers_are_keyed_by_seed_and_item_and_not_by_what_is_evaluated_beside_it():
+    policy = tiny_policy(kind=AsciiPolicy)
+    everything = answers(policy, ITEMS)
+    assert answers(policy, ITEMS) == everything
+    assert answers(policy, ITEMS[::-1][:3], batch_size=2) == everything[::-1][:3]
+    longer = answers(policy, ITEMS, samples=4)
+    assert [item[:3] for item in longer] == everything  # more draws keep the first ones
+    other = answers(policy, ITEMS, seed=1)
+    assert [item[0] for item in other] == [item[0] for item in everything]  # greedy has no seed
+    assert all(new[1:] != old[1:] for new, old in zip(other, everything, strict=True))
+    assert all(greedy != one != two for greedy, one, two in everything)
+
+
+def test_an_overlong_prompt_keeps_its_last_tokens_and_leaves_room_for_the_answer():
+    policy = tiny_policy("gpt2", kind=AsciiPolicy)  # 64 positions
+    long, short = Example("a", "xy" * 50 + "z" * 52), Example("a", "z" * 52)
+    # The prompt may have 60 tokens, but 12 more have to fit behind it: 52 are left.
+    assert answers(policy, [long], max_prompt_length=60) == answers(policy, [short], max_prompt_length=60)
+    assert answers(policy, [long], max_prompt_length=5) == answers(policy, [Example("a", "z" * 5)])
+
+
+def test_intervals_are_printed_in_per_cent_and_what_is_not_known_as_a_dash():
+    figures = {"x": 0.453, "x_low": 0.386, "x_high": 0.514, "y": math.nan}
+    assert interval_text(figures, "x") == "45.3 [39, 51]"
+    assert interval_text(figures, "y") == interval_text(figures, "z") == "-"
