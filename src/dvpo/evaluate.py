@@ -53,9 +53,9 @@ def evaluate(
     """Answer every example greedily and `samples` times at the sampling temperature.
 
     Args:
-        policy: answers.
+        policy: the one that answers.
         task: makes the environments.
-        examples: the items; none is sampled twice for different items, draws are keyed by (seed, item, draw).
+        examples: the items; draws are keyed by (seed, item, draw), so an item's do not depend on the others.
         judge: rewards of finished episodes, None where unknown; an unknown reward counts in no figure.
         settings: lengths, temperature and stops as in training; over-long prompts keep their last tokens.
         samples: k; 0 = greedy only.
