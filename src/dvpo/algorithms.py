@@ -207,7 +207,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     for row in (
         Algorithm(
             name="dvpo",
-            paper="Distributional Value Modeling with Risk-aware Policy Optimization, arXiv 2512.03847",
+            paper="DVPO: Distributional Value Modeling-based Policy Optimization, arXiv 2512.03847",
             critic="quantile",
             estimate=distributional_estimate,
             actor_loss=ppo_actor_loss,

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from transformers import set_seed
 
 from dvpo.algorithms import Signals, find_algorithm
 from dvpo.batch import Estimates, Rollout
@@ -30,7 +31,7 @@ from dvpo.core.masks import token_count, whiten
 from dvpo.core.returns import gae
 from dvpo.critic import load_critic, make_critic
 from dvpo.data import PromptStream
-from dvpo.distributed import all_reduce_sum, barrier, init_from_env, is_main
+from dvpo.distributed import all_reduce_sum, barrier, init_from_env, is_main, world_size
 from dvpo.errors import InputError
 from dvpo.evaluate import Evaluation, evaluate
 from dvpo.metrics import Means, critic_figures, reward_figures
@@ -85,6 +86,10 @@ class Trainer:
         self.row = find_algorithm(config.algorithm)
         self.folder = Path(config.output)
         self.device = init_from_env(choose_device(config.device))
+        if world_size() > 1:
+            raise InputError(
+                f"WORLD_SIZE = {world_size()}: this version trains in one process; start it without torchrun"
+            )
         checkpoint = self._find_checkpoint() if resume else None
         begun = resume and (self.folder / "manifest.json").exists()
         if not resume:
@@ -445,8 +450,8 @@ class Trainer:
     # Set-up
 
     def _open_start(self, source: str | Path) -> Policy:
-        """The policy before training; random weights and heads are drawn from the run's seed."""
-        torch.manual_seed(self.config.seed)
+        """The policy before training; weights and heads, and whatever a task draws, follow the run's seed."""
+        set_seed(self.config.seed)
         return self._open(source, self.config.model.weights)
 
     def _open(self, source: str | Path, weights: Literal["pretrained", "random"] = "pretrained") -> Policy:
