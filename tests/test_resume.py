@@ -1,0 +1,264 @@
+"""A run that is killed and resumed ends as if nothing had happened: same log, same bytes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dvpo import checkpoint
+from dvpo.config import load_config, to_yaml
+from dvpo.errors import InputError
+from dvpo.runlog import STREAMS, TIME_PREFIX, read_rows
+from dvpo.trainer import Trainer
+from runs import Parity, run_config
+
+SETTINGS = [
+    "steps=6",
+    "checkpoint.every=2",
+    "evaluation.every=3",
+    "evaluation.samples=2",
+    "update.epochs=2",
+    "noise.kind=flip",
+    "noise.rate=0.3",
+    "policy_optimiser.schedule=cosine",
+    "log.completions=6",
+]
+
+
+def left_behind(folder: Path) -> dict[str, Any]:
+    """Every row of the logs without wall-clock figures, and the bytes of the final weights."""
+    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    logs = {
+        name: [
+            {key: value for key, value in row.items() if not key.startswith(TIME_PREFIX)}
+            for row in read_rows(folder / name)
+        ]
+        for name in STREAMS
+    }
+    weights = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(last.rglob("*.safetensors"))}
+    assert {"policy", "critic"} <= {Path(name).parent.name for name in weights}
+    return {**logs, **weights}
+
+
+def assert_equal(folder: Path, uninterrupted: Path) -> None:
+    one, other = left_behind(folder), left_behind(uninterrupted)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name] == other[name], name
+
+
+def killed(action: Callable[[], object]) -> None:
+    """Run in a child of this process, which is to die by SIGKILL."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DiesAt:
+    """An observer that kills its own run."""
+
+    def __init__(self, moment: str, step: int) -> None:
+        self.moment = (moment, step)
+
+    def on_step(self, step: int, figures: dict[str, float]) -> None:
+        if self.moment == ("step", step):
+            die()
+
+    def on_evaluation(self, step: int, figures: dict[str, float]) -> None:
+        if self.moment == ("evaluation", step):
+            die()
+
+
+# Killed
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "moments"),
+    [
+        # Before the first checkpoint, between two, amid an evaluation, and when only the last checkpoint is missing.
+        ("dvpo", [("evaluation", 0), ("step", 2), ("evaluation", 3), ("step", 6)]),
+        ("ppo", [("step", 1), ("step", 5)]),
+    ],
+)
+def test_killed_after_any_step_or_evaluation_and_resumed_equals_uninterrupted(
+    tmp_path: Path, algorithm: str, moments: list[tuple[str, int]]
+):
+    settings = [*SETTINGS, f"algorithm={algorithm}"]
+    whole = tmp_path / "whole"
+    Trainer(run_config(whole, *settings), task=Parity()).train()
+    for moment in moments:
+        folder = tmp_path / "-".join(map(str, moment))
+        config = run_config(folder, *settings)
+        killed(Trainer(config, task=Parity(), observer=DiesAt(*moment)).train)
+        Trainer(config, task=Parity(), resume=True).train()
+        assert_equal(folder, whole)
+
+
+def test_killed_amid_a_checkpoint_and_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    Trainer(run_config(whole, *SETTINGS), task=Parity()).train()
+    trainer = Trainer(config := run_config(folder, *SETTINGS), task=Parity())
+    with monkeypatch.context() as patch:
+        seal = checkpoint._seal
+        patch.setattr(checkpoint, "_seal", lambda aside: die() if aside.name.endswith("-4") else seal(aside))
+        killed(trainer.train)
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    Trainer(config, task=Parity(), resume=True).train()
+    assert_equal(folder, whole)
+    assert not list(folder.glob(".*"))
+
+
+def test_killed_twice_and_resumed_twice_equals_uninterrupted(tmp_path: Path):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    Trainer(run_config(whole, *SETTINGS), task=Parity()).train()
+    config = run_config(folder, *SETTINGS)
+    killed(Trainer(config, task=Parity(), observer=DiesAt("step", 3)).train)
+    killed(Trainer(config, task=Parity(), observer=DiesAt("step", 5), resume=True).train)
+    Trainer(config, task=Parity(), resume=True).train()
+    assert_equal(folder, whole)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert [resume["step"] for resume in manifest["resumes"]] == [2, 4]
+
+
+def command(config: Path, *words: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dvpo", "train", str(config), *words],
+        cwd=config.parent,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def kill_after(run: subprocess.Popen[bytes], metrics: Path, lines: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= lines):
+        assert run.poll() is None, run.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    run.kill()
+    assert run.wait() == -signal.SIGKILL
+
+
+def by_command(folder: Path, *settings: str) -> Path:
+    """A config for a run from the command line, with a reward function of the user's own in its worker process."""
+    (folder / "my_reward.py").write_text(
+        "def parity(prompts, completions, completion_ids, **columns):\n"
+        "    return [float(sum(ids) % 2 == 0) for ids in completion_ids]\n"
+    )
+    path = folder / "config.yaml"
+    path.write_text(
+        to_yaml(run_config(folder / "run", *settings, "task.name=math", "reward.function=my_reward:parity"))
+    )
+    return path
+
+
+def test_the_command_killed_in_the_middle_and_resumed_equals_a_run_in_another_process(tmp_path: Path, monkeypatch):
+    """The killed and the resumed run are processes of their own; the uninterrupted one is this process."""
+    file = by_command(tmp_path, *SETTINGS)
+    kill_after(command(file), tmp_path / "run" / "metrics.jsonl", lines=4)
+    run = command(file, "--resume")
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 0, errors.decode()
+    monkeypatch.chdir(tmp_path)
+    Trainer(load_config(file, [f"output={tmp_path / 'whole'}"])).train()
+    assert_equal(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["dvpo", "ppo"])
+def test_the_command_killed_at_many_moments_and_resumed_equals_an_uninterrupted_command(tmp_path: Path, algorithm: str):
+    settings = [*SETTINGS, f"algorithm={algorithm}"]
+    (tmp_path / "whole").mkdir()
+    whole = command(by_command(tmp_path / "whole", *settings))
+    assert whole.wait(timeout=120) == 0
+    for lines in (1, 2, 3, 5, 8):
+        folder = tmp_path / str(lines)
+        folder.mkdir()
+        file = by_command(folder, *settings)
+        kill_after(command(file), folder / "run" / "metrics.jsonl", lines)
+        assert command(file, "--resume").wait(timeout=120) == 0
+        assert_equal(folder / "run", tmp_path / "whole" / "run")
+
+
+# Resumed wrongly
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    Trainer(run_config(tmp_path / "run", *SETTINGS, "steps=4"), task=Parity()).train()
+    return tmp_path / "run"
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_another_config_is_refused_with_every_key_that_differs_and_nothing_is_touched(finished: Path):
+    before = everything(finished)
+    other = run_config(finished, *SETTINGS, "steps=4", "seed=3", "critic.weights.cvar=0.5")
+    with pytest.raises(InputError) as caught:
+        Trainer(other, task=Parity(), resume=True)
+    assert "seed was 0 and is 3; critic.weights.cvar was 0.1 and is 0.5" in str(caught.value)
+    assert everything(finished) == before
+
+
+def test_more_steps_other_evaluations_and_logs_are_the_same_run(finished: Path):
+    longer = run_config(finished, *SETTINGS, "evaluation.every=0", "checkpoint.keep=1", "log.completions=0")
+    trainer = Trainer(longer, task=Parity(), resume=True)
+    assert trainer.step == 4
+    trainer.train()
+    assert trainer.step == 6
+    assert [path.name for path in finished.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_fewer_steps_than_were_done_are_refused(finished: Path):
+    with pytest.raises(InputError, match=r"steps = 2 lies before .*checkpoint-4: raise it"):
+        Trainer(run_config(finished, *SETTINGS, "steps=2"), task=Parity(), resume=True)
+
+
+def test_a_finished_run_that_is_resumed_does_nothing(finished: Path):
+    before = left_behind(finished)
+    assert Trainer(run_config(finished, *SETTINGS, "steps=4"), task=Parity(), resume=True).train() == {}
+    assert left_behind(finished) == before
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path):
+    with pytest.raises(InputError, match="holds no run to resume: check the path, or start without --resume"):
+        Trainer(run_config(tmp_path / "run"), task=Parity(), resume=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fresh_run_never_writes_over_another(finished: Path):
+    before = everything(finished)
+    with pytest.raises(InputError, match="already holds a run: go on with it by --resume, or choose another output"):
+        Trainer(run_config(finished, *SETTINGS), task=Parity())
+    assert everything(finished) == before
+
+
+@pytest.mark.parametrize("victim", ["state.safetensors", "policy/model.safetensors", "critic/critic.safetensors"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(finished: Path, victim: str):
+    damaged = finished / "checkpoint-4" / victim
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    with pytest.warns(UserWarning, match=rf"checkpoint-4 is skipped: {victim} is damaged"):
+        trainer = Trainer(run_config(finished, *SETTINGS, "steps=4"), task=Parity(), resume=True)
+    assert trainer.step == 2
+    trainer.close()
