@@ -7,41 +7,28 @@ losses are. To bring your own, write an `Algorithm` and name it in the config: `
 import difflib
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from dvpo.core.losses import clipped_surrogate, value_loss
+from dvpo.core.losses import clipped_surrogate, huber_value_loss, value_loss
 from dvpo.core.quantiles import quantile_levels
-from dvpo.core.returns import distributional_gae, gae, mixture_targets
+from dvpo.core.returns import group_mean_baseline, group_normalise, group_rank, leave_one_out
 from dvpo.core.risk import critic_terms
 from dvpo.errors import InputError
+from dvpo.estimates import (
+    Signals,
+    distributional_estimate,
+    group_estimate,
+    pessimistic_estimate,
+    return_to_go_estimate,
+    scalar_estimate,
+)
 
 if TYPE_CHECKING:  # config.py imports this module to merge a row's defaults
-    from dvpo.config import AdvantageConfig, Config
-
-
-@dataclass(frozen=True)
-class Signals:
-    """What a row may use to estimate advantages and targets; shapes as in `dvpo.batch`."""
-
-    rewards_BT: Tensor
-    """Observed rewards, less the KL penalty where it is part of the reward."""
-    mask_BT: Tensor
-    """Tokens that train."""
-    values_BTNM: Tensor
-    """The critic's predictions at the states of the tokens (N = M = 0 without a critic)."""
-    bootstrap_BNM: Tensor
-    """The critic's predictions after the last token; 0 where the episode's end is worth 0."""
-    zero_last_delta_B: Tensor
-    """Sequences whose reward is missing and whose last temporal difference is therefore 0."""
-    prompt_ids: tuple[str, ...]
-    """Rows of one group share it."""
-    rewarded_B: Tensor
-    seed: int
-    """Of this step, for rows that draw."""
+    from dvpo.config import Config
 
 
 @dataclass(frozen=True)
@@ -105,70 +92,6 @@ def find_algorithm(name: str) -> Algorithm:
     return row
 
 
-# Estimates
-
-
-def scalar_estimate(signals: Signals, config: "Config") -> tuple[Tensor, Tensor]:
-    """GAE on V = the mean over heads; the target is the lambda-return."""
-    settings = config.advantage
-
-    def at(lam: float) -> tuple[Tensor, Tensor]:
-        return gae(
-            signals.rewards_BT,
-            signals.values_BTNM.mean(dim=(-2, -1)),
-            signals.mask_BT,
-            settings.gamma,
-            lam,
-            bootstrap=signals.bootstrap_BNM.mean(dim=(-2, -1)),
-            zero_last_delta=signals.zero_last_delta_B,
-        )
-
-    advantages_BT, returns_BT = at(settings.lam)
-    if critic_lam(settings) != settings.lam:
-        returns_BT = at(critic_lam(settings))[1]
-    return advantages_BT, returns_BT.unsqueeze(-1)
-
-
-def distributional_estimate(signals: Signals, config: "Config") -> tuple[Tensor, Tensor]:
-    """Distributional GAE on the ensemble's quantiles, sorted; the advantage is its mean over the quantiles."""
-    settings = config.advantage
-    quantiles_BTM = signals.values_BTNM.mean(dim=-2).sort(dim=-1).values
-    bootstrap_BM = signals.bootstrap_BNM.mean(dim=-2).sort(dim=-1).values
-
-    def at(lam: float) -> tuple[Tensor, Tensor]:
-        return distributional_gae(
-            signals.rewards_BT,
-            quantiles_BTM,
-            signals.mask_BT,
-            settings.gamma,
-            lam,
-            bootstrap=bootstrap_BM,
-            zero_last_delta=signals.zero_last_delta_B,
-        )
-
-    advantages_BTM, targets_BTM = at(settings.lam)
-    if settings.target == "mixture":
-        targets_BTM = mixture_targets(
-            signals.rewards_BT,
-            quantiles_BTM,
-            signals.mask_BT,
-            settings.gamma,
-            critic_lam(settings),
-            num_atoms=settings.target_atoms,
-            seed=signals.seed,
-            bootstrap=bootstrap_BM,
-            zero_last_delta=signals.zero_last_delta_B,
-        )
-    elif critic_lam(settings) != settings.lam:
-        targets_BTM = at(critic_lam(settings))[1]
-    return advantages_BTM.mean(dim=-1), targets_BTM
-
-
-def critic_lam(settings: "AdvantageConfig") -> float:
-    """lambda of the critic's targets."""
-    return settings.lam if settings.critic_lam is None else settings.critic_lam
-
-
 # Losses
 
 
@@ -190,6 +113,16 @@ def squared_critic_loss(
     return {"loss": loss_KN.mean(dim=-1)}
 
 
+def huber_critic_loss(
+    predictions_KNM: Tensor, before_KNM: Tensor, targets_KL: Tensor, config: "Config"
+) -> dict[str, Tensor]:
+    """Huber loss of width kappa, mean over heads: the scalar critic that outliers in the reward cannot drag."""
+    del before_KNM
+    predictions_KN = predictions_KNM.squeeze(-1)
+    loss_KN = huber_value_loss(predictions_KN, targets_KL.expand_as(predictions_KN), config.critic.kappa)
+    return {"loss": loss_KN.mean(dim=-1)}
+
+
 def distributional_critic_loss(
     predictions_KNM: Tensor, before_KNM: Tensor, targets_KL: Tensor, config: "Config"
 ) -> dict[str, Tensor]:
@@ -202,33 +135,150 @@ def distributional_critic_loss(
     return {"loss": terms["qr"] + torch.stack(weighted).sum(dim=0), **terms}
 
 
-ALGORITHMS: Mapping[str, Algorithm] = {
-    row.name: row
-    for row in (
-        Algorithm(
-            name="dvpo",
-            paper="DVPO: Distributional Value Modeling-based Policy Optimization, arXiv 2512.03847",
-            critic="quantile",
-            estimate=distributional_estimate,
-            actor_loss=ppo_actor_loss,
-            critic_loss=distributional_critic_loss,
-            defaults={
-                "critic": {
-                    "weights": dict.fromkeys(
-                        ("risk", "cvar", "gain", "shift", "shape", "curvature", "consistency"), 0.1
-                    )
-                }
-            },
-        ),
-        Algorithm(
-            name="ppo",
-            paper="Proximal Policy Optimization Algorithms, arXiv 1707.06347",
-            critic="scalar",
-            estimate=scalar_estimate,
-            actor_loss=ppo_actor_loss,
-            critic_loss=squared_critic_loss,
-            defaults={"critic": {"num_heads": 1}},
-        ),
-    )
+# Rows. Those of one family differ in a few settings, which is what `replace` says.
+
+TERMS = ("consistency", "risk", "cvar", "gain", "shift", "shape", "curvature")
+
+
+def _weights(*terms: str) -> dict[str, Any]:
+    """The paper's weight .1 for the named terms, 0 for the others; stated in full, so that a row stays what it is."""
+    return {"critic": {"weights": {term: 0.1 if term in terms else 0.0 for term in TERMS}}}
+
+
+_PAPER: dict[str, Any] = {
+    "critic": {
+        "num_heads": 3,
+        "levels": "midpoint",
+        "kappa": 0.1,
+        "eta": 2.0,
+        "alpha": 0.1,
+        "beta": 0.1,
+        **_weights(*TERMS)["critic"],
+    },
+    "advantage": {"gamma": 1.0, "lam": 0.95, "target": "indexwise", "whiten": True, "law": {"functional": "mean"}},
 }
+"""The paper's terms and constants, whatever `dvpo` becomes."""
+
+_DVPO_PLAIN = Algorithm(
+    name="dvpo_plain",
+    paper="arXiv 2512.03847, first rung of its ablation: quantile regression alone",
+    critic="quantile",
+    estimate=distributional_estimate,
+    critic_loss=distributional_critic_loss,
+    actor_loss=ppo_actor_loss,
+    defaults=_weights(),
+)
+_PPO = Algorithm(
+    name="ppo",
+    paper="Proximal Policy Optimization Algorithms, arXiv 1707.06347",
+    critic="scalar",
+    estimate=scalar_estimate,
+    critic_loss=squared_critic_loss,
+    actor_loss=ppo_actor_loss,
+    defaults={"critic": {"num_heads": 1}},
+)
+_GRPO = Algorithm(
+    name="grpo",
+    paper="DeepSeekMath, arXiv 2402.03300",
+    critic="none",
+    estimate=group_estimate(group_normalise),
+    actor_loss=ppo_actor_loss,
+    defaults={"advantage": {"whiten": False}, "actor": {"aggregation": "seq_mean_token_mean"}},
+)
+
+ROWS = (
+    replace(
+        _DVPO_PLAIN,
+        name="dvpo",
+        paper="DVPO: Distributional Value Modeling-based Policy Optimization, arXiv 2512.03847",
+        defaults=_weights(*TERMS),
+    ),
+    _PPO,
+    replace(_DVPO_PLAIN, name="dvpo_paper", paper="arXiv 2512.03847, frozen; last rung", defaults=_PAPER),
+    _DVPO_PLAIN,
+    replace(
+        _DVPO_PLAIN,
+        name="dvpo_cons",
+        paper="arXiv 2512.03847, ablation: + consistency of the heads",
+        defaults=_weights("consistency"),
+    ),
+    replace(
+        _DVPO_PLAIN,
+        name="dvpo_cons_tail",
+        paper="arXiv 2512.03847, ablation: + risk weights and tail means",
+        defaults=_weights("consistency", "risk", "cvar", "gain"),
+    ),
+    replace(
+        _DVPO_PLAIN,
+        name="dvpo_cons_tail_shift",
+        paper="arXiv 2512.03847, ablation: + shift",
+        defaults=_weights("consistency", "risk", "cvar", "gain", "shift"),
+    ),
+    replace(
+        _DVPO_PLAIN,
+        name="dvpo_rank",
+        paper="ours: docs/method.md, section 6c",
+        defaults={**_weights(), "advantage": {"law": {"functional": "rank"}}},
+    ),
+    replace(
+        _DVPO_PLAIN,
+        name="rfqi_ppo",
+        paper="inspired by RFQI, Panaganti et al. 2022, arXiv 2208.05767; static here",
+        defaults={**_weights(), "advantage": {"law": {"functional": "tv_worst_case"}}},
+    ),
+    replace(
+        _PPO, name="ppo_ensemble", paper="ours: what an ensemble alone gives", defaults={"critic": {"num_heads": 3}}
+    ),
+    replace(
+        _PPO,
+        name="robust_ppo",
+        paper="robust Bellman PPO, as compared in arXiv 2512.03847",
+        estimate=pessimistic_estimate,
+        defaults={"critic": {"num_heads": 3}},
+    ),
+    replace(_PPO, name="ppo_huber", paper="control: a scalar Huber critic", critic_loss=huber_critic_loss),
+    replace(
+        _PPO,
+        name="ppo_delta_clip",
+        paper="control: every delta clipped, a scalar Huber critic",
+        critic_loss=huber_critic_loss,
+        defaults={"critic": {"num_heads": 1}, "advantage": {"delta_clip": 1.0}},
+    ),
+    replace(
+        _PPO,
+        name="ppo_reward_clip",
+        paper="control: the reward clipped",
+        defaults={"critic": {"num_heads": 1}, "reward": {"clip": 1.0}},
+    ),
+    _GRPO,
+    replace(
+        _GRPO,
+        name="grpo_rank",
+        paper="control: ranks inside the group",
+        estimate=group_estimate(group_rank),
+    ),
+    replace(
+        _GRPO,
+        name="dr_grpo",
+        paper="Understanding R1-Zero-Like Training, arXiv 2503.20783",
+        estimate=group_estimate(group_mean_baseline),
+        defaults={"advantage": {"whiten": False}, "actor": {"aggregation": "seq_sum_fixed_length"}},
+    ),
+    replace(
+        _GRPO,
+        name="rloo",
+        paper="Back to Basics, arXiv 2402.14740",
+        estimate=group_estimate(leave_one_out),
+        defaults={"advantage": {"whiten": False}},
+    ),
+    replace(
+        _GRPO,
+        name="reinforce_pp",
+        paper="REINFORCE++, arXiv 2501.03262",
+        estimate=return_to_go_estimate,
+        defaults={"actor": {"kl": {"place": "reward"}}},
+    ),
+)
+
+ALGORITHMS: Mapping[str, Algorithm] = {row.name: row for row in ROWS}
 """name -> row. A new baseline is one row here, one docs page, one test."""

@@ -72,6 +72,12 @@ class Rollout:
         moved: dict[str, Any] = {n: v.to(device) for n, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
+    def groups(self) -> Tensor:
+        """int64 [B], equal for the responses to one prompt of this step."""
+        keys = list(zip(self.prompt_ids, self.visits, strict=True))
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        return torch.tensor([numbers[key] for key in keys], device=self.mask_BT.device)
+
     def select(self, rows: Tensor) -> "Rollout":
         """The given rows (int64 indices), in that order."""
         index = rows.tolist()

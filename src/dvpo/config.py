@@ -38,7 +38,7 @@ class TaskConfig:
     """What is learnt."""
 
     name: str = "math"
-    """`math` (embedded), `files` (your own data), or `my_module:make_task`, called with this section."""
+    """`math` and `science` (embedded), `files` (your own data), or `my_module:make_task`, called with this section."""
     path: str | None = None
     """files: training data, a .jsonl or .parquet file or a folder saved by `datasets`."""
     id_path: str | None = None
@@ -99,6 +99,11 @@ class RewardConfig:
     """`task` (the task's own verifier) or `my_module:my_function`, with TRL's signature."""
     timeout: Positive = 30.0
     """Seconds that one call may take before its worker process is killed."""
+    norm: Literal["none", "group", "group_robust", "batch"] = "none"
+    """Normalise returns before any critic or baseline sees them: by mean and deviation of the prompt's responses, by
+    their median and median deviation, or by mean and deviation of the step."""
+    clip: Positive | None = None
+    """Then clip every reward to [-clip, clip]; None = off."""
 
 
 @section
@@ -117,6 +122,30 @@ class NoiseConfig:
 
 
 @section
+class LawConfig:
+    """How an algorithm with a distribution makes a number of the law of the return."""
+
+    functional: Literal["mean", "rank", "cvar", "upper_mean", "trimmed", "wang", "tv_worst_case"] = "mean"
+    """`mean` is the paper's; `rank` compares the target law with the predicted one (docs/method.md, section 6c)."""
+    width: Weight = 0.0
+    """rank: half-width of the step in units of the reward; 0 = the rank itself."""
+    lower: Share = 0.1
+    """cvar: mass of the lower tail; trimmed: mass dropped below."""
+    upper: Share = 0.1
+    """upper_mean: mass of the upper tail; trimmed: mass dropped above."""
+    eta: Annotated[float, Field(allow_inf_nan=False)] = 0.75
+    """wang: > 0 pessimistic, < 0 optimistic."""
+    radius: Share = 0.1
+    """tv_worst_case: radius of the total-variation ball."""
+
+    def __post_init__(self) -> None:
+        if self.functional == "trimmed" and self.lower + self.upper >= 1:
+            raise ValueError(
+                f"advantage.law.lower + upper = {self.lower + self.upper:g} trims everything: their sum must be below 1"
+            )
+
+
+@section
 class AdvantageConfig:
     """Returns, targets and what becomes of sequences without a clean end or a reward."""
 
@@ -127,6 +156,9 @@ class AdvantageConfig:
     target: Literal["indexwise", "mixture"] = "indexwise"
     target_atoms: Count = 32
     """mixture: number of target atoms L."""
+    law: LawConfig = LawConfig()
+    delta_clip: Positive | None = None
+    """Clip every temporal difference of the actor's advantage to [-c, c] in units of the reward; None = off."""
     whiten: bool = True
     """Give the advantages of a step mean 0 and deviation 1."""
     truncation: Literal["terminal", "bootstrap", "mask"] = "terminal"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
-from dvpo.algorithms import Signals, find_algorithm
+from dvpo.algorithms import find_algorithm
 from dvpo.batch import Estimates, Rollout
 from dvpo.checkpoint import (
     Checkpointer,
@@ -33,6 +33,7 @@ from dvpo.critic import load_critic, make_critic
 from dvpo.data import PromptStream
 from dvpo.distributed import all_reduce_sum, barrier, init_from_env, is_main, world_size
 from dvpo.errors import InputError
+from dvpo.estimates import Signals, shape_rewards
 from dvpo.evaluate import Evaluation, evaluate
 from dvpo.metrics import Means, critic_figures, reward_figures
 from dvpo.noise import make_noise
@@ -227,7 +228,12 @@ class Trainer:
         if settings.missing_reward == "mask":
             keep_B &= rollout.rewarded_B
         mask_BT = rollout.mask_BT & keep_B.unsqueeze(-1)
-        rewards_BT = rollout.rewards_BT * mask_BT
+        groups_B = rollout.groups()
+        counted_B = rollout.rewarded_B & keep_B
+        shaped_BT = shape_rewards(
+            rollout.rewards_BT, rollout.mask_BT, groups_B, counted_B, self.config.reward, all_reduce_sum
+        )
+        rewards_BT = shaped_BT * mask_BT
         reference_BT = self._reference_logprobs(rollout)
         if kl.place == "reward":
             rewards_BT = rewards_BT - kl.coef * (rollout.sampler_logprobs_BT - reference_BT) * mask_BT
@@ -242,8 +248,8 @@ class Trainer:
             values_BTNM=values_BTNM,
             bootstrap_BNM=bootstrap_BNM,
             zero_last_delta_B=~rollout.rewarded_B,
-            prompt_ids=rollout.prompt_ids,
-            rewarded_B=rollout.rewarded_B,
+            groups_B=groups_B,
+            rewarded_B=counted_B,
             seed=derive_seed(self.config.seed, "targets", self.step),
         )
         advantages_BT, targets_BTL = self.row.estimate(signals, self.config)
@@ -255,7 +261,7 @@ class Trainer:
         if self.critic is not None:
             seen_BT = rollout.mask_BT & rollout.rewarded_B.unsqueeze(-1)
             zeros_BT = torch.zeros_like(rewards_BT)
-            _, returns_BT = gae(rollout.rewards_BT, zeros_BT, rollout.mask_BT, settings.gamma, lam=1.0)
+            _, returns_BT = gae(shaped_BT, zeros_BT, rollout.mask_BT, settings.gamma, lam=1.0)
             truth_BT = rollout.true_B.unsqueeze(-1).expand_as(returns_BT)
             figures |= critic_figures(values_BTNM[seen_BT], returns_BT[seen_BT], truth_BT[seen_BT], all_reduce_sum)
         return Estimates(mask_BT, advantages_BT, targets_BTL, values_BTNM, reference_BT), figures

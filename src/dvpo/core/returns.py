@@ -25,6 +25,7 @@ def gae(
     bootstrap: Tensor | None = None,
     *,
     zero_last_delta: Tensor | None = None,
+    delta_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation over policy tokens.
 
@@ -41,6 +42,7 @@ def gae(
         zero_last_delta: [B] bool, sequences whose final reward is missing: the delta of their last policy
             token is 0, so that the critic's opinion of it stands. That token's reward is not read and may be
             NaN.
+        delta_clip: c > 0 clamps every delta to [-c, c], in units of the reward; None leaves them as they are.
 
     Returns:
         (advantages, returns), [B,T] without gradient, 0 at masked positions.
@@ -54,7 +56,14 @@ def gae(
         raise ValueError(f"values must be [B,T], got {tuple(values.shape)}")
     bootstrap_B1 = None if bootstrap is None else bootstrap.unsqueeze(-1)
     advantages_BT1, returns_BT1 = distributional_gae(
-        rewards, values.unsqueeze(-1), mask, gamma, lam, bootstrap_B1, zero_last_delta=zero_last_delta
+        rewards,
+        values.unsqueeze(-1),
+        mask,
+        gamma,
+        lam,
+        bootstrap_B1,
+        zero_last_delta=zero_last_delta,
+        delta_clip=delta_clip,
     )
     return advantages_BT1.squeeze(-1), returns_BT1.squeeze(-1)
 
@@ -69,6 +78,7 @@ def distributional_gae(
     bootstrap: Tensor | None = None,
     *,
     zero_last_delta: Tensor | None = None,
+    delta_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """GAE for every quantile index by itself.
 
@@ -88,6 +98,7 @@ def distributional_gae(
         bootstrap: [B,M], quantiles after the last token; 0 for a sequence that terminated. None is 0
             everywhere.
         zero_last_delta: [B] bool, as in `gae`.
+        delta_clip: as in `gae`, for every index by itself.
 
     Returns:
         (advantages, targets), [B,T,M] without gradient, 0 at masked positions.
@@ -111,6 +122,8 @@ def distributional_gae(
         policy_B1 = keep_BT[:, t, None]
         delta_BM = rewards_BT[:, t, None] + gamma * next_BM - quantiles_BTM[:, t]
         delta_BM = torch.where(unrewarded_B[:, None], 0.0, delta_BM)
+        if delta_clip is not None:
+            delta_BM = delta_BM.clamp(-delta_clip, delta_clip)
         advantage_BM = torch.where(policy_B1, delta_BM + gamma * lam * advantage_BM, advantage_BM)
         advantages_BTM[:, t] = torch.where(policy_B1, advantage_BM, 0.0)
         next_BM = torch.where(policy_B1, quantiles_BTM[:, t], next_BM)
@@ -269,6 +282,59 @@ def group_normalise(rewards: Tensor, groups: Tensor, reward_mask: Tensor) -> Ten
     deviations_B, count_B, group_B = _group_deviations(rewards, groups, reward_mask)
     square_sum_B = _group_sum(deviations_B.square(), group_B)
     return deviations_B / ((square_sum_B / (count_B - 1).clamp(min=1)).sqrt() + GROUP_STD_EPS)
+
+
+def group_rank(rewards: Tensor, groups: Tensor, reward_mask: Tensor) -> Tensor:
+    """How often a reward beats the others of its group, A_b = P(r_b > r_o) + P(r_b = r_o)/2 - 1/2 over the others o.
+
+    Args, Returns, Raises: as `group_mean_baseline`; the advantages lie in [-1/2, 1/2].
+
+    Source: Mann and Whitney 1947; the group's counterpart of `dvpo.core.risk.rank_advantage`.
+    """
+    _, count_B, group_B = _group_deviations(rewards, groups, reward_mask)
+    rewards_B = zero_masked(at_least_float32(rewards), reward_mask)
+    keep_B = reward_mask.bool()
+    pairs_BB = (group_B[:, None] == group_B[None, :]) & keep_B[:, None] & keep_B[None, :]
+    # sign is +1 for a win, 0 for a tie (and for the pair with itself), -1 for a loss: half of it is what counts.
+    signs_BB = (rewards_B[:, None] - rewards_B[None, :]).sign() * pairs_BB
+    return signs_BB.sum(dim=-1) / 2 / (count_B - 1).clamp(min=1)
+
+
+def group_location_scale(
+    rewards: Tensor, groups: Tensor, reward_mask: Tensor, robust: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Where the rewards of each group lie and how far they spread: what normalising a reward takes.
+
+        mean and sample std;   robust: median and 1.4826 * median |r - median| (a Gaussian's std)
+
+    Args:
+        rewards: [B]; anything where missing.
+        groups: [B] integers, equal for the responses of one prompt.
+        reward_mask: [B], 1 where there is a reward; a missing one counts in neither.
+        robust: one outlier in a group then moves neither.
+
+    Returns:
+        (location, scale), [B], the same for every member; (0, 0) for a group without a reward.
+
+    Raises:
+        ValueError: the three are not one [B].
+
+    Source: Hampel 1974 for the robust form.
+    """
+    deviations_B, count_B, group_B = _group_deviations(rewards, groups, reward_mask)
+    values_B = zero_masked(at_least_float32(rewards), reward_mask)
+    if not robust:
+        location_B = _group_sum(values_B, group_B) / count_B.clamp(min=1)
+        return location_B, (_group_sum(deviations_B.square(), group_B) / (count_B - 1).clamp(min=1)).sqrt()
+    location_B, scale_B = torch.zeros_like(values_B), torch.zeros_like(values_B)
+    for group in group_B.unique():
+        members_B = group_B == group
+        present_R = values_B[members_B & reward_mask.bool()]
+        if len(present_R):
+            median = present_R.quantile(0.5)
+            location_B[members_B] = median
+            scale_B[members_B] = 1.4826 * (present_R - median).abs().quantile(0.5)
+    return location_B, scale_B
 
 
 def _group_deviations(rewards: Tensor, groups: Tensor, reward_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

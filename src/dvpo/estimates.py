@@ -1,0 +1,227 @@
+"""From rewards and values to advantages and critic targets: compositions of `core` that algorithm rows choose from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dvpo.core import risk
+from dvpo.core.masks import masked_mean, masked_variance, zero_masked
+from dvpo.core.returns import (
+    GROUP_STD_EPS,
+    distributional_gae,
+    gae,
+    group_location_scale,
+    mixture_targets,
+)
+
+if TYPE_CHECKING:  # config.py imports the rows to merge their defaults
+    from dvpo.config import AdvantageConfig, Config, LawConfig, RewardConfig
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a row may use to estimate advantages and targets; shapes as in `dvpo.batch`."""
+
+    rewards_BT: Tensor
+    """Observed rewards, shaped as `config.reward` says, less the KL penalty where it is part of the reward."""
+    mask_BT: Tensor
+    """Tokens that train."""
+    values_BTNM: Tensor
+    """The critic's predictions at the states of the tokens (N = M = 0 without a critic)."""
+    bootstrap_BNM: Tensor
+    """The critic's predictions after the last token; 0 where the episode's end is worth 0."""
+    zero_last_delta_B: Tensor
+    """Sequences whose reward is missing and whose last temporal difference is therefore 0."""
+    groups_B: Tensor
+    """int64, equal for the responses to one prompt of this step."""
+    rewarded_B: Tensor
+    """Sequences that have a reward and train: those that count in group statistics."""
+    seed: int
+    """Of this step, for rows that draw."""
+
+
+# Rewards
+
+
+def shape_rewards(
+    rewards_BT: Tensor,
+    mask_BT: Tensor,
+    groups_B: Tensor,
+    rewarded_B: Tensor,
+    settings: "RewardConfig",
+    reduce: Reduce,
+) -> Tensor:
+    """Normalise and clip observed rewards before any critic or baseline sees them.
+
+        r -> (r - location) / scale of its group or of the global batch, then clipped to [-clip, clip]
+
+    Scale acts on every reward of a response, location on its last one, so that the response's return is normalised
+    whether it has one reward or many. Missing rewards stay 0 and count in nothing.
+    """
+    if settings.norm != "none":
+        returns_B = (rewards_BT * mask_BT).sum(dim=-1)
+        if settings.norm == "batch":
+            location_B = masked_mean(returns_B, rewarded_B, reduce).expand_as(returns_B)
+            scale_B = masked_variance(returns_B, rewarded_B, reduce).sqrt().expand_as(returns_B)
+        else:
+            robust = settings.norm == "group_robust"
+            location_B, scale_B = group_location_scale(returns_B, groups_B, rewarded_B, robust)
+        scale_B = scale_B + GROUP_STD_EPS
+        rewards_BT = rewards_BT / scale_B.unsqueeze(-1) - last_token(mask_BT) * (location_B / scale_B).unsqueeze(-1)
+        rewards_BT = rewards_BT * rewarded_B.unsqueeze(-1)
+    return rewards_BT if settings.clip is None else rewards_BT.clamp(-settings.clip, settings.clip)
+
+
+def last_token(mask_BT: Tensor) -> Tensor:
+    """1 at the last policy token of each row, 0 elsewhere: [B, T] float32."""
+    counted_BT = mask_BT.long().cumsum(dim=-1)
+    return (mask_BT & (counted_BT == counted_BT[:, -1:])).float()
+
+
+# With a scalar critic
+
+
+def scalar_estimate(signals: Signals, config: "Config") -> tuple[Tensor, Tensor]:
+    """GAE on V = the mean over heads; the target is the lambda-return."""
+    return _scalar_gae(signals, config.advantage, lambda values: values.mean(dim=(-2, -1)))
+
+
+def pessimistic_estimate(signals: Signals, config: "Config") -> tuple[Tensor, Tensor]:
+    """GAE with the least head as baseline and as bootstrap: the robust Bellman target min_i V_i."""
+    return _scalar_gae(signals, config.advantage, lambda values: values.mean(dim=-1).amin(dim=-1))
+
+
+def _scalar_gae(
+    signals: Signals, settings: "AdvantageConfig", value_of: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    values_BT, bootstrap_B = value_of(signals.values_BTNM), value_of(signals.bootstrap_BNM)
+    advantages_BT, _ = _gae(signals, values_BT, bootstrap_B, settings, settings.lam, settings.delta_clip)
+    _, returns_BT = _gae(signals, values_BT, bootstrap_B, settings, critic_lam(settings))
+    return advantages_BT, returns_BT.unsqueeze(-1)
+
+
+def _gae(
+    signals: Signals,
+    values_BT: Tensor,
+    bootstrap_B: Tensor,
+    settings: "AdvantageConfig",
+    lam: float,
+    delta_clip: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    return gae(
+        signals.rewards_BT,
+        values_BT,
+        signals.mask_BT,
+        settings.gamma,
+        lam,
+        bootstrap=bootstrap_B,
+        zero_last_delta=signals.zero_last_delta_B,
+        delta_clip=delta_clip,
+    )
+
+
+# With a law
+
+
+def distributional_estimate(signals: Signals, config: "Config") -> tuple[Tensor, Tensor]:
+    """Distributional GAE on the ensemble's sorted quantiles; `advantage.law` makes a number of the law.
+
+    `mean` is the paper's: the mean over the quantiles of A_tj. `rank` compares the target law with the predicted
+    one. Every other functional is a weighting of the sorted atoms, and the advantage is GAE on that value.
+    """
+    settings = config.advantage
+    theta_BTM = signals.values_BTNM.mean(dim=-2).sort(dim=-1).values
+    bootstrap_BM = signals.bootstrap_BNM.mean(dim=-2).sort(dim=-1).values
+
+    def targets_at(lam: float) -> Tensor:
+        return distributional_gae(
+            signals.rewards_BT,
+            theta_BTM,
+            signals.mask_BT,
+            settings.gamma,
+            lam,
+            bootstrap=bootstrap_BM,
+            zero_last_delta=signals.zero_last_delta_B,
+        )[1]
+
+    targets_BTM = targets_at(settings.lam)
+    if settings.law.functional == "rank":
+        advantages_BT = risk.rank_advantage(targets_BTM, theta_BTM, settings.law.width)
+        advantages_BT = zero_masked(advantages_BT, signals.mask_BT)
+    else:
+        weights_M = law_weights(settings.law, theta_BTM.shape[-1])
+        values_BT, bootstrap_B = (risk.spectral_value(atoms, weights_M) for atoms in (theta_BTM, bootstrap_BM))
+        advantages_BT, _ = _gae(signals, values_BT, bootstrap_B, settings, settings.lam, settings.delta_clip)
+    if settings.target == "mixture":
+        targets_BTL = mixture_targets(
+            signals.rewards_BT,
+            theta_BTM,
+            signals.mask_BT,
+            settings.gamma,
+            critic_lam(settings),
+            num_atoms=settings.target_atoms,
+            seed=signals.seed,
+            bootstrap=bootstrap_BM,
+            zero_last_delta=signals.zero_last_delta_B,
+        )
+        return advantages_BT, targets_BTL
+    return advantages_BT, targets_BTM if critic_lam(settings) == settings.lam else targets_at(critic_lam(settings))
+
+
+def law_weights(law: "LawConfig", num_atoms: int) -> Tensor:
+    """The weights [M] of the sorted atoms for a functional that is one; `rank` is none."""
+    match law.functional:
+        case "mean":
+            return torch.full((num_atoms,), 1 / num_atoms, dtype=torch.float64)
+        case "cvar":
+            return risk.cvar_weights(num_atoms, law.lower)
+        case "upper_mean":
+            return risk.upper_weights(num_atoms, law.upper)
+        case "trimmed":
+            return risk.trimmed_weights(num_atoms, law.lower, law.upper)
+        case "wang":
+            return risk.wang_weights(num_atoms, law.eta)
+        case "tv_worst_case":
+            return risk.tv_weights(num_atoms, law.radius)
+        case "rank":
+            raise ValueError("the rank advantage is no weighting of atoms")
+
+
+def critic_lam(settings: "AdvantageConfig") -> float:
+    """lambda of the critic's targets."""
+    return settings.lam if settings.critic_lam is None else settings.critic_lam
+
+
+# Without a critic
+
+
+GroupAdvantage = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def group_estimate(advantage: GroupAdvantage) -> Callable[[Signals, "Config"], tuple[Tensor, Tensor]]:
+    """One advantage a response, from its return and those of its group, the same at every token."""
+
+    def estimate(signals: Signals, config: "Config") -> tuple[Tensor, Tensor]:
+        del config
+        returns_B = (signals.rewards_BT * signals.mask_BT).sum(dim=-1)
+        advantages_B = advantage(returns_B, signals.groups_B, signals.rewarded_B)
+        return advantages_B.unsqueeze(-1) * signals.mask_BT, _no_targets(signals)
+
+    return estimate
+
+
+def return_to_go_estimate(signals: Signals, config: "Config") -> tuple[Tensor, Tensor]:
+    """The sum of later rewards (KL penalties among them) at each token, gamma = 1 (REINFORCE++)."""
+    del config
+    zeros_BT = torch.zeros_like(signals.rewards_BT)
+    _, returns_BT = gae(signals.rewards_BT, zeros_BT, signals.mask_BT, gamma=1.0, lam=1.0)
+    return returns_BT, _no_targets(signals)
+
+
+def _no_targets(signals: Signals) -> Tensor:
+    return signals.rewards_BT.new_zeros(*signals.mask_BT.shape, 0)

@@ -1,0 +1,245 @@
+"""How rows compose core: shaped rewards, pessimism, functionals of the law, groups; and the reductions between rows."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dvpo.algorithms import ALGORITHMS
+from dvpo.config import Config, RewardConfig, load_config
+from dvpo.core.masks import identity
+from dvpo.core.returns import gae, group_location_scale, group_rank
+from dvpo.core.risk import cvar, rank_advantage, tv_worst_case
+from dvpo.estimates import Signals, last_token, shape_rewards
+from dvpo.trainer import Trainer
+from runs import Parity, run_config
+
+
+def signals(num_heads: int = 3, num_quantiles: int = 5) -> Signals:
+    """Two prompts of three responses; a gap in the second response, no reward for the last."""
+    draw = torch.Generator().manual_seed(11)
+    mask_BT = torch.tensor(
+        [[1, 1, 1, 1], [1, 0, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.bool
+    )
+    rewarded_B = torch.tensor([True, True, True, True, True, False])
+    rewards_BT = last_token(mask_BT) * torch.tensor([1.0, 0, 0, 2, 1, 0]).unsqueeze(-1)
+    return Signals(
+        rewards_BT=rewards_BT,
+        mask_BT=mask_BT & rewarded_B.unsqueeze(-1),
+        values_BTNM=torch.rand(6, 4, num_heads, num_quantiles, generator=draw),
+        bootstrap_BNM=torch.zeros(6, num_heads, num_quantiles),
+        zero_last_delta_B=~rewarded_B,
+        groups_B=torch.tensor([0, 0, 0, 1, 1, 1]),
+        rewarded_B=rewarded_B,
+        seed=0,
+    )
+
+
+def estimate(name: str, given: Signals, *overrides: str) -> tuple[Tensor, Tensor]:
+    return ALGORITHMS[name].estimate(given, load_config({"algorithm": name}, overrides))
+
+
+# Reductions
+
+
+def test_robust_ppo_with_one_head_is_ppo() -> None:
+    given = signals(num_heads=1, num_quantiles=1)
+    for ours, theirs in zip(estimate("robust_ppo", given), estimate("ppo", given), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_robust_ppo_takes_the_least_head_as_baseline_and_as_bootstrap_of_its_target() -> None:
+    given = signals(num_quantiles=1)
+    least_BT = given.values_BTNM.squeeze(-1).amin(dim=-1)
+    advantages_BT, returns_BT = gae(given.rewards_BT, least_BT, given.mask_BT, 1.0, 0.95)
+    ours, targets = estimate("robust_ppo", given)
+    torch.testing.assert_close(ours, advantages_BT)
+    torch.testing.assert_close(targets.squeeze(-1), returns_BT)
+
+
+def test_rfqi_with_radius_0_is_the_quantile_critic_with_its_mean() -> None:
+    given = signals()
+    ours = estimate("rfqi_ppo", given, "advantage.law.radius=0")
+    for a, b in zip(ours, estimate("dvpo_plain", given), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_rfqi_is_gae_on_the_worst_case_value_and_trains_on_the_observed_law() -> None:
+    given = signals()
+    theta_BTM = given.values_BTNM.mean(dim=-2)
+    advantages_BT, _ = gae(given.rewards_BT, tv_worst_case(theta_BTM, 0.3), given.mask_BT, 1.0, 0.95)
+    ours, targets = estimate("rfqi_ppo", given, "advantage.law.radius=0.3")
+    torch.testing.assert_close(ours, advantages_BT)
+    torch.testing.assert_close(targets, estimate("dvpo_plain", given)[1])
+
+
+def test_dvpo_with_all_weights_0_is_dvpo_plain_in_estimate_and_loss() -> None:
+    zero = [f"critic.weights.{f.name}=0" for f in dataclasses.fields(load_config().critic.weights)]
+    config, plain = load_config({"algorithm": "dvpo"}, zero), load_config({"algorithm": "dvpo_plain"})
+    assert dataclasses.replace(config, algorithm="dvpo_plain") == plain
+    row, plain_row = ALGORITHMS["dvpo"], ALGORITHMS["dvpo_plain"]
+    assert (row.estimate, row.critic_loss, row.actor_loss) == (
+        plain_row.estimate,
+        plain_row.critic_loss,
+        plain_row.actor_loss,
+    )
+
+
+def test_rloo_is_n_over_n_minus_1_times_the_centred_reward() -> None:
+    given = signals()
+    rloo, centred = estimate("rloo", given)[0], estimate("dr_grpo", given)[0]
+    # Three rewards in the first group, two in the second (one is missing).
+    factor_B = torch.tensor([3 / 2, 3 / 2, 3 / 2, 2, 2, 2]).unsqueeze(-1)
+    torch.testing.assert_close(rloo, centred * factor_B)
+
+
+def test_the_ladder_switches_on_one_group_of_terms_after_the_other() -> None:
+    ladder = ("dvpo_plain", "dvpo_cons", "dvpo_cons_tail", "dvpo_cons_tail_shift", "dvpo_paper")
+    on = [
+        {f.name for f in dataclasses.fields(w) if getattr(w, f.name) == 0.1}
+        for w in (load_config({"algorithm": name}).critic.weights for name in ladder)
+    ]
+    steps = [after - before for before, after in zip([set(), *on], on, strict=False)]
+    assert steps == [set(), {"consistency"}, {"risk", "cvar", "gain"}, {"shift"}, {"shape", "curvature"}]
+
+
+# Groups
+
+
+@pytest.mark.parametrize("name", ["grpo", "grpo_rank", "dr_grpo", "rloo"])
+def test_group_rows_ignore_a_missing_reward_whatever_stands_there(name: str) -> None:
+    given = signals()
+    wild = dataclasses.replace(given, rewards_BT=given.rewards_BT.clone())
+    wild.rewards_BT[5, 3] = 1e6
+    torch.testing.assert_close(estimate(name, wild)[0], estimate(name, given)[0])
+    assert not estimate(name, given)[0][5].any()
+
+
+def test_grpo_divides_by_the_sample_deviation_of_the_group() -> None:
+    # First group 1, 0, 0: mean 1/3, sample variance (4/9 + 1/9 + 1/9) / 2 = 1/3. Second group 2, 1 (one missing):
+    # mean 3/2, sample variance (1/4 + 1/4) / 1 = 1/2.
+    advantages_BT, targets = estimate("grpo", signals())
+    expected = torch.tensor([2 / 3, -1 / 3, -1 / 3, 0.5, -0.5, 0])
+    scale = torch.tensor([1 / 3] * 3 + [1 / 2] * 3).sqrt() + 1e-4
+    torch.testing.assert_close(advantages_BT[:, 0], expected / scale)
+    assert targets.shape[-1] == 0
+
+
+def test_group_rank_counts_wins_and_half_the_ties_against_the_others() -> None:
+    # 1 beats both zeros: 1 - 1/2. A zero loses to 1 and ties with the other zero: (0 + 1/2) / 2 - 1/2 = -1/4.
+    rewards, groups = torch.tensor([1.0, 0, 0, 5, 7]), torch.tensor([0, 0, 0, 1, 1])
+    present = torch.tensor([1, 1, 1, 1, 0])
+    torch.testing.assert_close(group_rank(rewards, groups, present), torch.tensor([0.5, -0.25, -0.25, 0, 0]))
+    monotone = group_rank(rewards.exp() * 3 - 1, groups, present)
+    torch.testing.assert_close(monotone, torch.tensor([0.5, -0.25, -0.25, 0, 0]))
+
+
+def test_reinforce_pp_sums_the_rewards_still_to_come() -> None:
+    given = signals()
+    rewards_BT = torch.where(given.mask_BT, torch.arange(24.0).view(6, 4), 0)
+    advantages_BT, _ = estimate("reinforce_pp", dataclasses.replace(given, rewards_BT=rewards_BT))
+    # Row 1 has rewards 4, (gap), 6, 7: 17 from its first token on, 13 from the third, 7 at the last.
+    torch.testing.assert_close(advantages_BT[1], torch.tensor([17.0, 0, 13, 7]))
+
+
+# Laws
+
+
+def test_rank_rows_compare_the_actors_target_law_with_the_predicted_one() -> None:
+    given = signals()
+    theta_BTM = given.values_BTNM.mean(dim=-2).sort(dim=-1).values
+    ours, targets = estimate("dvpo_rank", given)
+    torch.testing.assert_close(ours, rank_advantage(targets, theta_BTM) * given.mask_BT)
+    assert ours.abs().max() <= 0.5
+
+
+def test_a_spectral_functional_is_gae_on_its_value() -> None:
+    given = signals()
+    value_BT = cvar(given.values_BTNM.mean(dim=-2), 0.3)
+    ours, _ = estimate("dvpo_plain", given, "advantage.law.functional=cvar", "advantage.law.lower=0.3")
+    torch.testing.assert_close(ours, gae(given.rewards_BT, value_BT, given.mask_BT, 1.0, 0.95)[0])
+
+
+def test_clipped_deltas_bound_the_advantage_and_leave_the_critics_target_alone() -> None:
+    given = signals(num_heads=1, num_quantiles=1)
+    spiked = dataclasses.replace(given, rewards_BT=given.rewards_BT * 100)
+    clipped, targets = estimate("ppo_delta_clip", spiked)
+    # |A| <= sum of at most four deltas of size 1 with weights .95^n: 1 + .95 + .9025 + .857 = 3.71
+    assert 1 < clipped.abs().max() <= 3.71
+    torch.testing.assert_close(targets, estimate("ppo", spiked)[1])
+    assert estimate("ppo", spiked)[0].abs().max() > 50
+
+
+# Shaped rewards
+
+
+def shape(norm: str, clip: float | None = None) -> Tensor:
+    given = signals()
+    return shape_rewards(
+        given.rewards_BT, given.mask_BT, given.groups_B, given.rewarded_B, RewardConfig(norm=norm, clip=clip), identity
+    )
+
+
+def test_group_normalised_returns_have_mean_0_and_deviation_1_in_each_group() -> None:
+    returns_B = shape("group").sum(dim=-1)
+    torch.testing.assert_close(returns_B[:3].mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(returns_B[:3].std(), torch.tensor(1.0), atol=1e-3, rtol=0)
+    assert returns_B[5] == 0  # missing, and in nobody's mean
+    torch.testing.assert_close(returns_B[3], -returns_B[4])
+
+
+def test_batch_normalised_returns_use_every_reward_there_is() -> None:
+    returns_B = shape("batch").sum(dim=-1)[:5]
+    # 1, 0, 0, 2, 1: mean 4/5, population variance 6/5 - 16/25 = 14/25
+    expected = (torch.tensor([1.0, 0, 0, 2, 1]) - 0.8) / ((14 / 25) ** 0.5 + 1e-4)
+    torch.testing.assert_close(returns_B, expected)
+
+
+def test_the_robust_form_is_not_moved_by_one_outlier() -> None:
+    rewards = torch.tensor([0.0, 1, 2, 3, 1000])
+    location, scale = group_location_scale(rewards, torch.zeros(5).long(), torch.ones(5), robust=True)
+    # median 2; deviations 2, 1, 0, 1, 998 with median 1
+    torch.testing.assert_close(location, torch.full((5,), 2.0))
+    torch.testing.assert_close(scale, torch.full((5,), 1.4826))
+    plain = group_location_scale(rewards, torch.zeros(5).long(), torch.ones(5))
+    assert plain[0][0] > 200
+
+
+def test_many_rewards_of_one_response_are_normalised_as_its_return_is() -> None:
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    rewards = torch.tensor([[1.0, 0, 2], [0, 0, 1]])
+    arguments = (mask, torch.tensor([0, 0]), torch.tensor([True, True]))
+    shaped = shape_rewards(rewards, *arguments, RewardConfig(norm="group"), identity)
+    # returns 3 and 1: mean 2, sample std sqrt 2
+    scale = 2**0.5 + 1e-4
+    torch.testing.assert_close(shaped.sum(dim=-1), torch.tensor([1.0, -1]) / scale)
+    torch.testing.assert_close(shaped[0, 0], torch.tensor(1 / scale))
+
+
+def test_clipping_comes_last() -> None:
+    assert shape("none", clip=0.5).max() == 0.5
+    assert shape("group", clip=0.5).abs().max() == 0.5
+
+
+# Every row in the trainer
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_row_trains_and_moves_the_policy_with_finite_figures(name: str, tmp_path: Path) -> None:
+    trainer = Trainer(run_config(tmp_path / "run", f"algorithm={name}"), task=Parity())
+    before = [p.clone() for p in trainer.policy.model.parameters()]
+    trainer.train()
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.policy.model.parameters(), strict=True))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [v for row in rows for key, v in row.items() if key.endswith(("/loss", "/grad_norm"))]
+    assert losses
+    assert None not in losses  # null stands for NaN and infinity
+
+
+def test_defaults_of_a_row_stand_below_the_users_own_settings() -> None:
+    config: Config = load_config({"algorithm": "dr_grpo", "actor": {"aggregation": "token_mean"}})
+    assert config.actor.aggregation == "token_mean"
+    assert not config.advantage.whiten
