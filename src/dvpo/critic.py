@@ -117,8 +117,19 @@ def make_critic(kind: Kind, config: CriticConfig, policy: Policy) -> Critic:
     return Critic(shape, trunk, policy.dtype).to(policy.device).train(policy.model.training)
 
 
-def load_critic(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Critic:
+def load_critic(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    gradient_checkpointing: bool = False,
+) -> Critic:
     """Load a critic saved by `Critic.save` (the `critic/` folder of a checkpoint).
+
+    Args:
+        folder: the critic's folder.
+        device: where it lives.
+        dtype: compute type of its trunk.
+        gradient_checkpointing: recompute the trunk's activations in the backward pass.
 
     Raises:
         InputError: files missing, or weights that do not fit.
@@ -130,6 +141,8 @@ def load_critic(folder: str | Path, device: str | torch.device = "cpu", dtype: t
         trunk = None
         if shape.trunk != "shared":
             trunk = AutoModel.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+            if gradient_checkpointing:
+                trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         critic = Critic(shape, trunk, dtype)
         critic.load_state_dict(tensors)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
@@ -137,4 +150,4 @@ def load_critic(folder: str | Path, device: str | torch.device = "cpu", dtype: t
         raise InputError(
             f"critic folder {folder} cannot be read ({reason}): give the critic/ folder of a checkpoint"
         ) from None
-    return critic.to(device).eval()
+    return critic.to(device).train(gradient_checkpointing)

@@ -109,7 +109,9 @@ class Trainer:
             if checkpoint is None:
                 self.critic = make_critic(self.row.critic, config.critic, self.policy)
             else:
-                self.critic = load_critic(checkpoint / "critic", self.device, self.policy.dtype)
+                self.critic = load_critic(
+                    checkpoint / "critic", self.device, self.policy.dtype, config.model.gradient_checkpointing
+                )
 
         self.prompts = PromptStream([e for e in train if e.id in self.prompt_tokens], config.seed)
         self.policy_optimiser = Optimiser(self.policy.model, config.policy_optimiser, config.steps)
