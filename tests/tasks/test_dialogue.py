@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from dvpo.config import SamplingConfig
 from dvpo.embedded import make_config, make_model, make_tokenizer
 from dvpo.errors import InputError
-from dvpo.noise import make_noise
 from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Turn, collate, play
 from dvpo.scoring import Scorer
 from dvpo.tasks import Task, make_task
@@ -231,6 +230,12 @@ def test_an_answer_before_the_question_is_none():
     assert replay(RIDE, [*turns[1:3], "tell fare=42", turns[3]]) == (1, 1, 1)
 
 
+def test_the_last_answer_counts():
+    asked, action = ["ask city", "ask seat"], "ride city=oslo;day=tue;seat=back"
+    assert replay(RIDE, [*asked, "tell fare=17", "tell fare=42", action]).gcr == 1
+    assert replay(RIDE, [*asked, "tell fare=42", "tell fare=17", action]).gcr == 0
+
+
 # Final actions and metrics
 
 
@@ -349,7 +354,16 @@ def test_the_same_turns_meet_the_same_replies(goal, seed):
     again, _ = played(goal, lambda so_far: next(turns))
     assert again == messages
     assert replay(goal, turns_of(messages)) == conversation.metrics
-    assert said(converse(conversation, expert)) == said(converse(Conversation(goal), expert))  # reset forgets all
+
+
+@given(goals, st.integers(0, 2**32))
+def test_an_environment_that_is_reset_remembers_nothing(goal, seed):
+    _, used = played(goal, wavering(random.Random(seed), 0.3), "turns")
+    turns = turns_of(played(goal, expert)[0])
+    used.reset()
+    fresh = Conversation(goal, "turns")
+    assert [used.step(turn) for turn in turns] == [fresh.step(turn) for turn in turns]
+    assert used.metrics == (1, 1, 1)
 
 
 # Demonstrations
@@ -451,7 +465,7 @@ def episode_of(task, example, sampler, room=SlotFilling.max_completion_length):
 
 
 def rollout_of(task, *episodes):
-    scored = Scorer(task, None, make_noise("none", 0.0, seed=0))(episodes)
+    scored = Scorer(task, None, lambda truth, *keys: truth)(episodes)
     assert scored.faults == []
     return collate(episodes, scored.fields, pad_id=0, policy_version=0)
 

@@ -94,7 +94,7 @@ class User:
         self.wants_to_know = False
         """Whether the question has been asked."""
         self.answered = False
-        """Whether the last answer to the question was right when it was given."""
+        """Whether the last answer to the question was right, for what the user wanted when it was given."""
 
     def opening(self) -> str:
         return ";".join([*(f"{slot}={self.wishes[slot]}" for slot in self.goal.given), *self._agenda()])
@@ -157,7 +157,7 @@ class Conversation:
         self.turns += 1
         act = parse_turn(response)
         if act is not None:
-            self._record(act.notes)
+            self.recorded.update(act.notes)
         reply = self._reply(act)
         done = bool(self.database) or self.turns == MOST_TURNS
         return Step(() if done else (reply,), self._reward(done), done)
@@ -176,7 +176,7 @@ class Conversation:
             if not self._allowed(act.pairs):
                 return {"role": "tool", "content": "error"}
             self.database.append((act.verb, dict(act.pairs)))
-            self._record(act.pairs)
+            self.recorded.update(act.pairs)
             return {"role": "tool", "content": "done"}  # which nobody hears: the episode is over
         if act is not None and act.verb == "look":
             return {"role": "tool", "content": self._look_up(act.pairs)}
@@ -190,9 +190,6 @@ class Conversation:
     def _look_up(self, pairs: Sequence[tuple[str, str]]) -> str:
         known = len(pairs) == 1 and pairs[0][0] == self.goal.key and pairs[0][1] in self.goal.facts
         return f"{self.goal.attribute}={self.goal.facts[pairs[0][1]]}" if known else "error"
-
-    def _record(self, pairs: Sequence[tuple[str, str]]) -> None:
-        self.recorded.update((slot, value) for slot, value in pairs if slot in self.goal.schema)
 
     def _reward(self, done: bool) -> float | None:
         metrics = self.metrics
