@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dvpo.config import Config
@@ -39,7 +40,7 @@ def report_installation(console: Console) -> None:
     for name in REQUIRED:
         table.add_row(name, _version(name) or "[red]missing[/]", "everything")
     for name, extra in EXTRAS.items():
-        table.add_row(name, _version(name) or "-", f"optional: pip install 'dvpo[{extra}]'")
+        table.add_row(name, _version(name) or "-", escape(f"optional: pip install 'dvpo[{extra}]'"))
     console.print(table)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts = machine("cpu")

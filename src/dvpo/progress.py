@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dvpo.evaluate import interval_text
+from dvpo.metrics import finite
 
 SHOWN = (
     ("reward/true", "true"),
@@ -38,7 +39,8 @@ class RunProgress:
         self._task = self._bar.add_task(name, total=steps, completed=start, figures="")
 
     def on_step(self, step: int, figures: dict[str, float]) -> None:
-        text = "  ".join(f"{label} {_short(figures[key])}" for key, label in SHOWN if key in figures)
+        known = finite(figures)
+        text = "  ".join(f"{label} {_short(known[key])}" for key, label in SHOWN if key in known)
         self._bar.update(self._task, completed=step, figures=text)
         now = time.monotonic()
         if not self.console.is_terminal and (step == self.steps or now - self._said >= PLAIN_EVERY_SECONDS):

@@ -1,0 +1,304 @@
+"""The command line as a new user meets it: one clear sentence for every mistake, exit code 2, nothing half-written."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dvpo import demo, doctor
+from dvpo.cli import main
+from dvpo.config import load_config, to_yaml
+from dvpo.runlog import read_rows
+from dvpo.warmstart import warm_start
+from runs import run_config
+
+REWARDS = """
+def by_length(prompts, completions, completion_ids, **columns):
+    return [len(ids) / 12 for ids in completion_ids]
+
+def infinite(prompts, completions, completion_ids, **columns):
+    return [float("inf")] * len(prompts)
+
+def three(prompts, completions, completion_ids, **columns):
+    return [1.0] * 3
+
+def wants_more(prompts, completions, completion_ids, gold, **columns):
+    return [1.0] * len(prompts)
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A newcomer's folder: a config that works, prompts and rewards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    config = run_config(Path("run"), "steps=1", "task.name=files", "task.path=prompts.jsonl")
+    text = to_yaml(config).replace("function: task", "function: my_rewards:by_length")
+    (tmp_path / "good.yaml").write_text(text)
+    prompts = [{"prompt": f"What is {i}+{i}?", "answer": 2 * i} for i in range(20)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    (tmp_path / "empty.jsonl").write_text("")
+    return tmp_path
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What `dvpo WORDS` says when it refuses: one sentence, no traceback."""
+    assert main(words) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("dvpo: ")
+    assert message.count("\n") == 1
+    assert "Traceback" not in message
+    return message
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("critic.alhpa=0.1", "unknown config key critic.alhpa: did you mean critic.alpha?"),
+        ("critic.num_quantiles=1", "critic.num_quantiles = 1 is too few for tail terms: take at least 3"),
+        ("critic.alpha=1.2", "critic.alpha = 1.2 is not valid: input should be less than or equal to 1"),
+        ("task.path=empty.jsonl", "task.path: 'empty.jsonl' is empty; give it at least one row"),
+        ("task.path=promts.jsonl", "there is no file or folder 'promts.jsonl'; did you mean 'prompts.jsonl'?"),
+        ("task.prompt_column=question", "has no column 'question' among its columns ('prompt', 'answer')"),
+        ("task.prompt_column=promt", "did you mean 'prompt'? set task.prompt_column"),
+        ("sampling.max_prompt_length=3", "tokens, more than sampling.max_prompt_length = 3: raise it, or set"),
+        ("sampling.max_completion_length=600", "exceed the model's context of 512 tokens"),
+        ("model.path=./no-model", "model.path = ./no-model is no folder: give a folder with config.json and weights"),
+        ("model.path=.", "model.path = . cannot be loaded as a causal language model"),
+        ("reward.function=my_reward:by_length", "'my_reward:by_length' could not be imported"),
+        ("reward.function=my_rewards:by_lenght", "'my_rewards:by_lenght' could not be imported"),
+        ("reward.function=by_length", "'by_length' is no name of a function; write it as module:function"),
+        ("reward.function=my_rewards:wants_more", "cannot be called with the arguments"),
+        ("reward.function=task", "the task prompts cannot judge an answer: set reward.function to my_module:my"),
+        ("algorithm=grpoo", "algorithm = grpoo is unknown"),
+        ("algorithm=my_rows:row", "algorithm = my_rows:row cannot be imported (No module named 'my_rows')"),
+        ("task.name=file", "task.name = file is unknown: take math, "),
+        ("task.name=my_tasks:make", "task.name = my_tasks:make cannot be imported"),
+        ("output=prompts.jsonl/run", "output = prompts.jsonl/run cannot be made"),
+        ("noise.rate=2", "noise.rate = 2 is not valid"),
+    ],
+)
+def test_a_mistake_in_the_config_ends_in_one_sentence_and_nothing_is_written(
+    here: Path, capsys: pytest.CaptureFixture[str], override: str, words: str
+):
+    before = sorted(here.rglob("*"))
+    assert words in refusal(capsys, "train", "good.yaml", override)
+    assert [path for path in sorted(here.rglob("*")) if "__pycache__" not in path.parts] == before
+
+
+def test_a_config_that_is_not_there_is_named(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert "config file goood.yaml cannot be read (No such file or directory): check the path" in refusal(
+        capsys, "train", "goood.yaml"
+    )
+
+
+def test_a_used_output_folder_is_refused_and_left_whole(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "good.yaml"]) == 0
+    before = {path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    message = refusal(capsys, "train", "good.yaml")
+    assert "output = run already holds a run: go on with it by --resume, or choose another output folder" in message
+    assert "seed was 0 and is 3" in refusal(capsys, "train", "good.yaml", "--resume", "seed=3")
+    assert {path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()} == before
+
+
+def test_rewards_of_the_wrong_length_and_infinite_ones_are_faults_of_a_run_that_goes_on(here: Path):
+    for function, kind in (("three", "wrong_length"), ("infinite", "non_finite")):
+        assert main(["train", "good.yaml", f"output={function}", f"reward.function=my_rewards:{function}"]) == 0
+        [row] = [row for row in read_rows(here / function / "metrics.jsonl") if "reward/missing" in row]
+        assert row["reward/missing"] == 1.0
+        assert row["reward/observed"] is None
+        assert {fault["kind"] for fault in read_rows(here / function / "faults.jsonl")} == {kind}
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """The disk takes `after` more flushes."""
+    flushes = iter(range(after))
+    fsync = os.fsync
+
+    def flush(descriptor: int) -> None:
+        if next(flushes, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush)
+
+
+def test_a_disk_full_at_the_start_ends_in_one_sentence_and_the_folder_can_be_used_again(
+    here: Path, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.MonkeyPatch.context() as patch:
+        full_disk(patch, after=0)
+        assert "the disk is full: run" in refusal(capsys, "train", "good.yaml")
+    assert [path for path in (here / "run").rglob("*") if path.is_file()] == []
+    assert main(["train", "good.yaml"]) == 0
+
+
+def test_a_disk_full_amid_a_checkpoint_leaves_the_one_before_to_resume_from(
+    here: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["train", "good.yaml"]) == 0
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        full_disk(patch, after=20)
+        message = refusal(capsys, "train", "good.yaml", "steps=2", "--resume")
+    assert "the disk is full: run/checkpoint-2 could not be written; free some space or choose another out" in message
+    assert [path.name for path in (here / "run").glob("*checkpoint*")] == ["checkpoint-1"]
+    assert main(["train", "good.yaml", "--resume", "steps=2"]) == 0
+    assert (here / "run" / "checkpoint-2").is_dir()
+
+
+def test_an_interrupt_says_how_to_go_on(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dvpo.trainer.Trainer.train_step", interrupted)
+    assert main(["train", "good.yaml"]) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_a_fault_of_ours_is_not_passed_off_as_the_users(here: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: object) -> None:
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr("dvpo.trainer.Trainer.train_step", broken)
+    with pytest.raises(RuntimeError, match="ours"):
+        main(["train", "good.yaml"])
+
+
+# Words on the command line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["good.yaml", "--print-config", "seed=5", "steps=7"],
+        ["good.yaml", "seed=5", "--print-config", "steps=7"],
+        ["--print-config", "good.yaml", "seed=5", "steps=7"],
+        ["good.yaml", "seed=5", "steps=7", "--print-config"],
+    ],
+)
+def test_settings_may_stand_before_and_behind_an_option_and_the_printed_config_loads(
+    here: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+):
+    assert main(["train", *words]) == 0
+    (here / "printed.yaml").write_text(capsys.readouterr().out)
+    assert load_config(here / "printed.yaml") == load_config(here / "good.yaml", ["seed=5", "steps=7"])
+    assert not (here / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["train", "good.yaml", "--continue"], ["train", "good.yaml", "--x", "a=1"], ["demo", "a=1"], ["trian"], []],
+)
+def test_unknown_words_end_with_exit_code_2_and_the_usage(here: Path, capsys: pytest.CaptureFixture[str], words):
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert "usage: dvpo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["eval"], ["doctor"]])
+def test_help_explains_every_command(capsys: pytest.CaptureFixture[str], command: list[str]):
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "usage: dvpo" in text
+    for option in re.findall(r"--[a-z-]+", text):
+        assert re.search(rf"{option}\b[^\n]*\n? {{3,}}\S", text) or option in ("--seed", "--help"), option
+
+
+def test_python_m_dvpo_is_the_command_and_needs_no_torch_for_its_help():
+    code = "import sys, dvpo.cli; sys.argv = ['dvpo', '--help']\ntry: dvpo.cli.main()\nexcept SystemExit: pass\n"
+    result = subprocess.run(
+        [sys.executable, "-c", code + "assert 'torch' not in sys.modules"], capture_output=True, text=True, check=True
+    )
+    asked = subprocess.run([sys.executable, "-m", "dvpo", "--help"], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[1:] == asked.stdout.splitlines()[1:]
+
+
+# Commands that work
+
+
+def test_train_logs_plainly_when_it_is_not_a_terminal(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "good.yaml", "steps=2"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"dvpo step 0/2 +held-out accuracy \(%\) ID \d+\.0 \[\d+, \d+\]", out)
+    assert re.search(r"dvpo step 2/2 +observed \d\.\d+ +value error \d\.\d+ +KL \d\.\d+ +tokens/s [\d,.]+", out)
+    assert "true " not in out  # nobody knows the truth of these prompts
+    assert "run folder: run\n" in out
+    assert "\x1b" not in out
+
+
+def test_eval_prints_a_table_and_writes_one_row_an_item(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "good.yaml"]) == 0
+    capsys.readouterr()
+    assert main(["eval", "run", "--samples", "3"]) == 0  # these prompts have no split `ood`: what there is, is taken
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("greedy accuracy", "mean@3", "pass@3", "run/evaluation-1.jsonl"))
+    items = [json.loads(line) for line in (here / "run" / "evaluation-1.jsonl").read_text().splitlines()]
+    assert {row["split"] for row in items} == {"id"}
+    assert all(len(row["samples"]) == 3 and row["reward"] > 0 for row in items)
+    arguments = ["eval", "run/checkpoint-1", "--splits", "train", "--samples", "0", "--output", "mine.jsonl"]
+    assert main([*arguments, "evaluation.prompts=5"]) == 0
+    assert len((here / "mine.jsonl").read_text().splitlines()) == 5
+
+
+def test_eval_refuses_what_it_cannot_do_in_one_sentence(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "good.yaml"]) == 0
+    capsys.readouterr()
+    assert "no-run holds no sound checkpoint" in refusal(capsys, "eval", "no-run")
+    assert "--splits ood: the task prompts has no such examples" in refusal(capsys, "eval", "run", "--splits", "ood")
+    assert "--samples = -1 is negative" in refusal(capsys, "eval", "run", "--samples", "-1")
+    assert "there is no folder no" in refusal(capsys, "eval", "run", "--output", "no/items.jsonl")
+
+
+def test_doctor_says_what_is_installed_and_what_a_config_needs(here: Path, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "TRIAL_STEPS", 1)
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("torch", "transformers", "pip install 'dvpo[lora]'", "GPUs:", "disk free"))
+    assert main(["doctor", "good.yaml", "steps=100"]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("policy parameters", "peak memory", "100 steps", "one checkpoint on disk"))
+    assert not (here / "run").exists()
+
+
+def test_doctor_refuses_what_train_would_refuse(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert "did you mean critic.alpha?" in refusal(capsys, "doctor", "good.yaml", "critic.alhpa=1")
+    assert "could not be imported" in refusal(capsys, "doctor", "good.yaml", "reward.function=no:no")
+
+
+def test_demo_trains_both_rows_on_the_same_prompts_and_says_that_one_seed_proves_nothing(
+    here: Path, capsys: pytest.CaptureFixture[str]
+):
+    small = ["sampling.prompts_per_step=2", "sampling.samples_per_prompt=4", "evaluation.prompts=8"]
+    assert main(["demo", "--steps", "2", "--noise", "0.5", "--output", "d", "--set", *small]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("ID before", "ID after", "OOD before", "OOD after", "checker dial 1"))
+    assert "One seed proves nothing" in out
+    assert str(warm_start(progress=False)) in out
+    prompts = {
+        name: [(row["prompt_id"], row["sample"], row["true"] != row["observed"]) for row in completions][:4]
+        for name in demo.ALGORITHMS
+        for completions in [list(read_rows(here / "d" / name / "completions.jsonl"))]
+    }
+    assert prompts["dvpo"] == prompts["ppo"]  # same prompts and same flips; both sample the first step alike
+    assert all(f"d/{name}" in out for name in demo.ALGORITHMS)
+
+
+def test_demo_refuses_bad_settings_before_it_trains(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert "noise.rate = 1.5 is not valid" in refusal(capsys, "demo", "--noise", "1.5")
+    assert "algorithm = pppo is unknown" in refusal(capsys, "demo", "--algorithms", "dvpo", "pppo")
+    assert "steps = 0 is not valid" in refusal(capsys, "demo", "--steps", "0")
+    assert not (here / "runs").exists()

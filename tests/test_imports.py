@@ -1,0 +1,63 @@
+"""Arrows point down: cli -> trainer -> algorithms -> core; a reward function's process loads no torch."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "dvpo"
+MODULES = {".".join(("dvpo", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in PACKAGE.rglob("*.py")}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The modules that a file imports, wherever in it: `from dvpo import x` counts as `dvpo.x`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            yield node.module or ""
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def ours(path: Path) -> set[str]:
+    return {name for name in imports(path) if name in MODULES}
+
+
+@pytest.mark.parametrize("module", ["dvpo", "dvpo.rewards", "dvpo.reward_worker", "dvpo.noise", "dvpo.cli"])
+def test_what_needs_no_torch_loads_none(module: str):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_core_imports_torch_and_the_standard_library_and_nothing_of_ours_outside_core():
+    for name, path in MODULES.items():
+        if name.startswith("dvpo.core"):
+            for imported in imports(path):
+                top = imported.split(".")[0]
+                assert top in sys.stdlib_module_names or top == "torch" or imported.startswith("dvpo.core"), name
+
+
+def test_nothing_imports_the_command_line_but_the_module_that_is_run():
+    assert {name for name, path in MODULES.items() if "dvpo.cli" in ours(path)} == {"dvpo.__main__"}
+
+
+def test_arrows_point_down():
+    below = {
+        "dvpo.algorithms": {"dvpo.trainer", "dvpo.policy", "dvpo.critic", "dvpo.sampling", "dvpo.runlog", "dvpo.tasks"},
+        "dvpo.policy": {"dvpo.trainer", "dvpo.critic", "dvpo.sampling", "dvpo.algorithms"},
+        "dvpo.tasks": {"dvpo.trainer", "dvpo.sampling", "dvpo.algorithms", "dvpo.config"},
+        "dvpo.trainer": {"dvpo.cli", "dvpo.demo", "dvpo.doctor", "dvpo.progress"},
+    }
+    for name, path in MODULES.items():
+        for home, above in below.items():
+            if name == home or name.startswith(f"{home}."):
+                assert ours(path).isdisjoint(above), name
+
+
+def test_the_three_names_of_the_package_are_there():
+    code = "from dvpo import Trainer, load_config, load_critic; import dvpo; assert dvpo.__version__"
+    subprocess.run([sys.executable, "-c", code], check=True)
