@@ -98,6 +98,10 @@ def make_task(settings: Any) -> Task:
         from dvpo.tasks.math import ChainArithmetic
 
         return ChainArithmetic()
+    if settings.name == "science":
+        from dvpo.tasks.science import Science
+
+        return Science()
     if settings.name == "dialogue":
         from dvpo.tasks.dialogue import SlotFilling
 
@@ -115,7 +119,9 @@ def make_task(settings: Any) -> Task:
         )
     module, colon, attribute = settings.name.partition(":")
     if not colon:
-        raise InputError(f"task.name = {settings.name} is unknown: take math, dialogue, files, or my_module:make_task")
+        raise InputError(
+            f"task.name = {settings.name} is unknown: take math, science, dialogue, files, or my_module:make_task"
+        )
     try:
         return getattr(importlib.import_module(module), attribute)(settings)
     except (ImportError, AttributeError) as error:

@@ -1,0 +1,464 @@
+import random
+import string
+from collections import Counter, defaultdict
+from itertools import pairwise
+
+import periodictable
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import constants
+
+from dvpo.errors import InputError
+from dvpo.tasks import Task, make_task
+from dvpo.tasks.science import (
+    EXACT_KINDS,
+    Question,
+    Science,
+    agrees,
+    demonstrate,
+    flaw_probability,
+    misbelief,
+    oracle,
+    parse_answer,
+    size,
+    solve,
+)
+from dvpo.tasks.science_facts import (
+    BUILDING_BLOCKS,
+    CONSTANTS,
+    DECIMAL_UNITS,
+    ELEMENTS,
+    OTHER_UNITS,
+    believing,
+    working_mass,
+    written,
+)
+from dvpo.tasks.science_problems import KINDS, Conversion, Equation, Lookup, MolarMass, Order
+
+TASK = Science()
+SPLITS = ("train", "id", "ood")
+TOLERANT = ("unit", "molar_mass", "law")
+
+
+def questions(count, ood, seed=0):
+    rng = random.Random(seed)
+    return [Question.draw(rng, ood) for _ in range(count)]
+
+
+FAMILIAR, UNSEEN = questions(4000, ood=False), questions(4000, ood=True)
+ALL = FAMILIAR + UNSEEN
+
+
+def facts_of(question):
+    """Each fact that the question rests on, with its true value and what it may be mistaken for."""
+    facts = {}
+
+    def note(fact, truth, others):
+        facts[fact] = (truth, others)
+        return truth
+
+    question.problem.work(note)
+    return facts
+
+
+def prompt_of(example):
+    return example.prompt[0]["content"]
+
+
+def reward(completion, answer, kind):
+    return TASK.true_reward(["?"], [completion], [[1]], answer=[answer], kind=[kind])[0]
+
+
+# The figures.
+
+
+def test_elements_agree_with_periodictable():
+    assert len(ELEMENTS) == 40
+    for element in ELEMENTS.values():
+        reference = periodictable.elements.symbol(element.symbol)
+        assert (element.number, element.name) == (reference.number, reference.name)
+        assert element.mass == pytest.approx(reference.mass, rel=1e-4)
+        if element.density is not None:
+            assert element.density == pytest.approx(reference.density, rel=1e-3)
+
+
+def test_constants_and_units_agree_with_scipy():
+    c = constants
+    assert {"h": c.h, "R": c.R} == CONSTANTS
+    references = {
+        "m": {"in": c.inch, "ft": c.foot, "mi": c.mile, "um": c.micro, "mm": c.milli, "cm": c.centi, "km": c.kilo},
+        "g": {"oz": c.ounce / c.gram, "lb": c.pound / c.gram, "ug": c.micro, "mg": c.milli, "kg": c.kilo},
+        "s": {"min": c.minute, "h": c.hour, "ns": c.nano, "us": c.micro, "ms": c.milli},
+        "J": {"eV": c.eV, "cal": c.calorie, "mJ": c.milli, "kJ": c.kilo, "MJ": c.mega},
+        "Pa": {"torr": c.torr, "atm": c.atm, "hPa": c.hecto, "kPa": c.kilo, "MPa": c.mega},
+        "L": {"gal": c.gallon / c.liter, "uL": c.micro, "mL": c.milli, "cL": c.centi},
+    }
+    for base, units in references.items():
+        assert {**OTHER_UNITS[base], **DECIMAL_UNITS[base]} == pytest.approx(units, rel=1e-8)
+    assert list(references) == list(OTHER_UNITS) == list(DECIMAL_UNITS)
+
+
+def test_molar_masses_agree_with_periodictable_and_are_worked_out_within_the_tolerance():
+    for symbol in BUILDING_BLOCKS:
+        assert working_mass(symbol) == pytest.approx(ELEMENTS[symbol].mass, rel=0.009)
+    for question in ALL:
+        if isinstance(question.problem, MolarMass):
+            formula = question.problem.text[2:-2]
+            assert float(question.problem.answer) == pytest.approx(periodictable.formula(formula).mass, rel=1e-4)
+
+
+# Worked by hand.
+
+
+@pytest.mark.parametrize(
+    ("problem", "text", "answer", "solution"),
+    [
+        # 7 * 0.3048 m = 2.1336 m
+        (Conversion(7, "m", "ft", "cm"), "7ft to cm?", "213.36", "7ft=2.13m=2.13e2cm;#2.13e2"),
+        (Conversion(5, "g", "kg", "mg"), "5kg to mg?", "5e+06", "5kg=5e3g=5e6mg;#5e6"),
+        (Conversion(2, "s", "h", "s"), "2h to s?", "7200", "2h=7.2e3s;#7.2e3"),
+        (Conversion(3, "L", "L", "mL"), "3L to mL?", "3000", "3L=3e3mL;#3e3"),
+        # 2 * 1.008 + 15.999
+        (MolarMass((("H", 2), ("O", 1))), "M(H2O)?", "18.015", "H2=2;O=16,18;#18"),
+        # 22.99 + 35.45
+        (MolarMass((("Na", 1), ("Cl", 1))), "M(NaCl)?", "58.44", "Na=23;Cl=35.5,58.5;#58.5"),
+        (Lookup(ELEMENTS["Fe"], "symbol", "number"), "number of Fe?", "26", "Fe=26;#26"),
+        (Lookup(ELEMENTS["Fe"], "number", "name"), "name of 26?", "iron", "26=iron;#iron"),
+        (Lookup(ELEMENTS["Fe"], "symbol", "name"), "name of Fe?", "iron", "Fe=26;26=iron;#iron"),
+        (Order(("Fe", "Al"), "density"), "Fe,Al by density?", "Al<Fe", "Fe=7.9;Al=2.7;#Al<Fe"),
+        (Order(("S", "Na", "P"), "mass"), "S,Na,P by mass?", "Na<P<S", "S=32;Na=23;P=31;#Na<P<S"),
+        # 2e20 * 3e14 * 6.62607e-34 = 39.7564
+        (
+            Equation("photons", "E", (("N", 2e20), ("f", 3e14))),
+            "photons N=2e20 f=3e14 E?",
+            "39.7564",
+            "Nf=6e34;*h=3.98e1;#3.98e1",
+        ),
+        # 6e4 * 2e-2 / (3e2 * 8.314463) = 0.481089
+        (
+            Equation("gas", "n", (("P", 6e4), ("V", 2e-2), ("T", 3e2))),
+            "gas P=6e4 V=2e-2 T=3e2 n?",
+            "0.481089",
+            "PV=1.2e3;/T=4;/R=4.81e-1;#4.81e-1",
+        ),
+        # 2 * 3e2 * 8.314463 / 1e-2 = 498868
+        (
+            Equation("gas", "P", (("V", 1e-2), ("n", 2), ("T", 3e2))),
+            "gas V=1e-2 n=2 T=3e2 P?",
+            "498868",
+            "nT=6e2;/V=6e4;*R=4.99e5;#4.99e5",
+        ),
+        # 6.62607e-34 / 3e-24 = 2.20869e-10
+        (Equation("wave", "L", (("p", 3e-24),)), "wave p=3e-24 L?", "2.20869e-10", "h/p=2.21e-10;#2.21e-10"),
+    ],
+)
+def test_problems_are_written_worked_out_and_answered_as_by_hand(problem, text, answer, solution):
+    question = Question(problem)
+    assert (question.text, question.answer, solve(question, oracle)) == (text, answer, solution)
+
+
+def test_options_are_labelled_and_answered_by_their_letter():
+    question = Question(Conversion(7, "m", "ft", "cm"), ("2.13e3", "2.13e2", "1.07e2", "4.26e2"))
+    assert question.text == "7ft to cm? A 2.13e3 B 2.13e2 C 1.07e2 D 4.26e2"
+    assert question.answer == "B"
+    assert solve(question, oracle) == "7ft=2.13m=2.13e2cm;#B"
+    assert solve(question, believing({"7ft": 4.26})) == "7ft=4.26m=4.26e2cm;#D"
+    assert solve(question, believing({"7ft": 9.99})) == "7ft=9.99m=9.99e2cm;#A"  # none agrees: the first
+
+
+def test_a_mistake_is_carried_on():
+    known = believing({"number of Fe": 27, "name of 27": 28})
+    assert solve(Question(Lookup(ELEMENTS["Fe"], "symbol", "name")), known) == "Fe=27;27=nickel;#nickel"
+    water = Question(MolarMass((("H", 2), ("O", 1))))
+    assert solve(water, believing({"H2": 12})) == "H2=12;O=16,28;#28"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(213.36, "2.13e2"), (3.0, "3"), (20, "2e1"), (0.0254, "2.54e-2"), (9.999, "1e1")]
+)
+def test_numbers_have_at_most_three_significant_digits(value, text):
+    assert written(value) == text
+
+
+# Splits.
+
+
+def test_a_question_is_identified_the_same_everywhere():
+    # printf 'name of Fe?' | sha256sum | cut -c1-16
+    assert Question(Lookup(ELEMENTS["Fe"], "symbol", "name")).id == "c1a83639ff4f0350"
+
+
+def test_splits_have_the_sizes_asked_for_and_share_no_question():
+    ids = {name: {example.id for example in TASK.split(name)} for name in SPLITS}
+    assert [len(ids[name]) for name in SPLITS] == [4096, 256, 256]
+    assert not ids["train"] & ids["id"]
+    assert not (ids["train"] | ids["id"]) & ids["ood"]
+    assert TASK.split("no such split") == ()
+
+
+def test_held_out_questions_are_never_training_questions_whatever_the_seed():
+    tasks = [Science(train=300, id=100, ood=50, seed=seed) for seed in range(3)]
+    trained = {example.id for task in tasks for example in task.split("train")}
+    assert not trained & {example.id for task in tasks for name in ("id", "ood") for example in task.split(name)}
+    assert tasks[0].split("train") != tasks[1].split("train")
+    assert tasks[0].split("train") == Science(train=300, id=0, ood=0).split("train")
+
+
+def test_no_composition_is_both_familiar_and_unseen():
+    familiar, unseen = ({(q.problem.kind, q.problem.composition) for q in part} for part in (FAMILIAR, UNSEEN))
+    assert not familiar & unseen
+    kinds = {kind.kind for kind in KINDS}
+    assert {kind for kind, _ in familiar} == {kind for kind, _ in unseen} == kinds
+    by_kind = defaultdict(set)
+    for kind, composition in unseen:
+        by_kind[kind].add(composition)
+    assert by_kind["molar_mass"] == {"3 elements", "4 elements"}
+    assert by_kind["element"] == {"symbol to name"}
+    assert by_kind["law"] == {"photons f", "gas T", "wave p"}
+    assert by_kind["order"] == {"3 by mass", "3 by density"}
+    assert {("unit", f"{source} to km") for source in ("ft", "in", "mi")} & unseen
+
+
+def test_the_splits_draw_the_compositions_that_they_should():
+    for name, ood in (("id", False), ("ood", True)):
+        drawn = {question.text for question in questions(3000, ood, seed=f"{name} 0")}
+        assert {prompt_of(example) for example in TASK.split(name)} <= drawn
+
+
+def test_unseen_compositions_rest_on_facts_that_training_meets():
+    seen = {q.text: q for q in questions(9000, ood=False, seed="train 0")}
+    met = {fact for example in TASK.split("train") for fact in facts_of(seen[prompt_of(example)])}
+    assert {fact for question in UNSEEN for fact in facts_of(question)} <= met
+
+
+def test_a_fact_has_one_truth_whatever_the_question():
+    known = {}
+    for question in ALL:
+        for fact, value in facts_of(question).items():
+            assert known.setdefault(fact, value) == value
+            assert value[0] not in value[1]
+    assert 350 < len(known) < 400
+
+
+def test_prompts_and_solutions_are_short_ascii_and_the_longest_fits():
+    for question in ALL:
+        solution = solve(question, oracle)
+        assert len(question.text) <= 66
+        assert len(solution) < TASK.max_completion_length
+        assert (question.text + solution).isascii()
+
+
+def test_a_split_that_cannot_be_filled_is_refused_at_once():
+    with pytest.raises(InputError, match="1000000 questions"):
+        Science(train=1_000_000)
+
+
+def test_the_task_is_a_task_with_episodes_of_one_step_and_string_columns():
+    task: Task = TASK
+    for name in SPLITS:
+        for example in task.split(name):
+            assert set(example.columns) == {"answer", "kind"}
+            assert all(isinstance(value, str) for value in example.columns.values())
+    episode = task.environment(task.split("id")[0])
+    assert episode.reset() == task.split("id")[0].prompt
+    assert episode.step("#1").done
+
+
+def test_a_config_can_name_the_task():
+    from dvpo.config import TaskConfig
+
+    assert make_task(TaskConfig(name="science")).name == "science"
+
+
+# Options.
+
+
+def test_four_options_hold_the_right_answer_once_and_nothing_else_that_is_right():
+    asked = [question for question in ALL if question.options]
+    assert len(asked) > 2500
+    for question in asked:
+        problem, options = question.problem, question.options
+        assert len(set(options)) == 4
+        assert [agrees(option, problem.answer, problem.kind) for option in options].count(True) == 1
+        assert agrees(options["ABCD".index(question.answer)], problem.answer, problem.kind)
+        if problem.kind in TOLERANT:
+            values = sorted(map(float, options))
+            assert all(high / low > 1.024 for low, high in pairwise(values))
+
+
+def test_the_right_letters_are_balanced():
+    letters = Counter(question.answer for question in ALL if question.options)
+    count = letters.total()
+    # Four standard deviations of a binomial share of a quarter.
+    assert all(abs(letters[letter] - count / 4) < 4 * (count * 3 / 16) ** 0.5 for letter in "ABCD")
+
+
+@pytest.mark.parametrize("kind", ["unit", "molar_mass", "element", "law"])
+def test_the_right_option_is_not_given_away_by_its_place_among_the_values(kind):
+    ranks = Counter()
+    for question in questions(12_000, ood=False, seed=4):
+        if question.options and question.problem.kind == kind:
+            right = question.options["ABCD".index(question.answer)]
+            ranks[sum(size(option) < size(right) for option in question.options)] += 1
+    assert ranks.total() > 1000
+    assert max(ranks.values()) / ranks.total() < 0.31
+
+
+def test_likely_mistakes_are_among_the_options_whether_the_demonstrator_makes_them_or_not():
+    offered = defaultdict(list)
+    for question in ALL:
+        for fact, (_, others) in facts_of(question).items() if question.options else ():
+            result = question.problem.work(believing({fact: misbelief(fact, others)})).result
+            found = any(agrees(result, option, question.problem.kind) for option in question.options)
+            offered[flaw_probability(fact) > 0].append(found)
+    flawed, sound = (sum(offered[case]) / len(offered[case]) for case in (True, False))
+    assert min(flawed, sound) > 0.6
+    assert flawed == pytest.approx(sound, abs=0.05)
+
+
+# The verifier.
+
+
+def test_the_oracles_solution_is_always_right():
+    for question in ALL:
+        assert reward(solve(question, oracle), question.answer, question.problem.kind) == 1.0
+
+
+def test_a_mistake_in_any_fact_is_rejected_unless_it_stays_within_the_tolerance():
+    rejected = 0
+    for question in ALL:
+        problem = question.problem
+        for fact, (_, others) in facts_of(question).items():
+            for other in others:
+                completion = solve(question, believing({fact: other}))
+                final = completion.split("#")[1]
+                if question.options or problem.kind in EXACT_KINDS:
+                    right = final == question.answer
+                else:
+                    right = abs(float(final) / float(question.answer) - 1) <= 0.01
+                assert reward(completion, question.answer, problem.kind) == right
+                rejected += not right
+    assert rejected > 20_000
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("7ft=2.13m;#2.13", "2.13"),
+        ("#Al<Fe", "Al<Fe"),
+        ("#B", "B"),
+        ("", None),
+        ("2.13", None),
+        ("#", None),
+        ("#1 2 3", None),
+        ("#1,2,3", None),
+        ("1 2 3", None),
+        ("#1#2", None),
+        ("#2;#2", None),
+        ("##2", None),
+        ("#2;", None),
+        ("#2 ", None),
+        ("#2\n", None),
+        ("# 2", None),
+        ("#A B", None),
+        ("#A|B", None),
+        ("#\uff12", None),
+        ("#" + "9" * 10_000, None),
+    ],
+)
+def test_only_one_final_answer_counts(completion, answer):
+    assert parse_answer(completion) == answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "kind", "verdict"),
+    [
+        ("2.13e2", "213.36", "unit", True),
+        ("213", "213.36", "unit", True),
+        ("213.36e0", "213.36", "unit", True),
+        ("211", "213.36", "unit", False),  # 1.1% low
+        ("216", "213.36", "unit", False),  # 1.2% high
+        ("-213", "213.36", "unit", False),
+        ("2.13e3", "213.36", "unit", False),
+        ("0", "1e-30", "law", False),
+        ("1e-20", "1e-30", "law", False),
+        ("nan", "213.36", "unit", False),
+        ("inf", "213.36", "unit", False),
+        ("1e999", "213.36", "unit", False),
+        ("0213", "213.36", "unit", False),
+        ("A", "213.36", "unit", False),
+        ("2.13e2", "B", "unit", False),
+        ("b", "B", "unit", False),
+        ("B", "B", "unit", True),
+        ("AB", "B", "unit", False),
+        ("82", "82", "element", True),
+        ("82.1", "82", "element", False),
+        ("82.0", "82", "element", False),
+        ("Iron", "iron", "element", False),
+        ("Fe<Al", "Al<Fe", "order", False),
+        ("Al<Fe<Al", "Al<Fe", "order", False),
+        ("Al", "Al<Fe", "order", False),
+    ],
+)
+def test_numbers_agree_within_one_percent_and_all_else_to_the_letter(answer, right, kind, verdict):
+    assert agrees(answer, right, kind) is verdict
+    assert reward(f"#{answer}", right, kind) == float(verdict)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.text(st.sampled_from(string.printable + "\u0663\u00b2\u2212\x00") | st.characters(), max_size=40),
+    question=st.sampled_from(ALL),
+)
+def test_malformed_completions_never_crash_and_never_score(text, question):
+    kind, answer = question.problem.kind, question.answer
+    good = solve(question, oracle)
+    malformed = [text, text + good[:-1], good + "#" + text, good + " " + text, f"#{answer},{text}", f"#{text}#{answer}"]
+    for completion in malformed:
+        final = completion.rpartition("#")[2]
+        scored = reward(completion, answer, kind)
+        assert scored in (0.0, 1.0)
+        if scored and final != answer:
+            assert kind in TOLERANT
+            assert float(final) == pytest.approx(float(answer), rel=0.0101)
+        assert not scored or completion.count("#") == 1
+
+
+# The demonstrator.
+
+
+def test_a_demonstration_names_every_slip_and_says_whether_its_answer_is_right():
+    rng = random.Random(1)
+    for question in ALL:
+        demonstration = demonstrate(question, rng)
+        assert demonstration.question is question
+        assert demonstration.solution == solve(question, believing(dict(demonstration.slips)))
+        scored = reward(demonstration.solution, question.answer, question.problem.kind)
+        assert demonstration.correct == (scored == 1.0)
+        assert demonstration.correct or demonstration.slips
+
+
+def test_a_flawed_fact_errs_by_its_own_value_at_its_own_rate_and_a_sound_one_never():
+    met, slipped, rng = Counter(), Counter(), random.Random(2)
+    for question in FAMILIAR * 6:
+        facts, slips = facts_of(question), dict(demonstrate(question, rng).slips)
+        met.update(facts.keys())
+        slipped.update(slips.keys())
+        # What is looked up after a mistake is another fact, which the question itself does not rest on.
+        assert all(slips[fact] == misbelief(fact, facts[fact][1]) for fact in slips.keys() & facts.keys())
+    assert len(met) > 350
+    for fact, count in met.items():
+        rate, expected = slipped[fact] / count, flaw_probability(fact)
+        assert rate == pytest.approx(expected, abs=5 * (expected * (1 - expected) / count) ** 0.5)
+
+
+def test_imitation_errs_greedily_too_and_knows_the_right_value_of_every_fact():
+    rates = [flaw_probability(fact) for fact in {fact for question in ALL for fact in facts_of(question)}]
+    assert 0.25 < sum(rate > 0.5 for rate in rates) / len(rates) < 0.45
+    assert max(rates) < 0.86
+    by_kind = defaultdict(list)
+    rng = random.Random(3)
+    for question in FAMILIAR:
+        by_kind[question.problem.kind].append(demonstrate(question, rng).correct)
+    assert all(0.5 < sum(right) / len(right) < 0.9 for right in by_kind.values())
