@@ -158,7 +158,7 @@ def test_an_unknown_key_in_a_file_is_refused_like_one_in_an_override(tmp_path: P
         ("critic.monotone=3", "critic.monotone = 3 is not valid"),
         ("critic.alpha=[0.1]", "critic.alpha = [0.1] is not valid"),
         ("sampling.stop=Q", "sampling.stop = 'Q' is not valid: input should be a valid list"),
-        ("noise.kind=flop", "noise.kind = 'flop' is not valid: input should be 'none', 'flip' or 'persistent'"),
+        ("noise.kind=flop", "noise.kind = 'flop' is not valid: did you mean flip?"),
         ("critic=3", "config key critic = 3 is a section: write critic.key=value"),
         ("critic.num_quantiles=1", "critic.num_quantiles = 1 is too few for tail terms: take at least 3, or set the"),
         ("critic.num_quantiles=2", "critic.num_quantiles = 2 is too few for tail terms"),

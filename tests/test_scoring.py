@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dvpo.config import load_config
+from dvpo.config import NoiseConfig, load_config
 from dvpo.errors import InputError
 from dvpo.noise import make_noise
 from dvpo.rewards import Fault
@@ -15,7 +15,8 @@ from dvpo.sampling import Episode
 from dvpo.scoring import Scorer, open_reward, place, total
 from dvpo.tasks import Example, Reward
 
-NOTHING = make_noise("none", 0.0, seed=0)
+NOTHING = make_noise(NoiseConfig(), seed=0)
+ALL_WRONG = make_noise(NoiseConfig(kind="flip", rate=1.0), seed=0)
 
 
 def episode(
@@ -124,17 +125,18 @@ def test_rewards_of_short_responses_are_padded_and_a_zero_reward_is_no_missing_o
 
 def test_noise_changes_what_is_observed_and_never_the_truth():
     episodes = [episode([0], "a"), episode([0], "b")]
-    scored = Scorer(Known({"a": 1.0, "b": None}), None, make_noise("flip", 1.0, seed=0))(episodes)
+    scored = Scorer(Known({"a": 1.0, "b": None}), None, ALL_WRONG)(episodes)
     assert tolist(scored.fields["observed_B"]) == [0.0, None]  # a missing reward stays missing
     assert tolist(scored.fields["true_B"]) == [1.0, None]
-    with_function = Scorer(Known({"a": 1.0, "b": 0.0}), Asked([0.0, 0.0]), make_noise("flip", 1.0, seed=0))(episodes)
+    with_function = Scorer(Known({"a": 1.0, "b": 0.0}), Asked([0.0, 0.0]), ALL_WRONG)(episodes)
     assert with_function.fields["observed_B"].tolist() == [1.0, 1.0]
     assert with_function.fields["true_B"].tolist() == [1.0, 0.0]
 
 
 def test_noise_is_keyed_by_prompt_visit_and_sample_and_so_blind_to_the_order():
     episodes = [episode([0], str(i)) for i in range(60)]
-    scorer = Scorer(Known({str(i): 1.0 for i in range(60)}), None, make_noise("flip", 0.5, seed=0))
+    half = make_noise(NoiseConfig(kind="flip", rate=0.5), seed=0)
+    scorer = Scorer(Known({str(i): 1.0 for i in range(60)}), None, half)
     forward_B, backward_B = scorer(episodes).fields["observed_B"], scorer(episodes[::-1]).fields["observed_B"]
     assert torch.equal(forward_B, backward_B.flip(0))
     assert 15 < forward_B.sum() < 45
@@ -171,11 +173,10 @@ def test_the_reward_function_gets_prompts_completions_tokens_and_columns():
 
 def test_an_evaluation_asks_the_truth_and_the_reward_function_only_where_no_truth_is_known():
     reward = Asked([7.0, 8.0])
-    noise = make_noise("flip", 1.0, seed=0)
-    assert Scorer(Known({"a": 1.0}), reward, noise).judge([episode([0], "a"), episode([0], "b")]) == [1.0, None]
+    assert Scorer(Known({"a": 1.0}), reward, ALL_WRONG).judge([episode([0], "a"), episode([0], "b")]) == [1.0, None]
     assert reward.arguments == ()
-    assert Scorer(Known({}), reward, noise).judge([episode([0], "a"), episode([0], "b")]) == [7.0, 8.0]
-    assert Scorer(Known({}), None, noise).judge([episode([0], "a")]) == [None]
+    assert Scorer(Known({}), reward, ALL_WRONG).judge([episode([0], "a"), episode([0], "b")]) == [7.0, 8.0]
+    assert Scorer(Known({}), None, ALL_WRONG).judge([episode([0], "a")]) == [None]
 
 
 def test_a_run_without_anyone_who_knows_a_reward_and_one_without_prompts_do_not_start():

@@ -9,14 +9,15 @@ import difflib
 import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from dvpo.algorithms import find_algorithm
 from dvpo.errors import InputError
+from dvpo.noise import PARAMETERS
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Tail = Annotated[float, Field(gt=0, le=1)]
@@ -25,6 +26,13 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 T = TypeVar("T")
+
+
+def _noise_kind(kind: str) -> str:
+    if kind not in PARAMETERS:
+        near = difflib.get_close_matches(kind, PARAMETERS, n=1)
+        raise ValueError(f"did you mean {near[0]}?" if near else f"take one of {', '.join(PARAMETERS)}")
+    return kind
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -107,18 +115,63 @@ class RewardConfig:
 
 
 @section
-class NoiseConfig:
-    """Noise injected into the observed reward; the true one is kept beside it."""
+class NoiseModelConfig:
+    """One noise model. A kind takes some of the parameters and needs all that it takes; docs/noise.md has the table."""
 
-    kind: Literal["none", "flip", "persistent"] = "none"
-    """`flip`: each label by itself; `persistent`: every label of some prompts, whenever they are drawn."""
-    rate: Share = 0.0
-    """Share of wrong labels, or of prompts with wrong labels."""
-    low: float = 0.0
-    high: float = 1.0
-    """A wrong label turns a reward r into low + high - r."""
+    kind: Annotated[str, AfterValidator(_noise_kind)] = "none"
+    rate: Share | None = None
+    """Probability that a reward is hit; persistent: share of the prompts."""
+    false_positive: Share | None = None
+    """asymmetric: probability that a wrong response is taken for a right one."""
+    false_negative: Share | None = None
+    """asymmetric: probability that a right response is taken for a wrong one."""
+    accuracy: Annotated[float, Field(gt=0.5, le=1)] | None = None
+    """Reward models: probability that a right response scores above a wrong one."""
+    sd: Weight | None = None
+    """gaussian, spikes: deviation in units of the reward."""
+    df: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    """student_t: degrees of freedom; 1 = Cauchy."""
+    scale: Weight | None = None
+    """student_t: what the draw is multiplied by, in units of the reward."""
+    offset_sd: Weight | None = None
+    """affine: deviation of a prompt's offset in units of the reward."""
+    scale_sd: Annotated[float, Field(ge=0, le=10)] | None = None
+    """affine: deviation of the logarithm of a prompt's scale."""
+    path: str | None = None
+    """pseudo_labels: JSONL file with `id` and `answer`."""
+    low: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    """Reward of a wrong response."""
+    high: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """Reward of a right one. A flip turns r into low + high - r, also where r is outside the two."""
     seed: int | None = None
     """None: the run's seed."""
+
+    def __post_init__(self) -> None:
+        takes = PARAMETERS[self.kind]
+        if missing := [name for name in takes if getattr(self, name) is None]:
+            raise ValueError(f"{self.kind} needs {' and '.join(missing)}: set it")
+        if self.low >= self.high:
+            raise ValueError(f"low = {self.low} is not below high = {self.high}: give the lower bound first")
+        if self.kind == "none":  # switched off, by an override say: what the file says besides may stay
+            return
+        defaults = {field.name: field.default for field in dataclasses.fields(NoiseModelConfig)}
+        given = [name for name in defaults.keys() - {"kind", "seed"} if getattr(self, name) != defaults[name]]
+        if foreign := sorted(set(given) - set(takes)):
+            what = "takes " + ", ".join(takes) if takes else "takes nothing"
+            raise ValueError(f"{self.kind} has no {' and no '.join(foreign)}, it {what}: leave the others out")
+
+
+@section
+class NoiseConfig(NoiseModelConfig):
+    """Noise injected into the observed reward; the true one is kept beside it."""
+
+    then: tuple[NoiseModelConfig, ...] = ()
+    """Further models, each applied to what the one before observed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if any(model.kind == "pseudo_labels" for model in self.then):
+            raise ValueError("pseudo_labels come first, what follows acts on them: move them from then to noise.kind")
 
 
 @section
@@ -414,22 +467,31 @@ def _checked(values: Mapping[Any, Any], kind: type, prefix: str) -> dict[str, An
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in known:
-            raise InputError(f"unknown config key {name}: {_suggest(str(key), prefix)}")
+            raise InputError(f"unknown config key {name}: {_suggest(str(key), prefix, sorted(map(str, known)))}")
         if dataclasses.is_dataclass(known[key]):
             if not isinstance(value, Mapping | None):
                 raise InputError(f"config key {name} = {value!r} is a section: write {name}.key=value")
             checked[key] = _checked(value or {}, known[key], f"{name}.")  # type: ignore[arg-type]
+        elif isinstance(value, list) and (entry := _listed_section(known[key])):
+            checked[key] = [
+                _checked(item, entry, f"{name}.{i}.") if isinstance(item, Mapping) else item
+                for i, item in enumerate(value)
+            ]
         elif isinstance(value, bool) and known[key] is not bool:
             raise InputError(f"{name} = {value!r} is not valid: it is no yes-or-no setting")
     return checked
 
 
-def _suggest(key: str, prefix: str) -> str:
+def _listed_section(hint: Any) -> type | None:
+    """The section that a list of sections holds; None for any other setting."""
+    entry = next(iter(get_args(hint)), None)
+    return entry if dataclasses.is_dataclass(entry) else None  # type: ignore[return-value]
+
+
+def _suggest(key: str, prefix: str, section_keys: list[str]) -> str:
     """The nearest key of the same section, else the same key in another section, else the section's keys."""
     everywhere = list(_all_keys(Config, ""))
-    same_section = [k for k in everywhere if k.startswith(prefix) and "." not in k[len(prefix) :]]
-    sections = sorted({k[len(prefix) :].split(".")[0] for k in everywhere if k.startswith(prefix)})
-    near = difflib.get_close_matches(key, sections, n=1, cutoff=0.7)
+    near = difflib.get_close_matches(key, section_keys, n=1, cutoff=0.7)
     if near:
         return f"did you mean {prefix}{near[0]}?"
     elsewhere = [k for k in everywhere if k.rsplit(".", 1)[-1] == key]
@@ -437,7 +499,7 @@ def _suggest(key: str, prefix: str) -> str:
         elsewhere = difflib.get_close_matches(prefix + key, everywhere, n=1, cutoff=0.6)
     if elsewhere:
         return f"did you mean {elsewhere[0]}?"
-    return "the keys here are " + ", ".join(sections or same_section)
+    return "the keys here are " + ", ".join(section_keys)
 
 
 def _all_keys(kind: type, prefix: str) -> Iterable[str]:

@@ -17,7 +17,6 @@ from dvpo.checkpoint import checkpoint_step, latest_checkpoint
 from dvpo.config import SamplingConfig, load_config
 from dvpo.durable import write_atomically
 from dvpo.errors import InputError
-from dvpo.noise import make_noise
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, play
 from dvpo.scoring import Scorer, open_reward, total
@@ -167,7 +166,7 @@ def evaluate_checkpoint(
         table.add_column(column, justify="right")
     rows = []
     with open_reward(config, task) or nullcontext() as reward:
-        judge = Scorer(task, reward, make_noise("none", 0.0, 0)).judge
+        judge = Scorer(task, reward).judge
         for split in splits:
             examples = task.split(split)[: config.evaluation.prompts]
             result = evaluate(policy, task, examples, judge, config.sampling, samples, config.seed)

@@ -1,124 +1,383 @@
-"""Noise injected into rewards (section 8 of the method page): a keyed hash, never a stateful generator.
+"""Noise injected into rewards (docs/noise.md): a keyed hash, never a stateful generator.
 
-Whether a label is wrong is a pure function of the seed and of what is judged. So the noise is the same
-whatever the batch size, the order of the samples, the number of processes, and on both sides of a resumed
-checkpoint. For the same seed the labels that are wrong at rate .1 are among those that are wrong at .3, so
-that a study over rates is paired.
+What the noise does is a pure function of the seed and of what is judged. So it is the same whatever the batch size,
+the order of the samples, the number of processes, and on both sides of a resumed checkpoint. For the same seed the
+labels that are wrong at rate .1 are among those that are wrong at .3, so that a study over rates is paired.
 """
 
-import difflib
+import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dvpo.errors import InputError
-from dvpo.seeding import derive_uniform
-from dvpo.tasks import Reward
+from dvpo.seeding import derive_seed, derive_uniform
+from dvpo.tasks import Example, Reward
+
+if TYPE_CHECKING:
+    from dvpo.config import NoiseConfig
+
+Columns = Mapping[str, Sequence[Any]]
+STANDARD_NORMAL = NormalDist()
 
 
-class Noise(Protocol):
-    """Turns true rewards into observed ones; all arguments hold one entry a sample."""
-
-    def __call__(
-        self,
-        true_rewards: Sequence[Reward],
-        prompt_ids: Sequence[str],
-        visits: Sequence[int],
-        sample_indices: Sequence[int],
-    ) -> list[Reward]:
-        """`visits` counts the earlier draws of the prompt, `sample_indices` the samples of this one."""
-        ...
-
-
-_KEYS: dict[str, Callable[[str, int, int], tuple[str | int, ...] | None]] = {
-    "none": lambda prompt_id, visit, sample_index: None,
-    "flip": lambda prompt_id, visit, sample_index: (prompt_id, visit, sample_index),
-    "persistent": lambda prompt_id, visit, sample_index: (prompt_id,),
-}
-"""What the correctness of a label depends on, for each kind of noise."""
-
-
-def make_noise(kind: str, rate: float, seed: int, low: float = 0.0, high: float = 1.0) -> Noise:
-    """The noise model of that name: r -> low + high - r wherever the label is wrong, and r elsewhere.
-
-    `none` leaves every reward as it is, whatever the rate. `flip` makes each label wrong with probability
-    `rate`, independently, keyed by (seed, prompt id, visit, sample index). `persistent` makes every label of
-    a prompt wrong for a share `rate` of the prompts, keyed by (seed, prompt id).
-
-    A missing reward stays missing. In a list (a reward a turn or a token) the last entry is the verdict on the
-    response and is treated like a scalar; the others stay, since most of them are zeros that judge nothing and
-    turning each would add rewards in proportion to the length.
-
-    Args:
-        kind: `none`, `flip` or `persistent`.
-        rate: the probability, or the share, of wrong labels, in [0, 1].
-        seed: another seed, other wrong labels.
-        low: the lowest reward, in the reward's units.
-        high: the highest reward; a binary reward is one of the two.
-
-    Returns:
-        `noise(true_rewards, prompt_ids, visits, sample_indices)` -> observed rewards.
-
-    Raises:
-        InputError: an unknown kind, a rate outside [0, 1], bounds in the wrong order; when called, a reward
-            outside the bounds.
-    """
-    if kind not in _KEYS:
-        near = difflib.get_close_matches(str(kind), _KEYS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(_KEYS)}"
-        raise InputError(f"noise.kind: there is no noise {kind!r}; {hint}")
-    if not _is_number(rate) or not 0 <= rate <= 1:
-        raise InputError(f"noise.rate: {rate!r} is no probability; give a number from 0 to 1")
-    if not (_is_number(low) and _is_number(high) and low < high):
-        raise InputError(
-            f"noise.low, noise.high: {low!r} and {high!r} bound no reward; give two numbers, the lower first"
-        )
-    return _Reflection(kind, rate, seed, low, high)
+# Draws
 
 
 @dataclass(frozen=True)
-class _Reflection:
-    """Mirrors wrong labels at the middle of the bounds: 0 and 1 trade places."""
+class Draw:
+    """The random numbers of one judgement. A model that needs several says what each is for."""
 
-    kind: str
+    key: tuple[str | int, ...]
+
+    def uniform(self, *purpose: str) -> float:
+        """Uniform in [0, 1)."""
+        return derive_uniform(*self.key, *purpose)
+
+    def normal(self, *purpose: str) -> float:
+        return STANDARD_NORMAL.inv_cdf(max(self.uniform(*purpose), 2.0**-54))  # the quantile of 0 is infinite
+
+
+# Models
+
+
+class Model:
+    """What becomes of one reward. The fields of a model are the settings that its kind takes under `noise`."""
+
+    per: ClassVar[Literal["sample", "prompt", "response"]] = "sample"
+    """What has one draw of its own: a sample (prompt, visit, index), a prompt, or a response text."""
+
+    def verdict(self, reward: float, draw: Draw) -> float | None:
+        """The observed reward of a response; in a list of rewards, the observed last entry."""
+        raise NotImplementedError
+
+    def earlier(self, reward: float, draw: Draw) -> float:
+        """An observed entry before the last. Most are zeros that judge nothing: turning each would add rewards in
+        proportion to the length."""
+        del draw
+        return reward
+
+
+@dataclass(frozen=True)
+class Flip(Model):
+    """r -> low + high - r with probability `rate`."""
+
     rate: float
-    seed: int
     low: float
     high: float
 
+    def verdict(self, reward: float, draw: Draw) -> float:
+        return self.low + self.high - reward if draw.uniform() < self.rate else reward
+
+
+@dataclass(frozen=True)
+class Persistent(Flip):
+    """The same for every response to a share `rate` of the prompts, whenever they are drawn."""
+
+    per = "prompt"
+
+
+@dataclass(frozen=True)
+class Asymmetric(Model):
+    """r -> low + high - r with one probability for a wrong response (r at most the middle), another for a right one."""
+
+    false_positive: float
+    false_negative: float
+    low: float
+    high: float
+
+    def verdict(self, reward: float, draw: Draw) -> float:
+        right = reward > (self.low + self.high) / 2
+        turned = draw.uniform() < (self.false_negative if right else self.false_positive)
+        return self.low + self.high - reward if turned else reward
+
+
+@dataclass(frozen=True)
+class RewardModel(Model):
+    """r -> r + sigma z, z ~ N(0, 1), sigma such that a right response beats a wrong one with probability `accuracy`.
+
+    The gap of two scores is N(high - low, 2 sigma^2), so accuracy = Phi((high - low) / (sigma sqrt 2)).
+    """
+
+    accuracy: float
+    low: float
+    high: float
+
+    @property
+    def sigma(self) -> float:
+        if self.accuracy == 1:
+            return 0.0
+        return (self.high - self.low) / (math.sqrt(2) * STANDARD_NORMAL.inv_cdf(self.accuracy))
+
+    def verdict(self, reward: float, draw: Draw) -> float:
+        return _plus(reward, self.sigma * draw.normal())
+
+
+@dataclass(frozen=True)
+class ResponseRewardModel(RewardModel):
+    """The same, but the same text always gets the same score: what scores too high can be found and exploited."""
+
+    per = "response"
+
+
+@dataclass(frozen=True)
+class Gaussian(Model):
+    """r -> r + sd z, z ~ N(0, 1)."""
+
+    sd: float
+
+    def verdict(self, reward: float, draw: Draw) -> float:
+        return _plus(reward, self.sd * draw.normal())
+
+
+@dataclass(frozen=True)
+class StudentT(Model):
+    """r -> r + scale t, t ~ Student's t with `df` degrees of freedom: the variance is infinite for df <= 2."""
+
+    df: float
+    scale: float
+
+    def verdict(self, reward: float, draw: Draw) -> float:
+        # Bailey (1994), Polar generation of random variates with the t-distribution: exact for every df.
+        radius = math.sqrt(self.df * ((1 - draw.uniform("radius")) ** (-2 / self.df) - 1))
+        return _plus(reward, self.scale * radius * math.cos(2 * math.pi * draw.uniform("angle")))
+
+
+@dataclass(frozen=True)
+class Spikes(Model):
+    """r -> r + sd z with probability `rate`, z ~ N(0, 1)."""
+
+    rate: float
+    sd: float
+
+    def verdict(self, reward: float, draw: Draw) -> float:
+        return _plus(reward, self.sd * draw.normal("size")) if draw.uniform() < self.rate else reward
+
+
+@dataclass(frozen=True)
+class Missing(Model):
+    """r -> None with probability `rate`."""
+
+    rate: float
+
+    def verdict(self, reward: float, draw: Draw) -> float | None:
+        return None if draw.uniform() < self.rate else reward
+
+
+@dataclass(frozen=True)
+class Random(Model):
+    """r -> low or high, a fair coin whatever the response: the control that nothing can be learnt from."""
+
+    low: float
+    high: float
+
+    def verdict(self, reward: float, draw: Draw) -> float:
+        del reward
+        return self.high if draw.uniform() < 0.5 else self.low
+
+    def earlier(self, reward: float, draw: Draw) -> float:
+        del reward, draw
+        return 0.0  # what stands earlier would tell of the response
+
+
+@dataclass(frozen=True)
+class Affine(Model):
+    """r -> offset + scale r, one pair a prompt: offset ~ N(0, offset_sd^2), log scale ~ N(0, scale_sd^2).
+
+    The scale is positive, so the order of the responses to a prompt stays. In a list every entry is scaled and the
+    offset lands on the last: the return becomes offset + scale * return.
+    """
+
+    per = "prompt"
+    offset_sd: float
+    scale_sd: float
+
+    def verdict(self, reward: float, draw: Draw) -> float:
+        return _plus(self.earlier(reward, draw), self.offset_sd * draw.normal("offset"))
+
+    def earlier(self, reward: float, draw: Draw) -> float:
+        return reward * math.exp(self.scale_sd * draw.normal("scale"))
+
+
+MODELS: dict[str, type[Model]] = {
+    "flip": Flip,
+    "persistent": Persistent,
+    "asymmetric": Asymmetric,
+    "reward_model": RewardModel,
+    "response_reward_model": ResponseRewardModel,
+    "gaussian": Gaussian,
+    "student_t": StudentT,
+    "spikes": Spikes,
+    "missing": Missing,
+    "random": Random,
+    "affine": Affine,
+}
+
+PARAMETERS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "pseudo_labels": ("path",),
+    **{kind: tuple(field.name for field in fields(model)) for kind, model in MODELS.items()},  # type: ignore[arg-type]
+}
+"""Every kind of noise and the settings that it takes."""
+
+
+# Noise of a run
+
+
+@dataclass(frozen=True)
+class KeyedModel:
+    """A model with its stream of draws."""
+
+    kind: str
+    model: Model
+    seed: int
+
+    def observed(
+        self, reward: Reward, prompt_id: str, visit: int, sample_index: int, response: Sequence[int]
+    ) -> Reward:
+        """A missing entry stays missing; the last entry of a list is its verdict."""
+        judged: dict[str, tuple[int, ...]] = {
+            "sample": (int(visit), int(sample_index)),
+            "prompt": (),
+            "response": tuple(map(int, response)),
+        }
+        draw = Draw(("noise", self.kind, self.seed, prompt_id, *judged[self.model.per]))
+        if not isinstance(reward, list):
+            return reward if reward is None else self.model.verdict(reward, draw)
+        earlier = [entry if entry is None else self.model.earlier(entry, draw) for entry in reward[:-1]]
+        return earlier + [entry if entry is None else self.model.verdict(entry, draw) for entry in reward[-1:]]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Turns true rewards into observed ones: first other labels to judge by, then models, one after the other."""
+
+    labels: Mapping[str, Any] | None = None
+    """Prompt id -> the answer that is taken for the right one; None: the data's own answers."""
+    models: tuple[KeyedModel, ...] = ()
+
+    def relabelled(
+        self, columns: Mapping[str, Sequence[Any]], prompt_ids: Sequence[str]
+    ) -> Mapping[str, Sequence[Any]]:
+        """The columns to judge the responses with; the very same ones if this noise has no labels of its own."""
+        if self.labels is None:
+            return columns
+        answers = [self.labels.get(i, own) for i, own in zip(prompt_ids, columns["answer"], strict=True)]
+        return {**columns, "answer": answers}
+
     def __call__(
         self,
-        true_rewards: Sequence[Reward],
+        rewards: Sequence[Reward],
         prompt_ids: Sequence[str],
         visits: Sequence[int],
         sample_indices: Sequence[int],
+        responses: Sequence[Sequence[int]],
     ) -> list[Reward]:
-        labels = zip(true_rewards, prompt_ids, visits, sample_indices, strict=True)
-        return [self._observed(reward, prompt, int(visit), int(index)) for reward, prompt, visit, index in labels]
+        """Observed rewards; every argument holds one entry a sample.
 
-    def _observed(self, reward: Reward, prompt_id: str, visit: int, index: int) -> Reward:
-        if isinstance(reward, list):
-            verdict = [self._label(last, prompt_id, visit, index) for last in reward[-1:]]
-            return [_none_if_nan(entry) for entry in reward[:-1]] + verdict
-        return self._label(reward, prompt_id, visit, index)
-
-    def _label(self, reward: float | None, prompt_id: str, visit: int, index: int) -> float | None:
-        reward, key = _none_if_nan(reward), _KEYS[self.kind](prompt_id, visit, index)
-        if reward is None or key is None:
-            return reward
-        if not self.low <= reward <= self.high:
-            raise InputError(
-                f"noise.low, noise.high: the reward {reward} of prompt {prompt_id!r} is outside [{self.low}, "
-                f"{self.high}]; set them to the bounds of the reward"
-            )
-        wrong = derive_uniform("noise", self.kind, self.seed, *key) < self.rate
-        return self.low + self.high - reward if wrong else reward
+        Args:
+            rewards: as judged with the relabelled columns. A prompt without a label gives none.
+            prompt_ids: stable ids.
+            visits: how often the prompt had been drawn before.
+            sample_indices: which sample of this draw.
+            responses: token ids.
+        """
+        observed = [
+            _missing_as_none(reward) if self.labels is None or prompt_id in self.labels else None
+            for reward, prompt_id in zip(rewards, prompt_ids, strict=True)
+        ]
+        for model in self.models:
+            judged = zip(observed, prompt_ids, visits, sample_indices, responses, strict=True)
+            observed = [model.observed(*one) for one in judged]
+        return observed
 
 
-def _none_if_nan(reward: float | None) -> float | None:
+NO_NOISE = Noise()
+
+
+def make_noise(settings: "NoiseConfig", seed: int, train: Sequence[Example] | None = None) -> Noise:
+    """The noise that a config's `noise` section describes.
+
+    Args:
+        settings: the first model, and under `then` those that follow.
+        seed: of the run, for every model without its own. A model's place in the list enters its key, so two models
+            of one kind are independent.
+        train: the training examples; pseudo-labels are checked against them.
+
+    Raises:
+        InputError: pseudo-labels that cannot be read, or do not belong to the training examples.
+    """
+    models = [
+        KeyedModel(step.kind, _model(step), _seed_of_place(seed if step.seed is None else step.seed, place))
+        for place, step in enumerate((settings, *settings.then))
+        if step.kind in MODELS
+    ]
+    labels = None
+    if settings.kind == "pseudo_labels" and settings.path is not None:
+        labels = read_labels(settings.path)
+        if train is not None:
+            _check_labels(labels, settings.path, train)
+    return Noise(labels, tuple(models))
+
+
+def _model(settings: Any) -> Model:
+    return MODELS[settings.kind](**{name: getattr(settings, name) for name in PARAMETERS[settings.kind]})
+
+
+def _seed_of_place(seed: int, place: int) -> int:
+    return derive_seed("noise", seed, place) if place else seed
+
+
+def _missing_as_none(reward: Reward) -> Reward:
+    if isinstance(reward, list):
+        return [None if entry is None or math.isnan(entry) else entry for entry in reward]
     return None if reward is None or math.isnan(reward) else reward
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _plus(reward: float, noise: float) -> float:
+    """The sum; without noise the reward itself, for -0.0 + 0.0 is not -0.0."""
+    return reward + noise if noise else reward
+
+
+# Pseudo-labels
+
+
+def read_labels(path: str | Path) -> dict[str, Any]:
+    """Prompt id -> answer from a JSONL file of `{"id": ..., "answer": ...}`; an answer of null is no label.
+
+    Raises:
+        InputError: an unreadable file, a line that is no such object, an id that stands there twice.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise InputError(f"noise.path = {path} cannot be read ({reason}): check the path") from None
+    labels: dict[str, Any] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not (isinstance(row, dict) and isinstance(row.get("id"), str) and "answer" in row):
+            raise InputError(f'noise.path = {path}: line {number} is no JSON object with "id" (text) and "answer"')
+        if row["id"] in labels:
+            raise InputError(f"noise.path = {path}: line {number} labels {row['id']!r} again; keep one line a prompt")
+        labels[row["id"]] = row["answer"]
+    return {name: answer for name, answer in labels.items() if answer is not None}
+
+
+def _check_labels(labels: Mapping[str, Any], path: str, train: Sequence[Example]) -> None:
+    if not any("answer" in example.columns for example in train):
+        raise InputError(
+            "noise.kind = pseudo_labels replaces the column `answer`, which no training example has: take another kind"
+        )
+    if not any(example.id in labels for example in train):
+        raise InputError(
+            f"noise.path = {path} labels none of the {len(train)} training prompts: make it for this task's prompts"
+        )

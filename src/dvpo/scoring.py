@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dvpo.config import Config
 from dvpo.errors import InputError
-from dvpo.noise import Noise
+from dvpo.noise import NO_NOISE, Columns, Noise
 from dvpo.rewards import Fault, GuardedReward
 from dvpo.sampling import Episode, pad_right
 from dvpo.tasks import Message, Reward, Task
@@ -28,17 +28,19 @@ class Scored:
 class Scorer:
     """Truth from the task, observation from the user's reward function or the task, noise on top."""
 
-    def __init__(self, task: Task, reward: GuardedReward | None, noise: Noise) -> None:
+    def __init__(self, task: Task, reward: GuardedReward | None, noise: Noise = NO_NOISE) -> None:
         self.task, self.reward, self.noise = task, reward, noise
 
     def __call__(self, episodes: Sequence[Episode]) -> Scored:
-        truth = self.true_rewards(episodes)
-        clean, faults = (truth, []) if self.reward is None else self._ask(self.reward, episodes)
+        columns, prompt_ids = _columns(episodes), [e.example.id for e in episodes]
+        truth = self.true_rewards(episodes, columns)
+        clean, faults = self._judged(episodes, truth, columns, self.noise.relabelled(columns, prompt_ids))
         observed = self.noise(
             clean,
-            [e.example.id for e in episodes],
+            prompt_ids,
             [e.visit for e in episodes],
             [e.sample for e in episodes],
+            [e.tokens for e in episodes],
         )
         placed = [place(reward, episode) for reward, episode in zip(observed, episodes, strict=True)]
         faults += [Fault("wrong_length", i, p) for i, p in enumerate(placed) if isinstance(p, str)]
@@ -56,11 +58,22 @@ class Scorer:
 
     def judge(self, episodes: Sequence[Episode]) -> list[Reward]:
         """Rewards for an evaluation: the truth; where nothing is known of it, the reward function without noise."""
-        truth = self.true_rewards(episodes)
+        columns = _columns(episodes)
+        truth = self.true_rewards(episodes, columns)
         unknown = all(math.isnan(total(reward)) for reward in truth)
-        return self._ask(self.reward, episodes)[0] if unknown and self.reward is not None else truth
+        return self._ask(self.reward, episodes, columns)[0] if unknown and self.reward is not None else truth
 
-    def _ask(self, reward: GuardedReward, episodes: Sequence[Episode]) -> tuple[list[Reward], list[Fault]]:
+    def _judged(
+        self, episodes: Sequence[Episode], truth: list[Reward], columns: Columns, believed: Columns
+    ) -> tuple[list[Reward], list[Fault]]:
+        """The rewards as whoever observes them would give them by the columns that are believed."""
+        if self.reward is not None:
+            return self._ask(self.reward, episodes, believed)
+        return (truth if believed is columns else self.true_rewards(episodes, believed)), []
+
+    def _ask(
+        self, reward: GuardedReward, episodes: Sequence[Episode], columns: Columns
+    ) -> tuple[list[Reward], list[Fault]]:
         completions: list[str | Sequence[Message]] = [
             e.text if isinstance(e.example.prompt, str) else e.messages for e in episodes
         ]
@@ -68,17 +81,17 @@ class Scorer:
             [e.example.prompt for e in episodes],
             completions,
             [e.tokens for e in episodes],
-            _columns(episodes),
+            columns,
         )
         return scores.rewards, list(scores.faults)
 
-    def true_rewards(self, episodes: Sequence[Episode]) -> list[Reward]:
+    def true_rewards(self, episodes: Sequence[Episode], columns: Columns) -> list[Reward]:
         """The task's verdict on the final text, together with what the environment gave turn by turn."""
         final = self.task.true_reward(
             [e.example.prompt for e in episodes],
             [e.text for e in episodes],
             [e.tokens for e in episodes],
-            **_columns(episodes),
+            **columns,
         )
         return [_with_turns(reward, episode) for reward, episode in zip(final, episodes, strict=True)]
 

@@ -99,6 +99,7 @@ class Trainer:
         self.task = make_task(config.task) if task is None else task
         train = self.task.split("train")
         self.reward = open_reward(config, self.task, reward)
+        self.scorer = Scorer(self.task, self.reward, make_noise(config.noise, config.seed, train))
         source = starting_model(config)
         self.policy = self._open_start(source) if checkpoint is None else self._open(checkpoint / "policy")
         self.encoder = ChatEncoder(self.policy.tokenizer)
@@ -126,9 +127,6 @@ class Trainer:
         if checkpoint is not None:
             restore(self.parts, load_state(checkpoint))
 
-        noise = config.noise
-        seed = config.seed if noise.seed is None else noise.seed
-        self.scorer = Scorer(self.task, self.reward, make_noise(noise.kind, noise.rate, seed, noise.low, noise.high))
         self.log = RunLog(
             self.folder,
             to_yaml(config),
