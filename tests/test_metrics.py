@@ -128,10 +128,39 @@ def test_reward_figures_by_hand():
         observed_B=torch.tensor([1.0, 0.0, 1.0, nan, 1.0]),
         true_B=torch.tensor([1.0, 1.0, nan, 0.0, 1.0]),
         rewarded_B=torch.tensor([True, True, True, False, True]),
+        groups_B=torch.zeros(5),
         reduce=alone,
     )
     expected = {"reward/observed": 3 / 4, "reward/true": 3 / 4, "reward/accuracy": 2 / 3, "reward/missing": 1 / 5}
+    assert math.isnan(figures.pop("reward/pairwise_accuracy"))  # the one wrong response has no observed reward
     assert figures == pytest.approx(expected)
+
+
+def test_pairwise_accuracy_by_hand():
+    nan = math.nan
+    # Prompt 0: right .9 and .1, wrong .1 and .5: pairs (.9, .1) 1, (.9, .5) 1, (.1, .1) 1/2, (.1, .5) 0.
+    # Prompt 1: right -3, wrong -4: 1. Across prompts, -3 would lose against .1 and .5, -4 win nothing: not counted.
+    # Prompt 2: three grades of truth, 0 < .5 < 1, observed 2, 7, 5: pairs (7, 2) 1, (5, 2) 1, (5, 7) 0.
+    # Missing or unknown: no pair. In all 5.5 of 8.
+    observed_B = torch.tensor([0.9, 0.1, 0.1, 0.5, -3.0, -4.0, 2.0, 7.0, 5.0, nan, 9.0])
+    true_B = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.5, 1.0, 1.0, nan])
+    groups_B = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2, 1, 0])
+    figures = reward_figures(observed_B, true_B, observed_B.isfinite(), groups_B, alone)
+    assert figures["reward/pairwise_accuracy"] == pytest.approx(5.5 / 8)
+
+
+def test_pairwise_accuracy_ignores_each_prompt_s_own_offset_and_positive_scale():
+    generator = torch.Generator().manual_seed(0)
+    true_B, groups_B = torch.rand(60, generator=generator).round(), torch.arange(60) // 6
+    observed_B = true_B + torch.randn(60, generator=generator)
+    offset_B, scale_B = (torch.rand(10, generator=generator)[groups_B] for _ in range(2))
+    moved_B = 5 * offset_B + (0.5 + scale_B) * observed_B
+    everyone_B = torch.ones(60, dtype=torch.bool)
+    plain, moved = (
+        reward_figures(seen_B, true_B, everyone_B, groups_B, alone)["reward/pairwise_accuracy"]
+        for seen_B in (observed_B, moved_B)
+    )
+    assert plain == moved
 
 
 # Not defined
@@ -143,7 +172,7 @@ def test_what_is_not_defined_is_nan_and_is_left_out_of_a_table():
     assert math.isnan(correlation(VALUES, torch.ones(4), alone))
     assert math.isnan(explained_variance(VALUES, torch.ones(4), alone))
     unknown_B = torch.full((2,), math.nan)
-    rewards = reward_figures(unknown_B, unknown_B, torch.zeros(2, dtype=torch.bool), alone)
+    rewards = reward_figures(unknown_B, unknown_B, torch.zeros(2, dtype=torch.bool), torch.zeros(2), alone)
     assert math.isnan(rewards["reward/observed"])
     assert finite(rewards) == {"reward/missing": 1.0}
     assert finite(critic_figures(torch.zeros(0, 2, 3), NOTHING, NOTHING, alone)) == {}
@@ -169,11 +198,14 @@ def test_critic_figures_are_those_of_the_global_batch_however_processes_share_it
         assert figures == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("cut", [2, 1])
+@pytest.mark.parametrize("cut", [2, 5])
 def test_reward_figures_are_those_of_the_global_batch(cut):
-    nan = math.nan
-    tensors = torch.tensor([1.0, 0, 1, nan]), torch.tensor([nan, 1.0, 1, 0]), torch.tensor([True, True, True, False])
+    observed_B = torch.tensor([1.0, 0.0, 0.3, 0.7, 0.2, math.nan, 1.0])
+    true_B = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 1.0, math.nan])
+    groups_B = torch.tensor([0, 0, 1, 1, 1, 2, 2])  # a prompt's responses are on one process
+    tensors = observed_B, true_B, observed_B.isfinite(), groups_B
     expected = reward_figures(*tensors, alone)
+    assert expected["reward/pairwise_accuracy"] == pytest.approx(2 / 3)  # (1 + 1/2)/2 would be the processes' mean
     for figures in on_two_processes(reward_figures, tensors, cut):
         assert figures == pytest.approx(expected)
 

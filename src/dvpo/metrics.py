@@ -11,6 +11,8 @@ from dvpo.core.quantiles import crossing_share
 
 Reduce = Callable[[Tensor], Tensor]
 CALIBRATION_BINS = 10
+SAME = 1e-6
+"""Rewards that differ by less are the same."""
 
 
 class Means:
@@ -116,16 +118,34 @@ def critic_figures(values_KNM: Tensor, returns_K: Tensor, truth_K: Tensor, reduc
     }
 
 
-def reward_figures(observed_B: Tensor, true_B: Tensor, rewarded_B: Tensor, reduce: Reduce) -> dict[str, float]:
-    """Observed and true reward of the responses, and how often they agree where both are known."""
+def reward_figures(
+    observed_B: Tensor, true_B: Tensor, rewarded_B: Tensor, groups_B: Tensor, reduce: Reduce
+) -> dict[str, float]:
+    """Observed and true reward of the responses, and how often they agree where both are known.
+
+    Args:
+        observed_B: observed return, NaN where missing.
+        true_B: true return, NaN where unknown.
+        rewarded_B: False where the observed return is missing.
+        groups_B: equal for the responses to one prompt, which one process holds together.
+        reduce: sums over processes.
+    """
     means = Means()
     seen_B, known_B = observed_B[rewarded_B], true_B.isfinite()
     both_B = known_B & rewarded_B
     means.add("reward/observed", seen_B)
     means.add("reward/true", true_B[known_B])
-    means.add("reward/accuracy", (observed_B[both_B] - true_B[both_B]).abs() < 1e-6)
+    means.add("reward/accuracy", (observed_B[both_B] - true_B[both_B]).abs() < SAME)
+    means.add("reward/pairwise_accuracy", _ordered_pairs(observed_B[both_B], true_B[both_B], groups_B[both_B]))
     means.add("reward/missing", (~rewarded_B).double())
     return means.result(reduce)
+
+
+def _ordered_pairs(observed_B: Tensor, true_B: Tensor, groups_B: Tensor) -> Tensor:
+    """For each pair of responses to one prompt, the first truly better: 1 if observed so, 1/2 for a tie, else 0."""
+    better_BB = (true_B.unsqueeze(1) - true_B > SAME) & (groups_B.unsqueeze(1) == groups_B)
+    gaps = (observed_B.unsqueeze(1) - observed_B)[better_BB]
+    return torch.where(gaps.abs() < SAME, 0.5, (gaps > 0).float())
 
 
 def finite(figures: Mapping[str, float]) -> dict[str, float]:

@@ -256,7 +256,7 @@ class Trainer:
         spread = _std(advantages_BT[mask_BT])
         if settings.whiten:
             advantages_BT = whiten(advantages_BT, mask_BT, all_reduce_sum)
-        figures = reward_figures(rollout.observed_B, rollout.true_B, rollout.rewarded_B, all_reduce_sum)
+        figures = reward_figures(rollout.observed_B, rollout.true_B, rollout.rewarded_B, groups_B, all_reduce_sum)
         figures["actor/advantage_std"] = spread
         if self.critic is not None:
             seen_BT = rollout.mask_BT & rollout.rewarded_B.unsqueeze(-1)
