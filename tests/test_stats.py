@@ -4,8 +4,20 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy.stats
 
-from dvpo.stats import bootstrap_interval, iqm, pass_at_k, pass_hat_k, probability_of_improvement, wilson_interval
+from dvpo.stats import (
+    bootstrap_interval,
+    holm,
+    iqm,
+    paired_difference,
+    pass_at_k,
+    pass_hat_k,
+    probability_of_improvement,
+    sign_flip_test,
+    student_quantile,
+    wilson_interval,
+)
 
 
 def test_wilson_interval_equals_hand_arithmetic() -> None:
@@ -122,8 +134,90 @@ def test_bootstrap_interval_takes_statistics_of_two_samples() -> None:
         lambda: iqm([]),
         lambda: iqm([[1.0], []]),
         lambda: probability_of_improvement([[1.0]], [[1.0], [2.0]]),
+        lambda: paired_difference([1.0], [1.0, 2.0]),
+        lambda: paired_difference([], []),
+        lambda: sign_flip_test([]),
+        lambda: holm([0.5, 1.5]),
+        lambda: student_quantile(0, 0.95),
     ],
 )
 def test_arguments_out_of_range_are_refused(call) -> None:
-    with pytest.raises(ValueError, match=r"must (lie|be|have)"):
+    with pytest.raises(ValueError, match=r"must (lie|be|have|hold)"):
         call()
+
+
+# Paired runs
+
+
+def test_paired_difference_equals_hand_arithmetic() -> None:
+    # d = 1 2 3: mean 2, sd 1, t(2 degrees) = .95 sqrt(2 / (1 - .95^2)) = 4.302653, half = t / sqrt(3) = 2.484138.
+    # The sign-flip test: +++ and --- of 8 reach a sum of 6.
+    result = paired_difference([3, 5, 7], [2, 3, 4])
+    assert result == pytest.approx((2.0, -0.484138, 4.484138, 0.25, 3), abs=1e-6)
+    assert paired_difference([1.0], [0.5]) == (0.5, -np.inf, np.inf, 1.0, 1)
+    assert paired_difference([1.0, 2.0], [0.5, 1.5])[:3] == (0.5, 0.5, 0.5)
+
+
+def test_pairing_takes_out_what_seeds_share_and_the_unpaired_interval_would_be_wider() -> None:
+    seeds = np.array([10.0, 50.0, 90.0, 30.0])
+    better = seeds + np.array([1.0, 1.2, 0.9, 1.1])
+    paired = paired_difference(better, seeds)
+    assert paired.low > 0
+    unpaired = paired_difference(better, seeds[::-1])
+    assert unpaired.mean == pytest.approx(paired.mean)
+    assert unpaired.low < 0
+
+
+def test_the_student_interval_covers_the_truth_for_five_seeds_where_the_bootstrap_does_not() -> None:
+    samples = np.random.default_rng(0).normal(size=(400, 5))
+    student = np.mean([d.low <= 0 <= d.high for d in (paired_difference(s, np.zeros(5)) for s in samples)])
+    mean = lambda sample: float(sample[0].mean())  # noqa: E731
+    intervals = [bootstrap_interval(mean, sample, resamples=200) for sample in samples]
+    bootstrap = np.mean([low <= 0 <= high for low, high in intervals])
+    assert 0.92 < student < 0.98  # a standard error of .011
+    assert bootstrap < 0.9
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 11, 12, 59, 200])
+@pytest.mark.parametrize("level", [0.5, 0.95, 0.999])
+def test_student_quantile_equals_scipy(freedom: int, level: float) -> None:
+    assert student_quantile(freedom, level) == pytest.approx(scipy.stats.t.ppf((1 + level) / 2, freedom), rel=1e-9)
+
+
+def test_sign_flip_test_counts_all_sign_vectors_that_reach_the_sum() -> None:
+    # |sum| of 1 -2 4 is 3. Of 8 vectors: +-(1+2+4) 7, +-(-1+2+4) 5, +-(1-2+4) 3, +-(1+2-4) 1: 6 reach it.
+    assert sign_flip_test([1, -2, 4]) == 0.75
+    # A zero has no sign; equal halves sum to 0, and everything reaches that.
+    assert sign_flip_test([1, 0, 2, 3]) == 0.25
+    assert sign_flip_test([1, -1]) == 1.0
+    assert sign_flip_test([0, 0]) == 1.0
+    # n of one sign: 2 / 2^n, whatever rounding does to sums in another order.
+    assert sign_flip_test([0.1, 0.2, 0.3, 0.7, 1e-9]) == 2 / 32
+
+
+def test_sign_flip_test_at_random_agrees_with_all_vectors_and_never_says_zero() -> None:
+    differences = np.random.default_rng(3).normal(0.3, 1, size=17)
+    exact = np.mean(np.abs(np.array(list(itertools.product([-1, 1], repeat=17))) @ differences)
+                    >= abs(differences.sum()) - 1e-12)  # fmt: skip
+    assert sign_flip_test(differences) == pytest.approx(exact, abs=0.012)  # 3.5 standard errors at 20,000 draws
+    assert sign_flip_test(np.ones(40)) == 1 / 20001
+    assert sign_flip_test(differences) == sign_flip_test(differences)
+
+
+def test_sign_flip_test_errs_as_often_as_it_says() -> None:
+    samples = np.random.default_rng(5).standard_t(3, size=(2000, 8))
+    assert np.mean([sign_flip_test(s) <= 0.05 for s in samples]) == pytest.approx(0.05, abs=0.015)
+
+
+def test_holm_equals_hand_arithmetic() -> None:
+    # Sorted .005 .01 .03 .04, times 4 3 2 1: .02 .03 .06 .04, and the last is raised to the one before it.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.5]) == [1.0, 1.0]
+    assert holm([0.04]) == [0.04]
+    assert holm([]) == []
+
+
+def test_holm_errs_even_once_no_more_often_than_it_says_and_uncorrected_p_values_do() -> None:
+    p_values = np.random.default_rng(1).uniform(size=(4000, 10))
+    assert np.mean([min(holm(row)) <= 0.05 for row in p_values]) == pytest.approx(0.05, abs=0.011)
+    assert (p_values.min(axis=1) <= 0.05).mean() > 0.35
