@@ -1,6 +1,7 @@
-"""The command line: `dvpo demo | train | eval | doctor`.
+"""The command line: `dvpo demo | train | eval | study | doctor`.
 
-Exit codes: 0 done, 1 a fault of ours (with its traceback), 2 bad input (one sentence), 130 interrupted.
+Exit codes: 0 done, 1 a fault of ours (with its traceback) or a failed run of a study, 2 bad input (one sentence),
+130 interrupted.
 """
 
 import argparse
@@ -26,20 +27,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Reward functions, tasks and rows of the user's own are imported from where the command was given.
     sys.path.insert(0, os.getcwd())
     try:
-        arguments.run(arguments)
+        code: int | None = arguments.run(arguments)
     except InputError as error:
         print(f"dvpo: {error}", file=sys.stderr)  # noqa: T201
         return 2
     except KeyboardInterrupt:
-        print("dvpo: interrupted; `dvpo train ... --resume` goes on from the last checkpoint", file=sys.stderr)  # noqa: T201
+        print(f"dvpo: interrupted; {arguments.go_on}", file=sys.stderr)  # noqa: T201
         return 130
-    return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dvpo", description="Train language models by reinforcement learning when rewards are noisy."
     )
+    parser.set_defaults(go_on="`dvpo train ... --resume` goes on from the last checkpoint")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="train a tiny model by dvpo and ppo under a noisy reward (minutes, CPU)")
@@ -65,6 +67,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--samples", type=int, default=8, help="draws an item for pass@k (default: 8; 0: greedy)")
     evaluate.add_argument("--output", help="the JSONL file (default: evaluation-N.jsonl in the run folder)")
     evaluate.set_defaults(run=_eval)
+
+    study = commands.add_parser("study", help="a grid of task x noise x algorithm x seed; the same command resumes it")
+    study.add_argument("study", metavar="STUDY.yaml")
+    study.add_argument("overrides", nargs="*", metavar="key.sub=value", help=f"{OVERRIDES}; of every run")
+    study.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="runs at a time (default: cores)")
+    study.add_argument("--only", metavar="AXIS=VALUE,...", help="some cells, e.g. task=math,noise=flip,seed=101")
+    study.add_argument("--results", metavar="FILE", help="default: results.jsonl in the study's output")
+    study.add_argument("--table", action="store_true", help="run nothing, print tables of the results")
+    study.add_argument("--markdown", action="store_true", help="the same as Markdown")
+    study.add_argument("--baseline", default="ppo", help="whom the tables compare with (default: ppo)")
+    study.set_defaults(run=_study, go_on="the same command goes on with the study")
 
     doctor = commands.add_parser("doctor", help="what is installed; what a config will need in memory and time")
     doctor.add_argument("config", nargs="?", metavar="CONFIG.yaml")
@@ -105,6 +118,34 @@ def _eval(arguments: argparse.Namespace) -> None:
     evaluate_checkpoint(
         arguments.checkpoint, arguments.overrides, arguments.splits, arguments.samples, arguments.output
     )
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from dvpo.study import load_study
+
+    study = load_study(arguments.study, arguments.overrides, arguments.only)
+    results = Path(arguments.results) if arguments.results else study.results
+    if arguments.table or arguments.markdown:
+        from dvpo.study_results import read_results
+        from dvpo.study_table import make_report, print_report, to_markdown
+
+        report = make_report(study, read_results(results), arguments.baseline)
+        if arguments.markdown:
+            sys.stdout.write(to_markdown(report))
+        else:
+            print_report(report, Console() if sys.stdout.isatty() else Console(width=160))
+        return 0
+    from dvpo.study_run import run_study
+
+    console = Console()
+    failed = run_study(study, arguments.processes, results, console)
+    if failed:
+        console.print(f"{len(failed)} runs failed: the same command tries them again", soft_wrap=True)
+    return 1 if failed else 0
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

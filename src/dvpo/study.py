@@ -1,0 +1,267 @@
+"""A study: a grid of task x noise x algorithm x seed, one run a cell, written down in one YAML file.
+
+    output: runs/my_study
+    config: {steps: 100}                        # what all runs share, nested as in a run's config
+    tasks: {math: {}}                           # name -> `task` section, whose own `name` is this one unless given
+    noises: {clean: {}, flip: {kind: flip, rate: 0.4}}         # name -> `noise` section
+    algorithms: [dvpo, ppo, {name: dvpo_m8, algorithm: dvpo, overrides: {critic: {num_quantiles: 8}}}]
+    seeds: [101, 102, 103]                      # the same for every algorithm, so that runs are paired
+
+An entry's `overrides` are further settings, nested as in a run's config; the algorithm's win over the noise's, these
+over the task's, these over `config`. Every cell's config is made and validated before anything runs.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dvpo.config import CheckpointConfig, Config, LogConfig, load_config, to_yaml
+from dvpo.errors import InputError
+from dvpo.provenance import config_hash
+
+AXES = ("task", "noise", "algorithm", "seed")
+KEYS = ("output", "config", "tasks", "noises", "algorithms", "seeds")
+SET_BY_GRID = ("seed", "algorithm", "output")
+"""Settings of a run that are the cell's own."""
+
+CellKey = tuple[str, str, str, int]
+"""(task, noise, algorithm, seed): the first fields of a results row."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    task: str
+    noise: str
+    algorithm: str
+    seed: int
+    config: Config
+    config_hash: str
+    """Tells apart what has a say in the result: where and how often a run is saved and logged has none."""
+
+    @property
+    def key(self) -> CellKey:
+        return self.task, self.noise, self.algorithm, self.seed
+
+    @property
+    def id(self) -> str:
+        """The name of the run's folder, and of the cell on the screen."""
+        return cell_id(self.key)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output)
+
+
+@dataclass(frozen=True)
+class Study:
+    """The cells of a study in the order in which they are run: whole blocks of one seed, so that what is there of an
+    unfinished study is balanced."""
+
+    output: Path
+    cells: tuple[Cell, ...]
+
+    @property
+    def results(self) -> Path:
+        """Where the rows go unless another file is named."""
+        return self.output / "results.jsonl"
+
+    def names(self, axis: str) -> list[Any]:
+        """The values that cells have on an axis, each once, in the file's order."""
+        return list(dict.fromkeys(getattr(cell, axis) for cell in self.cells))
+
+
+def load_study(path: str | Path, overrides: Sequence[str] = (), only: str | None = None) -> Study:
+    """Read and validate a study.
+
+    Args:
+        path: the YAML file, as the module says.
+        overrides: `key.sub=value` settings of every run, stronger than the file; `output=...` is the study's.
+        only: `axis=value` pairs joined by commas; a cell is taken if it has one of the values named of each axis.
+
+    Raises:
+        InputError: anything wrong with the file, or with the config of any cell.
+    """
+    values = _read(path)
+    _check_keys(values, KEYS, f"study {path}")
+    missing = [key for key in KEYS if key not in values and key != "config"]
+    if missing:
+        raise InputError(f"study {path} has no `{missing[0]}`: a study names {', '.join(KEYS)}")
+    output, overrides = _own_output(values["output"], overrides, path)
+    base = _settings(values.get("config"), f"study {path}: config")
+    tasks = _sections(values["tasks"], "task", f"study {path}: tasks")
+    tasks = {name: merged({"task": {"name": name}}, settings) for name, settings in tasks.items()}
+    noises = _sections(values["noises"], "noise", f"study {path}: noises")
+    algorithms = _algorithms(values["algorithms"], f"study {path}: algorithms")
+    chosen = _selection(only, {"task": [*tasks], "noise": [*noises], "algorithm": [*algorithms],
+                               "seed": _seeds(values["seeds"], f"study {path}: seeds")})  # fmt: skip
+    cells = [
+        _make_cell(
+            (task, noise, algorithm, seed),
+            merged(base, tasks[task], noises[noise], algorithms[algorithm]),
+            overrides,
+            output,
+            path,
+        )
+        for seed in chosen["seed"]
+        for task in chosen["task"]
+        for noise in chosen["noise"]
+        for algorithm in chosen["algorithm"]
+    ]
+    if len({cell.id for cell in cells}) < len(cells):
+        raise InputError(f"study {path}: two cells would share a folder, for names are joined by `-`: rename one")
+    return Study(output, tuple(cells))
+
+
+def cell_id(key: CellKey) -> str:
+    """`math-flip-dvpo-101`; a colon, as in `my_module:my_row`, becomes a point."""
+    return "-".join(map(str, key)).replace(":", ".")
+
+
+def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings laid over each other, the last one on top."""
+    result: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            below = result.get(key)
+            both = isinstance(value, Mapping) and isinstance(below, Mapping)
+            result[key] = merged(below, value) if both else value  # type: ignore[arg-type]
+    return result
+
+
+def result_hash(config: Config) -> str:
+    """Twelve hex digits that tell apart the configs of two runs whose results may differ."""
+    return config_hash(to_yaml(replace(config, output="", checkpoint=CheckpointConfig(), log=LogConfig())))
+
+
+def _make_cell(
+    key: CellKey, values: Mapping[str, Any], overrides: Sequence[str], output: Path, path: str | Path
+) -> Cell:
+    folder = output / "runs" / cell_id(key)
+    try:
+        config = load_config({**values, "seed": key[-1], "output": str(folder)}, overrides)
+    except InputError as error:
+        raise InputError(f"study {path}, cell {cell_id(key)}: {error}") from None
+    return Cell(*key, config=config, config_hash=result_hash(config))
+
+
+# What stands in the file
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise InputError(f"study {path} cannot be read ({reason}): check the path") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise InputError(f"study {path} is not valid YAML{where}: mend the syntax") from None
+    if not isinstance(values, dict):
+        raise InputError(f"study {path} holds no `key: value` lines: a study names {', '.join(KEYS)}")
+    return values
+
+
+def _own_output(output: Any, overrides: Sequence[str], path: str | Path) -> tuple[Path, list[str]]:
+    """The study's folder, and the overrides that are meant for the runs."""
+    left = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "output":
+            output = value
+        elif key in SET_BY_GRID:
+            raise InputError(
+                f"override {override!r}: {key} is an axis of the study; pick cells by --only {key}=..., "
+                f"or change `{key}s` in {path}"
+            )
+        else:
+            left.append(override)
+    if not isinstance(output, str) or not output:
+        raise InputError(f"study {path}: output = {output!r} is no folder: write for example output: runs/my_study")
+    return Path(output), left
+
+
+def _settings(values: Any, where: str) -> dict[str, Any]:
+    """A nested piece of a run's config, without what the grid sets."""
+    if not isinstance(values, Mapping | None):
+        raise InputError(f"{where} = {values!r} is a section: write `key: value` lines below it")
+    own = [key for key in SET_BY_GRID if key in (values or {})]
+    if own:
+        raise InputError(f"{where}: {own[0]} is set by the study itself: remove it there")
+    return dict(values or {})
+
+
+def _sections(values: Any, section: str, where: str) -> dict[str, dict[str, Any]]:
+    """Name -> settings, from name -> that section of a config with `overrides` in it."""
+    if not isinstance(values, Mapping) or not values:
+        raise InputError(f"{where} = {values!r} must name at least one: write `name: {{...}}` lines below it")
+    found = {}
+    for name, entry in values.items():
+        here = f"{where}: {_checked_name(name, where)}"
+        if not isinstance(entry, Mapping | None):
+            raise InputError(f"{here} = {entry!r} is no section: write {{}} or the settings of `{section}`")
+        own = dict(entry or {})
+        overrides = _settings(own.pop("overrides", None), f"{here}: overrides")
+        found[name] = merged({section: own}, overrides)
+    return found
+
+
+def _algorithms(values: Any, where: str) -> dict[str, dict[str, Any]]:
+    """Name -> settings, from a list of rows' names or of `{name, algorithm, overrides}`."""
+    if not isinstance(values, list) or not values:
+        raise InputError(f"{where} = {values!r} must be a list of at least one name, such as [dvpo, ppo]")
+    found: dict[str, dict[str, Any]] = {}
+    for value in values:
+        entry = value if isinstance(value, Mapping) else {"name": value}
+        _check_keys(entry, ("name", "algorithm", "overrides"), where)
+        name = _checked_name(entry.get("name"), where)
+        if name in found:
+            raise InputError(f"{where} names {name} twice: give one of them another name, and its row as `algorithm`")
+        settings = _settings(entry.get("overrides"), f"{where}: {name}: overrides")
+        found[name] = {**settings, "algorithm": entry.get("algorithm", name)}
+    return found
+
+
+def _seeds(values: Any, where: str) -> list[int]:
+    whole = isinstance(values, list) and all(type(seed) is int and seed >= 0 for seed in values)
+    if not whole or not values or len(set(values)) < len(values):
+        raise InputError(f"{where} = {values!r} must be a list of different whole numbers from 0, such as [101, 102]")
+    return values
+
+
+def _checked_name(name: Any, where: str) -> str:
+    """A name that may stand in a folder's name and in --only."""
+    if not isinstance(name, str) or not name or not all(c.isalnum() or c in "_.:-" for c in name):
+        raise InputError(f"{where}: the name {name!r} must be a text of letters, digits and _ . : - (quote it)")
+    return name
+
+
+def _check_keys(values: Mapping[Any, Any], known: Iterable[str], where: str) -> None:
+    for key in values:
+        if key not in known:
+            raise InputError(f"{where}: unknown key {key}: {_nearest(str(key), known)}")
+
+
+def _nearest(word: str, known: Iterable[Any]) -> str:
+    names = [str(name) for name in known]
+    near = difflib.get_close_matches(word, names, n=1)
+    return f"did you mean {near[0]}?" if near else "there are " + ", ".join(names)
+
+
+def _selection(only: str | None, axes: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """The values of each axis that `--only` leaves."""
+    wanted: dict[str, list[str]] = {axis: [] for axis in axes}
+    for pair in filter(None, (only or "").split(",")):
+        axis, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals or axis not in axes:
+            raise InputError(f"--only {pair}: {_nearest(axis, axes)} (write axis=value, for example noise=flip)")
+        if value not in map(str, axes[axis]):
+            raise InputError(f"--only {pair}: the study has no such {axis}: {_nearest(value, axes[axis])}")
+        wanted[axis].append(value)
+    return {axis: [v for v in values if not wanted[axis] or str(v) in wanted[axis]] for axis, values in axes.items()}

@@ -1,0 +1,280 @@
+"""The tables of a study, made from its results file alone: who ended where, against a baseline, with intervals.
+
+A table for each task and noise, and one over all of them. An algorithm's line says how many of its seeds are there;
+where some are missing it is marked, for its figures are then not those that the study planned.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from rich.console import Console
+from rich.table import Table
+
+from dvpo.errors import InputError
+from dvpo.stats import (
+    Interval,
+    PairedDifference,
+    bootstrap_interval,
+    holm,
+    iqm,
+    paired_difference,
+    probability_of_improvement,
+)
+from dvpo.study import CellKey, Study, cell_id
+from dvpo.study_results import Row, row_key
+
+SPLITS = ("id", "ood")
+NONE = "-"
+SHORT = " !"
+"""Marks a number of seeds that is not the planned one."""
+LISTED = 10
+"""So many missing cells are named one by one."""
+
+Place = tuple[str, str]
+"""(task, noise)"""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """One table, as text."""
+
+    title: str
+    columns: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All tables of a study, and what has to be said about them."""
+
+    sheets: tuple[Sheet, ...]
+    notes: tuple[str, ...]
+
+
+def make_report(study: Study, rows: Sequence[Row], baseline: str = "ppo") -> Report:
+    """The tables of the study's cells.
+
+    Args:
+        study: which cells there should be.
+        rows: of the results file; those of other cells are counted and left out.
+        baseline: the algorithm that the others are compared with.
+
+    Raises:
+        InputError: the baseline is no algorithm of the study, or none of the cells has a row.
+    """
+    algorithms = study.names("algorithm")
+    if baseline not in algorithms:
+        raise InputError(f"--baseline = {baseline} is no algorithm of these cells: take one of {', '.join(algorithms)}")
+    wanted = {cell.key for cell in study.cells}
+    kept = {row_key(row): row for row in rows if row_key(row) in wanted}
+    if not kept:
+        raise InputError("the results file holds no row of these cells: run the study first")
+    data = _Data(study, kept, baseline)
+    places = list(dict.fromkeys((cell.task, cell.noise) for cell in study.cells))
+    sheets = _family(data, [[place] for place in places])
+    if len(places) > 1:
+        sheets += _family(data, [places])
+    return Report(tuple(sheets), _notes(data, len(rows) - len(kept)))
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The rows, and the scores in them."""
+
+    study: Study
+    rows: dict[CellKey, Row]
+    baseline: str
+
+    def of(self, place: Place, algorithm: str, split: str) -> dict[int, Row]:
+        """Seed -> row with a known accuracy at its end."""
+        rows = {seed: self.rows.get((*place, algorithm, seed)) for seed in self.study.names("seed")}
+        return {seed: row for seed, row in rows.items() if row is not None and row[f"{split}_true"] is not None}
+
+    def scores(self, places: Sequence[Place], algorithm: str, split: str) -> list[dict[int, float]]:
+        """For each place: seed -> accuracy in %."""
+        return [
+            {seed: 100 * row[f"{split}_true"] for seed, row in self.of(place, algorithm, split).items()}
+            for place in places
+        ]
+
+    def with_split(self, places: Sequence[Place], split: str) -> list[Place]:
+        """The places whose task has that split."""
+        algorithms = self.study.names("algorithm")
+        return [place for place in places if any(self.of(place, algorithm, split) for algorithm in algorithms)]
+
+
+# Lines
+
+
+def _family(data: _Data, groups: Sequence[Sequence[Place]]) -> list[Sheet]:
+    """A sheet for each group of places; the p-values of all of them are corrected together."""
+    others = [name for name in data.study.names("algorithm") if name != data.baseline]
+    compared = {
+        (index, algorithm, split): comparison
+        for index, places in enumerate(groups)
+        for algorithm in others
+        for split in SPLITS
+        if (comparison := _compare(data, data.with_split(places, split), algorithm, split)) is not None
+    }
+    corrected = dict(zip(compared, holm([comparison.p for comparison in compared.values()]), strict=True))
+    sheets = []
+    for index, places in enumerate(groups):
+        lines = []
+        for algorithm in data.study.names("algorithm"):
+            for split in SPLITS:
+                if there := data.with_split(places, split):
+                    key = (index, algorithm, split)
+                    against = _against(compared.get(key), corrected.get(key), len(data.study.names("seed")))
+                    lines.append(_line(data, there, algorithm, split, against))
+        sheets.append(Sheet(_title(data, places), _columns(data.baseline), tuple(lines)))
+    return sheets
+
+
+def _compare(data: _Data, places: Sequence[Place], algorithm: str, split: str) -> PairedDifference | None:
+    """The differences to the baseline, one for each seed that both have in all places: their mean over places.
+
+    Runs of one seed share their prompts, whatever the noise, so a seed and not a cell is the unit.
+    """
+    mine, theirs = (data.scores(places, name, split) for name in (algorithm, data.baseline))
+    seeds = [seed for seed in data.study.names("seed") if places and all(seed in row for row in (*mine, *theirs))]
+    if not seeds:
+        return None
+    x, y = ([fmean(row[seed] for row in rows) for seed in seeds] for rows in (mine, theirs))
+    return paired_difference(x, y)
+
+
+def _columns(baseline: str) -> tuple[str, ...]:
+    return (
+        *("algorithm", "split", "seeds", "before", "end, IQM [95%]"),
+        *(f"beats {baseline} [95%]", f"less {baseline}, paired [95%]", "p (Holm)", "end less peak"),
+    )
+
+
+def _line(
+    data: _Data, places: Sequence[Place], algorithm: str, split: str, against: tuple[str, str]
+) -> tuple[str, ...]:
+    scores = data.scores(places, algorithm, split)
+    rows = [row for place in places for row in data.of(place, algorithm, split).values()]
+    planned = len(data.study.names("seed"))
+    counts = sorted({len(row) for row in scores})
+    seeds = str(planned) if counts == [planned] else f"{' to '.join(map(str, counts))} of {planned}{SHORT}"
+    if not rows:
+        return (algorithm, split.upper(), seeds, *[NONE] * 6)
+    known = [[*row.values()] for row in scores if row]
+    befores = [row[f"{split}_before"] for row in rows if row[f"{split}_before"] is not None]
+    return (
+        algorithm,
+        split.upper(),
+        seeds,
+        f"{100 * fmean(befores):.1f}" if befores else NONE,
+        f"{iqm(known):.1f} {_interval(_spread(iqm, known), '.1f')}",
+        _chance(data, places, algorithm, split),
+        *against,
+        f"{100 * fmean(_stability(row, split) for row in rows):+.1f}",
+    )
+
+
+def _chance(data: _Data, places: Sequence[Place], algorithm: str, split: str) -> str:
+    """The probability of improvement over the baseline, where both have runs."""
+    pairs = [
+        ([*mine.values()], [*theirs.values()])
+        for mine, theirs in zip(
+            data.scores(places, algorithm, split), data.scores(places, data.baseline, split), strict=True
+        )
+        if mine and theirs
+    ]
+    if algorithm == data.baseline or not pairs:
+        return NONE
+    x, y = [mine for mine, _ in pairs], [theirs for _, theirs in pairs]
+    value = probability_of_improvement(x, y)
+    return f"{value:.2f} {_interval(_spread(probability_of_improvement, x, y), '.2f')}"
+
+
+def _against(compared: PairedDifference | None, corrected: float | None, planned: int) -> tuple[str, str]:
+    """The paired difference with its interval, and its corrected p-value."""
+    if compared is None:
+        return NONE, NONE
+    short = f" ({compared.pairs} of {planned} pairs{SHORT})" if compared.pairs < planned else ""
+    interval = _interval(Interval(compared.low, compared.high), "+.1f")
+    return f"{compared.mean:+.1f} {interval}{short}", f"{corrected:.3f}"
+
+
+def _spread(statistic: Callable[..., float], *samples: list[list[float]]) -> Interval:
+    """The bootstrap interval; with one run a row there is nothing to redraw, and no interval."""
+    if all(len(row) == 1 for rows in samples for row in rows):
+        return Interval(-math.inf, math.inf)
+    return bootstrap_interval(statistic, *samples)
+
+
+def _interval(interval: Interval, form: str) -> str:
+    return f"[{interval.low:{form}}, {interval.high:{form}}]" if math.isfinite(interval.low) else f"[{NONE}]"
+
+
+def _stability(row: Row, split: str) -> float:
+    """Accuracy at the end less its highest on the way: 0, or how much was lost again."""
+    column = 1 + SPLITS.index(split)
+    return row[f"{split}_true"] - max(point[column] for point in row["curve"] if point[column] is not None)
+
+
+# Words
+
+
+def _title(data: _Data, places: Sequence[Place]) -> str:
+    cells = [cell for cell in data.study.cells if (cell.task, cell.noise) in places]
+    models = [cell.config.model for cell in cells]
+    starts = {f"checker dial {m.checker:g}" if m.path == "embedded" else f"model {m.path}" for m in models}
+    where = f"{places[0][0]}, {places[0][1]}" if len(places) == 1 else f"all {len(places)} pairs of task and noise"
+    return f"{where}; {', '.join(sorted(starts))}"
+
+
+def _notes(data: _Data, foreign: int) -> tuple[str, ...]:
+    notes = [
+        "True greedy accuracy on held-out prompts in %. before: mean over runs. end: interquartile mean with its "
+        f"stratified bootstrap interval. beats: chance that a run beats one of {data.baseline}.",
+        "paired: mean difference by seed with Student's interval, not corrected for many comparisons. p: sign-flip "
+        "test, exact for up to 16 seeds, corrected by Holm over all lines of the tables of one task and noise, and "
+        "over all lines of the pooled table by itself.",
+        "end less peak: mean over runs of the last evaluation less the highest, the one before training included.",
+    ]
+    if any(cell.config.model.path == "embedded" for cell in data.study.cells):
+        notes.append(
+            "checker dial: how much the starting model was taught about checking solutions; above 0 it is an "
+            "assumption, and 0 drops it."
+        )
+    missing = [cell_id(cell.key) for cell in data.study.cells if cell.key not in data.rows]
+    if missing:
+        more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
+        notes.append(
+            f"{SHORT.strip()} {len(missing)} of {len(data.study.cells)} cells have no row; lines marked so are not "
+            f"the planned ones: {', '.join(missing[:LISTED])}{more}."
+        )
+    if foreign:
+        notes.append(f"{foreign} rows of cells that are not chosen here are left out.")
+    return tuple(notes)
+
+
+# Output
+
+
+def print_report(report: Report, console: Console) -> None:
+    for sheet in report.sheets:
+        table = Table(title=sheet.title)
+        for column in sheet.columns:
+            table.add_column(column, justify="left" if column in ("algorithm", "split") else "right")
+        for line in sheet.lines:
+            table.add_row(*line)
+        console.print(table)
+    for note in report.notes:
+        console.print(note, soft_wrap=True, markup=False, highlight=False)
+
+
+def to_markdown(report: Report) -> str:
+    """The same tables for a Markdown page."""
+    parts = []
+    for sheet in report.sheets:
+        rule = ["---" if column in ("algorithm", "split") else "---:" for column in sheet.columns]
+        lines = [f"| {' | '.join(cells)} |" for cells in (sheet.columns, rule, *sheet.lines)]
+        parts.append("\n".join([f"**{sheet.title}**", "", *lines]))
+    return "\n\n".join([*parts, *report.notes]) + "\n"
