@@ -1,5 +1,6 @@
 """The `noise` section: pseudo-labels, a list of models in YAML, and mistakes answered by one sentence."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,16 @@ from typing import Any
 import pytest
 import yaml
 
-from dvpo.config import NoiseConfig, differences, load_config, to_yaml
+from dvpo import Trainer
+from dvpo.config import Config, NoiseConfig, differences, load_config, to_yaml
 from dvpo.errors import InputError
 from dvpo.noise import MODELS, PARAMETERS, make_noise, read_labels
 from dvpo.sampling import Episode
 from dvpo.scoring import Scorer
 from dvpo.tasks import Example
 from dvpo.tasks.math import ChainArithmetic
+from runs import Parity, run_config
+from test_noise import OFF
 
 # Pseudo-labels
 
@@ -105,6 +109,20 @@ def test_yaml_keeps_a_list_of_noises_and_the_old_form() -> None:
 def test_an_override_to_none_switches_a_noise_off_whatever_else_stands_there() -> None:
     noise = load_config({"noise": {"kind": "gaussian", "sd": 0.5}}, ["noise.kind=none"]).noise
     assert make_noise(noise, 0).models == ()
+
+
+def metrics(config: Config) -> list[dict[str, Any]]:
+    Trainer(config, task=Parity()).train()
+    rows = map(json.loads, (Path(config.output) / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+
+
+def test_a_run_with_every_kind_switched_off_in_one_list_is_the_clean_run_bit_for_bit(tmp_path: Path) -> None:
+    off = ["noise.kind=none", f"noise.then={json.dumps([{'kind': kind, **rest} for kind, rest in OFF.items()])}"]
+    on = ["noise.kind=none", "noise.then=[{kind: gaussian, sd: 0.1}]"]
+    clean, same, other = (metrics(run_config(tmp_path / n, *o)) for n, o in (("a", []), ("b", off), ("c", on)))
+    assert same == clean
+    assert other != clean
 
 
 def test_every_setting_of_a_model_is_a_setting_of_the_section() -> None:
