@@ -96,7 +96,7 @@ class SamplingConfig:
     stop: tuple[str, ...] = ()
     """Further strings that end a turn; each stays in the sampled tokens."""
     batch_size: Count = 256
-    """Sequences generated side by side; memory only, but part of the seeded draw."""
+    """Sequences generated side by side: memory only, every sequence draws for itself."""
 
 
 @section
@@ -289,7 +289,7 @@ class OptimiserConfig:
     weight_decay: Weight = 0.0
     max_grad_norm: Positive = 1.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up: stay, or fall to 0 at the last step."""
+    """After the warm-up: stay, or fall to 0, which a step behind the last would reach."""
     warmup_steps: CountOrZero = 0
 
 
