@@ -12,8 +12,9 @@ from dvpo.algorithms import ALGORITHMS
 from dvpo.config import Config, RewardConfig, load_config
 from dvpo.core.masks import identity
 from dvpo.core.returns import gae, group_location_scale, group_rank
-from dvpo.core.risk import cvar, rank_advantage, tv_worst_case
-from dvpo.estimates import Signals, last_token, shape_rewards
+from dvpo.core.risk import cvar, noise_corrected_value, rank_advantage, trimmed_mean, tv_worst_case
+from dvpo.estimates import Signals, correct_rewards, last_token, shape_rewards
+from dvpo.rates import NO_RATES, Rates
 from dvpo.trainer import Trainer
 from runs import Parity, run_config
 
@@ -173,14 +174,144 @@ def test_clipped_deltas_bound_the_advantage_and_leave_the_critics_target_alone()
     assert estimate("ppo", spiked)[0].abs().max() > 50
 
 
+# Noise taken out, by estimated rates
+
+
+DENOISED = ("reward.trusted=0.1", "advantage.law.functional=denoised")
+NOISE = Rates(false_positive=0.1, false_negative=0.3)
+
+
+def observed_law(success: float, rates: Rates, num_atoms: int) -> Tensor:
+    """The atoms of Bernoulli(s), s = v (1 - q) + (1 - v) p; M is such that s M is a whole number."""
+    share = success * (1 - rates.false_negative) + (1 - success) * rates.false_positive
+    ones = round(share * num_atoms)
+    assert ones == pytest.approx(share * num_atoms)
+    return torch.cat([torch.zeros(num_atoms - ones), torch.ones(ones)])
+
+
+def one_state(theta_M: Tensor, reward: float, rates: Rates) -> Signals:
+    """One token whose value law every one of two heads knows exactly."""
+    return Signals(
+        rewards_BT=torch.tensor([[reward]]),
+        mask_BT=torch.tensor([[True]]),
+        values_BTNM=theta_M.expand(1, 1, 2, -1),
+        bootstrap_BNM=torch.zeros(1, 2, len(theta_M)),
+        zero_last_delta_B=torch.tensor([False]),
+        groups_B=torch.tensor([0]),
+        rewarded_B=torch.tensor([True]),
+        seed=0,
+        rates=rates,
+    )
+
+
+@pytest.mark.parametrize("success", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("reward", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["dvpo_plain", "ppo"])
+def test_on_an_exact_law_the_denoised_advantage_is_the_corrected_reward_less_the_true_success_probability(
+    name: str, reward: float, success: float
+) -> None:
+    theta_M = observed_law(success, NOISE, 20)
+    given = one_state(theta_M if name == "dvpo_plain" else theta_M.mean().view(1), reward, NOISE)
+    advantage, target = estimate(name, given, *DENOISED)
+    # (1 - .1) / .6 = 1.5 and (0 - .1) / .6 = -1/6.
+    torch.testing.assert_close(advantage, torch.tensor([[(1.5 if reward else -1 / 6) - success]]))
+    torch.testing.assert_close(target, torch.full_like(target, reward))  # as observed: its law is trimmed
+
+
+@pytest.mark.parametrize("success", [0.5, 0.75])  # at p / (p + q) = .25 noise changes nothing
+def test_the_denoised_advantage_is_0_on_average_and_one_denoised_twice_is_not(success: float) -> None:
+    theta_M = observed_law(success, NOISE, 20)
+    share = float(theta_M.mean())
+    means = []
+    for functional, rewards in (("denoised", (0.0, 1.0)), ("denoised", (-1 / 6, 1.5)), ("mean", (-1 / 6, 1.5))):
+        law = ("reward.trusted=0.1", f"advantage.law.functional={functional}")
+        low, high = (estimate("dvpo_plain", one_state(theta_M, r, NOISE), *law)[0].item() for r in rewards)
+        means.append((1 - share) * low + share * high)
+    assert means[0] == pytest.approx(0, abs=1e-6)
+    assert abs(means[1]) > 0.05  # the reward corrected before and again
+    assert abs(means[2]) > 0.05  # the reward corrected, the value not
+
+
+@pytest.mark.parametrize("name", ["dvpo_plain", "dvpo", "ppo", "ppo_ensemble", "robust_ppo"])
+def test_without_noise_the_denoised_estimate_is_that_of_the_mean(name: str) -> None:
+    given = signals(num_quantiles=5 if name.startswith("dvpo") else 1)
+    assert given.rates == NO_RATES
+    for ours, plain in zip(estimate(name, given, *DENOISED), estimate(name, given), strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_only_the_actor_sees_the_corrected_reward_and_the_denoised_value() -> None:
+    for name, value in (
+        ("dvpo_plain", lambda theta: trimmed_mean(theta, lo=0.3, hi=0.1)),
+        ("ppo", lambda theta: noise_corrected_value(theta.mean(dim=-1), 0.1, 0.3)),
+    ):
+        given = dataclasses.replace(signals(num_quantiles=5 if name == "dvpo_plain" else 1), rates=NOISE)
+        advantages_BT, targets = estimate(name, given, *DENOISED)
+        rewards_BT = correct_rewards(given.rewards_BT, given.mask_BT, given.rewarded_B, NOISE)
+        expected, _ = gae(rewards_BT, value(given.values_BTNM.mean(dim=-2)), given.mask_BT, 1.0, 0.95)
+        torch.testing.assert_close(advantages_BT, expected)
+        torch.testing.assert_close(targets, estimate(name, given)[1], rtol=0, atol=0)
+
+
+def test_a_correction_is_unbiased_for_the_true_reward_and_leaves_a_missing_one_alone() -> None:
+    mask_BT, rewarded_B = torch.ones(3, 2, dtype=torch.bool), torch.tensor([True, True, False])
+    rewards_BT = torch.tensor([[0.0, 1], [0, 0], [0, 0]])
+    said, unsaid, missing = correct_rewards(rewards_BT, mask_BT, rewarded_B, NOISE).sum(dim=-1).tolist()
+    assert (1 - NOISE.false_negative) * said + NOISE.false_negative * unsaid == pytest.approx(1)
+    assert NOISE.false_positive * said + (1 - NOISE.false_positive) * unsaid == pytest.approx(0, abs=1e-6)
+    assert missing == 0
+
+
+def test_rewards_of_several_turns_are_corrected_as_their_sum() -> None:
+    rewards_BT = torch.tensor([[0.25, 0, 0.75]])
+    corrected = correct_rewards(rewards_BT, torch.ones(1, 3).bool(), torch.tensor([True]), NOISE)
+    torch.testing.assert_close(corrected.sum(dim=-1), torch.tensor([1.5]))
+
+
+def test_a_correction_comes_before_the_normalisation_which_takes_it_out_again() -> None:
+    corrected, plain = (shape("group", correction=c, rates=NOISE) for c in ("backward", "none"))
+    torch.testing.assert_close(corrected, plain, rtol=1e-3, atol=1e-3)
+    assert shape("none", clip=0.5, correction="backward", rates=NOISE).max() == 0.5
+
+
+def test_grpo_corrected_is_dr_grpos_advantage_scaled_and_grpo_itself_cannot_be_corrected() -> None:
+    given = signals()
+    rewards_BT = shape("none", correction="backward", rates=NOISE)
+    corrected = dataclasses.replace(given, rewards_BT=rewards_BT * given.mask_BT)
+    torch.testing.assert_close(estimate("grpo_corrected", corrected)[0], estimate("dr_grpo", given)[0] / 0.6)
+    torch.testing.assert_close(estimate("grpo", corrected)[0], estimate("grpo", given)[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("row", "plain"), [("ppo_corrected", "ppo"), ("grpo_corrected", "grpo")])
+def test_a_corrected_row_differs_from_the_plain_one_in_its_rewards_alone(row: str, plain: str) -> None:
+    config = load_config({"algorithm": row})
+    assert (config.reward.correction, config.reward.trusted) == ("backward", 0.05)
+    back = dataclasses.replace(config, algorithm=plain, reward=RewardConfig())
+    assert back == load_config({"algorithm": plain})
+
+
+def test_a_run_corrects_by_what_it_has_counted_so_far(tmp_path: Path) -> None:
+    """Parity says 1 about as often as 0; with every other verdict wrong at rate .3, p = q = .3."""
+    many = ("sampling.prompts_per_step=16", "sampling.samples_per_prompt=8", "reward.trusted=1")
+    noise = ("noise.kind=flip", "noise.rate=0.3", "reward.correction=backward", "algorithm=ppo")
+    trainer = Trainer(run_config(tmp_path / "run", *many, *noise), task=Parity())
+    figures = trainer.train_step()
+    trainer.close()
+    p, q = trainer.rates.rates()
+    assert abs(p - 0.3) < 0.15
+    assert abs(q - 0.3) < 0.15
+    assert figures["noise/correction"] == pytest.approx(1 / (1 - p - q))
+    # No discount: the mean return over tokens lies between the two corrected rewards, weighted by observed ones.
+    assert -p / (1 - p - q) < figures["critic/return_mean"] < (1 - p) / (1 - p - q)
+
+
 # Shaped rewards
 
 
-def shape(norm: str, clip: float | None = None) -> Tensor:
+def shape(norm: str, clip: float | None = None, correction: str = "none", rates: Rates = NO_RATES) -> Tensor:
     given = signals()
-    return shape_rewards(
-        given.rewards_BT, given.mask_BT, given.groups_B, given.rewarded_B, RewardConfig(norm=norm, clip=clip), identity
-    )
+    settings = RewardConfig(norm=norm, clip=clip, correction=correction)  # type: ignore[arg-type]
+    return shape_rewards(given.rewards_BT, given.mask_BT, given.groups_B, given.rewarded_B, settings, identity, rates)
 
 
 def test_group_normalised_returns_have_mean_0_and_deviation_1_in_each_group() -> None:

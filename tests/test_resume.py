@@ -27,6 +27,7 @@ SETTINGS = [
     "update.epochs=2",
     "noise.kind=flip",
     "noise.rate=0.3",
+    "reward.trusted=0.5",
     "policy_optimiser.schedule=cosine",
     "log.completions=6",
 ]

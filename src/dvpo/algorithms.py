@@ -186,6 +186,9 @@ _GRPO = Algorithm(
     defaults={"advantage": {"whiten": False}, "actor": {"aggregation": "seq_mean_token_mean"}},
 )
 
+_CORRECTED: dict[str, Any] = {"reward": {"trusted": 0.05, "correction": "backward"}}
+"""Rewards corrected by rates that are estimated on a share of the prompts."""
+
 ROWS = (
     replace(
         _DVPO_PLAIN,
@@ -250,7 +253,21 @@ ROWS = (
         paper="control: the reward clipped",
         defaults={"critic": {"num_heads": 1}, "reward": {"clip": 1.0}},
     ),
+    replace(
+        _PPO,
+        name="ppo_corrected",
+        paper="Natarajan et al. 2013; Imperfect Verifiers, arXiv 2510.00915; the rates estimated",
+        defaults={"critic": {"num_heads": 1}, **_CORRECTED},
+    ),
     _GRPO,
+    replace(
+        _GRPO,
+        name="grpo_corrected",
+        paper="Imperfect Verifiers, arXiv 2510.00915; the rates estimated",
+        # Divided by the group's deviation, a corrected reward would be what it was before the correction.
+        estimate=group_estimate(group_mean_baseline),
+        defaults={**_GRPO.defaults, **_CORRECTED},
+    ),
     replace(
         _GRPO,
         name="grpo_rank",

@@ -112,6 +112,11 @@ class RewardConfig:
     their median and median deviation, or by mean and deviation of the step."""
     clip: Positive | None = None
     """Then clip every reward to [-clip, clip]; None = off."""
+    trusted: Share = 0.0
+    """Share of the training prompts whose true reward the estimator of the noise's rates sees; 0 = off."""
+    correction: Literal["none", "backward"] = "none"
+    """`backward`: a binary return r becomes (r - p) / (1 - p - q), with the estimated rates of false positives and
+    false negatives; before `norm` and `clip`."""
 
 
 @section
@@ -178,8 +183,9 @@ class NoiseConfig(NoiseModelConfig):
 class LawConfig:
     """How an algorithm with a distribution makes a number of the law of the return."""
 
-    functional: Literal["mean", "rank", "cvar", "upper_mean", "trimmed", "wang", "tv_worst_case"] = "mean"
-    """`mean` is the paper's; `rank` compares the target law with the predicted one (docs/method.md, section 6c)."""
+    functional: Literal["mean", "rank", "cvar", "upper_mean", "trimmed", "wang", "tv_worst_case", "denoised"] = "mean"
+    """`mean` is the paper's; `rank` compares the target law with the predicted one (docs/method.md, section 6c);
+    `denoised` trims the law by the estimated rates of false rewards (section 6b), and is for scalar critics too."""
     width: Weight = 0.0
     """rank: half-width of the step in units of the reward; 0 = the rank itself."""
     lower: Share = 0.1
@@ -379,8 +385,34 @@ class Config:
                 f"update.actor_warmup_steps = {self.update.actor_warmup_steps} lets the critic learn alone, "
                 f"but algorithm = {self.algorithm} has no critic: set it to 0"
             )
+        self._check_corrections()
         if self.task.name == "files" and not self.task.path:
             raise ValueError("task.path is empty: name the file with your prompts (task.path=my_prompts.jsonl)")
+
+    def _check_corrections(self) -> None:
+        """Rates have to come from somewhere, and noise is taken out once, of rewards that are 0 or 1."""
+        reward = self.reward
+        denoised = self.advantage.law.functional == "denoised"
+        if reward.correction != "none" and denoised:
+            raise ValueError(
+                f"reward.correction = {reward.correction} and advantage.law.functional = denoised both take the noise "
+                "out: keep one of them"
+            )
+        if (reward.correction != "none" or denoised) and not reward.trusted:
+            what = "advantage.law.functional = denoised" if denoised else f"reward.correction = {reward.correction}"
+            raise ValueError(f"{what} needs estimated rates: set reward.trusted, to 0.05 say")
+        if not denoised:
+            return
+        shaped = {
+            f"reward.norm = {reward.norm}": reward.norm != "none",
+            f"reward.clip = {reward.clip}": reward.clip is not None,
+            "actor.kl.place = reward": self.actor.kl.place == "reward" and self.actor.kl.coef > 0,
+        }
+        if changed := [setting for setting, on in shaped.items() if on]:
+            raise ValueError(
+                f"advantage.law.functional = denoised reads a value as the probability of an observed 1, which "
+                f"{' and '.join(changed)} would change: switch that off"
+            )
 
 
 def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides: Iterable[str] = ()) -> Config:

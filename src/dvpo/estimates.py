@@ -1,7 +1,7 @@
 """From rewards and values to advantages and critic targets: compositions of `core` that algorithm rows choose from."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,7 @@ from dvpo.core.returns import (
     group_location_scale,
     mixture_targets,
 )
+from dvpo.rates import NO_RATES, Rates
 
 if TYPE_CHECKING:  # config.py imports the rows to merge their defaults
     from dvpo.config import AdvantageConfig, Config, LawConfig, RewardConfig
@@ -43,6 +44,8 @@ class Signals:
     """Sequences that have a reward and train: those that count in group statistics."""
     seed: int
     """Of this step, for rows that draw."""
+    rates: Rates = NO_RATES
+    """What is believed of the noise, for values that are denoised."""
 
 
 # Rewards
@@ -55,14 +58,17 @@ def shape_rewards(
     rewarded_B: Tensor,
     settings: "RewardConfig",
     reduce: Reduce,
+    rates: Rates = NO_RATES,
 ) -> Tensor:
-    """Normalise and clip observed rewards before any critic or baseline sees them.
+    """Correct, normalise and clip observed rewards before any critic or baseline sees them.
 
-        r -> (r - location) / scale of its group or of the global batch, then clipped to [-clip, clip]
+        r -> (r - p) / (1 - p - q), then (r - location) / scale of its group or of the global batch, then clipped to
+        [-clip, clip]
 
-    Scale acts on every reward of a response, location on its last one, so that the response's return is normalised
-    whether it has one reward or many. Missing rewards stay 0 and count in nothing.
+    Missing rewards stay 0 and count in nothing.
     """
+    if settings.correction == "backward":
+        rewards_BT = correct_rewards(rewards_BT, mask_BT, rewarded_B, rates)
     if settings.norm != "none":
         returns_B = (rewards_BT * mask_BT).sum(dim=-1)
         if settings.norm == "batch":
@@ -71,10 +77,29 @@ def shape_rewards(
         else:
             robust = settings.norm == "group_robust"
             location_B, scale_B = group_location_scale(returns_B, groups_B, rewarded_B, robust)
-        scale_B = scale_B + GROUP_STD_EPS
-        rewards_BT = rewards_BT / scale_B.unsqueeze(-1) - last_token(mask_BT) * (location_B / scale_B).unsqueeze(-1)
-        rewards_BT = rewards_BT * rewarded_B.unsqueeze(-1)
+        rewards_BT = _map_returns(rewards_BT, mask_BT, rewarded_B, location_B, scale_B + GROUP_STD_EPS)
     return rewards_BT if settings.clip is None else rewards_BT.clamp(-settings.clip, settings.clip)
+
+
+def correct_rewards(rewards_BT: Tensor, mask_BT: Tensor, rewarded_B: Tensor, rates: Rates) -> Tensor:
+    """Turn binary returns R into unbiased estimates of the true ones, (R - p) / (1 - p - q).
+
+    Source: Natarajan et al. 2013; the "backward correction" of arXiv 2510.00915.
+    """
+    ones_B = rewards_BT.new_ones(len(rewards_BT))
+    p, q = rates
+    return _map_returns(rewards_BT, mask_BT, rewarded_B, p * ones_B, (1 - p - q) * ones_B)
+
+
+def _map_returns(
+    rewards_BT: Tensor, mask_BT: Tensor, rewarded_B: Tensor, location_B: Tensor, scale_B: Tensor
+) -> Tensor:
+    """Turn each return R into (R - location) / scale, whether the response has one reward or many.
+
+    Scale acts on every reward of a response, location on its last token.
+    """
+    shift_BT = last_token(mask_BT) * (location_B / scale_B).unsqueeze(-1)
+    return (rewards_BT / scale_B.unsqueeze(-1) - shift_BT) * rewarded_B.unsqueeze(-1)
 
 
 def last_token(mask_BT: Tensor) -> Tensor:
@@ -100,9 +125,19 @@ def _scalar_gae(
     signals: Signals, settings: "AdvantageConfig", value_of: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
     values_BT, bootstrap_B = value_of(signals.values_BTNM), value_of(signals.bootstrap_BNM)
-    advantages_BT, _ = _gae(signals, values_BT, bootstrap_B, settings, settings.lam, settings.delta_clip)
     _, returns_BT = _gae(signals, values_BT, bootstrap_B, settings, critic_lam(settings))
+    if settings.law.functional == "denoised":
+        signals = _corrected(signals)
+        values_BT, bootstrap_B = (risk.noise_corrected_value(v, *signals.rates) for v in (values_BT, bootstrap_B))
+    advantages_BT, _ = _gae(signals, values_BT, bootstrap_B, settings, settings.lam, settings.delta_clip)
     return advantages_BT, returns_BT.unsqueeze(-1)
+
+
+def _corrected(signals: Signals) -> Signals:
+    """For the actor beside a denoised value. The critic's targets keep the observed reward: its law is trimmed, and
+    a corrected one would be denoised twice."""
+    rewards_BT = correct_rewards(signals.rewards_BT, signals.mask_BT, signals.rewarded_B, signals.rates)
+    return replace(signals, rewards_BT=rewards_BT)
 
 
 def _gae(
@@ -132,7 +167,8 @@ def distributional_estimate(signals: Signals, config: "Config") -> tuple[Tensor,
     """Distributional GAE on the ensemble's sorted quantiles; `advantage.law` makes a number of the law.
 
     `mean` is the paper's: the mean over the quantiles of A_tj. `rank` compares the target law with the predicted
-    one. Every other functional is a weighting of the sorted atoms, and the advantage is GAE on that value.
+    one. Every other functional is a weighting of the sorted atoms, and the advantage is GAE on that value; of the
+    corrected reward where the value is denoised.
     """
     settings = config.advantage
     theta_BTM = signals.values_BTNM.mean(dim=-2).sort(dim=-1).values
@@ -154,9 +190,10 @@ def distributional_estimate(signals: Signals, config: "Config") -> tuple[Tensor,
         advantages_BT = risk.rank_advantage(targets_BTM, theta_BTM, settings.law.width)
         advantages_BT = zero_masked(advantages_BT, signals.mask_BT)
     else:
-        weights_M = law_weights(settings.law, theta_BTM.shape[-1])
+        weights_M = law_weights(settings.law, theta_BTM.shape[-1], signals.rates)
         values_BT, bootstrap_B = (risk.spectral_value(atoms, weights_M) for atoms in (theta_BTM, bootstrap_BM))
-        advantages_BT, _ = _gae(signals, values_BT, bootstrap_B, settings, settings.lam, settings.delta_clip)
+        acting = _corrected(signals) if settings.law.functional == "denoised" else signals
+        advantages_BT, _ = _gae(acting, values_BT, bootstrap_B, settings, settings.lam, settings.delta_clip)
     if settings.target == "mixture":
         targets_BTL = mixture_targets(
             signals.rewards_BT,
@@ -173,7 +210,7 @@ def distributional_estimate(signals: Signals, config: "Config") -> tuple[Tensor,
     return advantages_BT, targets_BTM if critic_lam(settings) == settings.lam else targets_at(critic_lam(settings))
 
 
-def law_weights(law: "LawConfig", num_atoms: int) -> Tensor:
+def law_weights(law: "LawConfig", num_atoms: int, rates: Rates = NO_RATES) -> Tensor:
     """The weights [M] of the sorted atoms for a functional that is one; `rank` is none."""
     match law.functional:
         case "mean":
@@ -184,6 +221,8 @@ def law_weights(law: "LawConfig", num_atoms: int) -> Tensor:
             return risk.upper_weights(num_atoms, law.upper)
         case "trimmed":
             return risk.trimmed_weights(num_atoms, law.lower, law.upper)
+        case "denoised":
+            return risk.trimmed_weights(num_atoms, lo=rates.false_negative, hi=rates.false_positive)
         case "wang":
             return risk.wang_weights(num_atoms, law.eta)
         case "tv_worst_case":

@@ -39,6 +39,7 @@ from dvpo.metrics import Means, critic_figures, reward_figures
 from dvpo.noise import make_noise
 from dvpo.optimiser import Optimiser
 from dvpo.policy import Policy, choose_device, open_policy
+from dvpo.rates import NO_RATES, open_rates
 from dvpo.rewards import Fault
 from dvpo.runlog import RunLog, refuse_used_folder
 from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, collate, fit_prompts, play
@@ -115,6 +116,7 @@ class Trainer:
                 )
 
         self.prompts = PromptStream([e for e in train if e.id in self.prompt_tokens], config.seed)
+        self.rates = open_rates(config, self.task, self.prompts.examples)
         self.policy_optimiser = Optimiser(self.policy.model, config.policy_optimiser, config.steps)
         self.critic_optimiser = Optimiser(self.critic, config.critic_optimiser, config.steps) if self.critic else None
         self.sampler = HuggingFaceSampler(self.policy, config.sampling)
@@ -124,6 +126,8 @@ class Trainer:
         self.parts["policy_optimiser"] = self.policy_optimiser
         if self.critic_optimiser:
             self.parts["critic_optimiser"] = self.critic_optimiser
+        if self.rates:
+            self.parts["rates"] = self.rates
         if checkpoint is not None:
             restore(self.parts, load_state(checkpoint))
 
@@ -214,6 +218,8 @@ class Trainer:
         """Give every episode its observed and (where it is known) true reward."""
         scored = self.scorer(episodes)
         rollout = collate(episodes, scored.fields, self.policy.pad_id, self.policy_version)
+        if self.rates:
+            self.rates.observe(rollout.prompt_ids, rollout.observed_B, rollout.true_B, all_reduce_sum)
         return rollout.to(self.device), scored.faults
 
     # Estimate
@@ -230,8 +236,9 @@ class Trainer:
         mask_BT = rollout.mask_BT & keep_B.unsqueeze(-1)
         groups_B = rollout.groups()
         counted_B = rollout.rewarded_B & keep_B
+        rates = self.rates.rates() if self.rates else NO_RATES
         shaped_BT = shape_rewards(
-            rollout.rewards_BT, rollout.mask_BT, groups_B, counted_B, self.config.reward, all_reduce_sum
+            rollout.rewards_BT, rollout.mask_BT, groups_B, counted_B, self.config.reward, all_reduce_sum, rates
         )
         rewards_BT = shaped_BT * mask_BT
         reference_BT = self._reference_logprobs(rollout)
@@ -251,6 +258,7 @@ class Trainer:
             groups_B=groups_B,
             rewarded_B=counted_B,
             seed=derive_seed(self.config.seed, "targets", self.step),
+            rates=rates,
         )
         advantages_BT, targets_BTL = self.row.estimate(signals, self.config)
         spread = _std(advantages_BT[mask_BT])
@@ -258,6 +266,8 @@ class Trainer:
             advantages_BT = whiten(advantages_BT, mask_BT, all_reduce_sum)
         figures = reward_figures(rollout.observed_B, rollout.true_B, rollout.rewarded_B, groups_B, all_reduce_sum)
         figures["actor/advantage_std"] = spread
+        if self.rates:
+            figures |= self.rates.figures()
         if self.critic is not None:
             seen_BT = rollout.mask_BT & rollout.rewarded_B.unsqueeze(-1)
             zeros_BT = torch.zeros_like(rewards_BT)

@@ -1,0 +1,178 @@
+"""Rates of false rewards: counted on trusted prompts, never told; what a correction may make of them."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dvpo.config import load_config
+from dvpo.core.masks import identity
+from dvpo.errors import InputError
+from dvpo.noise import make_noise
+from dvpo.rates import NO_RATES, RateEstimator
+from dvpo.tasks import Example
+from dvpo.trainer import Trainer
+from runs import Parity, run_config
+
+EXAMPLES = [Example(str(i), "") for i in range(1000)]
+IDS = [example.id for example in EXAMPLES]
+
+
+def counted(observed: list[float], true: list[float]) -> RateEstimator:
+    """An estimator that trusts everything and has seen these responses."""
+    estimator = RateEstimator(EXAMPLES, 1.0, seed=0)
+    estimator.observe(IDS[: len(true)], torch.tensor(observed), torch.tensor(true), identity)
+    return estimator
+
+
+def repeated(false_positives: int, wrong: int, false_negatives: int, right: int) -> RateEstimator:
+    observed = [1.0] * false_positives + [0.0] * (wrong - false_positives)
+    observed += [0.0] * false_negatives + [1.0] * (right - false_negatives)
+    return counted(observed, [0.0] * wrong + [1.0] * right)
+
+
+# Who is trusted
+
+
+def test_the_share_is_exact_keyed_by_the_seed_and_nested() -> None:
+    trusted = {share: RateEstimator(EXAMPLES, share, seed=3).trusted for share in (0.001, 0.05, 0.2)}
+    assert [len(ids) for ids in trusted.values()] == [1, 50, 200]
+    assert trusted[0.001] < trusted[0.05] < trusted[0.2]
+    assert RateEstimator(EXAMPLES[::-1], 0.05, seed=3).trusted == trusted[0.05]
+    assert RateEstimator(EXAMPLES, 0.05, seed=4).trusted != trusted[0.05]
+
+
+def test_the_smallest_share_trusts_somebody() -> None:
+    assert len(RateEstimator(EXAMPLES[:3], 0.01, seed=0).trusted) == 1
+
+
+def test_what_is_not_trusted_is_not_looked_at() -> None:
+    some = RateEstimator(EXAMPLES, 0.3, seed=0)
+    true = (torch.arange(1000) % 2).float()
+    observed = true.clone()
+    outside = torch.tensor([i not in some.trusted for i in IDS])
+    for lie in (1 - true[outside], torch.full_like(true[outside], math.nan)):
+        other = RateEstimator(EXAMPLES, 0.3, seed=0)
+        other.observe(IDS, observed.masked_scatter(outside, lie), true.masked_scatter(outside, lie), identity)
+        assert other.figures()["noise/trusted"] == 300
+        assert (other.false_positives.wrong, other.false_negatives.wrong) == (0, 0)
+
+
+# What is counted
+
+
+def test_the_estimate_is_jeffreys_mean_of_each_kind_of_error_apart() -> None:
+    figures = repeated(3, 29, 12, 49).figures()
+    assert figures["noise/false_positive"] == pytest.approx(3.5 / 30)
+    assert figures["noise/false_negative"] == pytest.approx(12.5 / 50)
+    assert figures["noise/trusted"] == 78
+
+
+def test_unknown_missing_and_graded_rewards_are_not_counted() -> None:
+    nan = math.nan
+    estimator = counted([1.0, nan, 0.0, 0.7, 1.0], [0.0, 1.0, nan, 1.0, 0.4])
+    assert estimator.state_dict() == {"false_positives": [1, 1], "false_negatives": [0, 0]}
+
+
+@pytest.mark.parametrize(("p", "q"), [(0.3, 0.1), (0.05, 0.4), (0.0, 0.0)])
+def test_the_intervals_hold_the_injected_rates(p: float, q: float) -> None:
+    noise = load_config({"noise": {"kind": "asymmetric", "false_positive": p, "false_negative": q, "seed": 5}}).noise
+    true = [float(i % 3 == 0) for i in range(1000)]
+    observed: list[float] = make_noise(noise, 0)(true, IDS, [0] * 1000, [0] * 1000, [[]] * 1000)  # type: ignore[assignment]
+    figures = counted(observed, true).figures()
+    for name, rate in (("false_positive", p), ("false_negative", q)):
+        assert figures[f"noise/{name}_low"] <= rate <= figures[f"noise/{name}_high"]
+        assert figures[f"noise/{name}"] == pytest.approx(rate, abs=0.05)
+
+
+def test_persistent_counts_go_on_where_they_were() -> None:
+    one, other = repeated(3, 29, 12, 49), RateEstimator(EXAMPLES, 1.0, seed=0)
+    other.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    assert other.figures() == one.figures()
+    other.observe(["0"], torch.tensor([1.0]), torch.tensor([0.0]), identity)
+    assert other.false_positives.wrong == 4
+
+
+def test_counts_of_all_processes_are_added() -> None:
+    estimator = RateEstimator(EXAMPLES, 1.0, seed=0)
+
+    def two_processes(counts: Tensor) -> Tensor:
+        return 2 * counts
+
+    estimator.observe(["0", "1"], torch.tensor([1.0, 1.0]), torch.tensor([0.0, 1.0]), two_processes)
+    assert estimator.state_dict() == {"false_positives": [2, 2], "false_negatives": [0, 2]}
+
+
+# What a correction may use
+
+
+@pytest.mark.parametrize(("wrong", "right"), [(0, 0), (19, 500), (500, 19)])
+def test_nothing_is_corrected_while_one_rate_is_but_a_guess(wrong: int, right: int) -> None:
+    estimator = repeated(0, wrong, 0, right)
+    assert estimator.rates() == NO_RATES
+    assert estimator.figures()["noise/correction"] == 1
+
+
+def test_twenty_of_each_kind_are_enough() -> None:
+    assert repeated(5, 20, 2, 20).rates() == pytest.approx((5.5 / 21, 2.5 / 21))
+
+
+@pytest.mark.parametrize(("false_positives", "false_negatives"), [(50, 50), (90, 90), (100, 0)])
+def test_a_correction_never_multiplies_by_more_than_five(false_positives: int, false_negatives: int) -> None:
+    estimator = repeated(false_positives, 100, false_negatives, 100)
+    p, q = estimator.rates()
+    assert p + q == pytest.approx(0.8)
+    assert p / q == pytest.approx((false_positives + 0.5) / (false_negatives + 0.5))
+    assert estimator.figures()["noise/correction"] == pytest.approx(5)
+
+
+# In a run
+
+
+def test_trusted_prompts_of_a_task_without_truth_are_an_input_error(tmp_path: Path) -> None:
+    task = Parity()
+    task.knows_truth = False  # type: ignore[attr-defined]
+    config = run_config(tmp_path / "run", "reward.trusted=0.5", "reward.function=examples.no_such:function")
+    with pytest.raises(InputError, match=r"reward\.trusted = 0\.5 needs true rewards, which the task parity"):
+        Trainer(config, task=task, reward=lambda prompts, completions, **_: [0.0] * len(prompts))
+
+
+def test_estimating_changes_nothing_but_the_log(tmp_path: Path) -> None:
+    rows = {}
+    for trusted in (0, 1):
+        folder = tmp_path / str(trusted)
+        noise = ("noise.kind=flip", "noise.rate=0.3", f"reward.trusted={trusted}")
+        Trainer(run_config(folder, "algorithm=ppo", *noise), task=Parity()).train()
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        rows[trusted] = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in lines]
+    estimated = [{k: v for k, v in row.items() if not k.startswith("noise/")} for row in rows[1]]
+    assert estimated == rows[0]
+    assert [row["noise/trusted"] for row in rows[1] if "noise/trusted" in row] == [6, 12]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["reward.correction=backward"], "reward.correction = backward needs estimated rates: set reward.trusted"),
+        (["advantage.law.functional=denoised"], "advantage.law.functional = denoised needs estimated rates"),
+        (
+            ["reward.trusted=0.1", "reward.correction=backward", "advantage.law.functional=denoised"],
+            "both take the noise out",
+        ),
+        (
+            ["reward.trusted=0.1", "advantage.law.functional=denoised", "reward.norm=group", "reward.clip=1"],
+            "which reward.norm = group and reward.clip = 1.0 would change",
+        ),
+        (
+            ["reward.trusted=0.1", "advantage.law.functional=denoised", "actor.kl.place=reward", "actor.kl.coef=0.1"],
+            "which actor.kl.place = reward would change",
+        ),
+    ],
+)
+def test_settings_that_denoise_from_nothing_or_twice_are_refused(settings: list[str], words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_config(None, settings)
+    assert words in str(caught.value)
