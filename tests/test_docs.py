@@ -183,7 +183,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 def test_the_glossary_explains_every_key_that_a_run_logs_and_no_other(tmp_path: Path, tiny_model: Path) -> None:
     logged = set()
-    for name in ("dvpo", "ppo_corrected"):
+    for name in ("dvpo", "ppo_corrected", "cql_ppo"):
         place = [f"algorithm={name}", f"model.path={tiny_model}", f"output={tmp_path / name}"]
         Trainer(load_config(None, [*TINY, *place, "actor.kl.coef=0.01", "evaluation.samples=2"])).train()
         logged |= {key for row in rows_of(tmp_path / name) for key in row}

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from dvpo import policy as policy_module
@@ -13,6 +12,7 @@ from dvpo.embedded import make_tokenizer
 from dvpo.errors import InputError
 from dvpo.policy import Policy, check_head, choose_device, open_policy
 from dvpo.sampling import pad_left
+from largest_tensor import LargestTensor
 from tiny_models import END_ID, FAMILIES, TOKENIZER, one_row, response_logprobs, tiny_config, tiny_policy
 
 CPU = torch.device("cpu")
@@ -73,21 +73,6 @@ def test_an_entropy_that_is_only_reported_leaves_the_gradient_alone(logits_at_on
     theirs = gradients(policy, reference(policy)[0].sum())
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Entries of the largest floating tensor that any operation made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.entries = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                self.entries = max(self.entries, tensor.numel())
-        return out
 
 
 def test_no_tensor_of_all_tokens_by_the_vocabulary_is_made_forward_or_backward(monkeypatch):

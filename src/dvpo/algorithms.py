@@ -38,7 +38,8 @@ class Algorithm:
     Attributes:
         name: as in the config.
         paper: where it comes from.
-        critic: `none`, `scalar` (N heads x 1), or `quantile` (N heads x M).
+        critic: `none`, `scalar` (N heads x 1), `quantile` (N heads x M), or `vocabulary` (Q of every token; the value
+            is its expectation under the policy, and predictions are the pair Q(taken), logsumexp_a Q: N = 1, M = 2).
         estimate: (signals, config) -> (advantages_BT, targets_BTL), both detached, L = 0 without a critic.
         actor_loss: (logprobs_K, old_logprobs_K, advantages_K, config) -> (per-token loss, per-token clipped 0/1).
         critic_loss: (predictions_KNM, before_KNM, targets_KL, config) -> per-token terms; `loss` is minimised, all
@@ -49,7 +50,7 @@ class Algorithm:
 
     name: str
     paper: str
-    critic: Literal["none", "scalar", "quantile"]
+    critic: Literal["none", "scalar", "quantile", "vocabulary"]
     estimate: Callable[[Signals, "Config"], tuple[Tensor, Tensor]]
     actor_loss: Callable[[Tensor, Tensor, Tensor, "Config"], tuple[Tensor, Tensor]]
     critic_loss: Callable[[Tensor, Tensor, Tensor, "Config"], dict[str, Tensor]] | None = None
@@ -121,6 +122,17 @@ def huber_critic_loss(
     predictions_KN = predictions_KNM.squeeze(-1)
     loss_KN = huber_value_loss(predictions_KN, targets_KL.expand_as(predictions_KN), config.critic.kappa)
     return {"loss": loss_KN.mean(dim=-1)}
+
+
+def conservative_critic_loss(
+    predictions_KNM: Tensor, before_KNM: Tensor, targets_KL: Tensor, config: "Config"
+) -> dict[str, Tensor]:
+    """Squared error of Q(taken), and what the tokens not taken are worth above it: logsumexp_a Q - Q(taken)."""
+    del before_KNM
+    taken_K, soft_maximum_K = predictions_KNM.squeeze(-2).unbind(dim=-1)
+    regression_K = value_loss(taken_K, taken_K, targets_KL.squeeze(-1), value_clip=None)
+    conservative_K = soft_maximum_K - taken_K
+    return {"loss": regression_K + config.critic.cql_weight * conservative_K, "conservative": conservative_K}
 
 
 def distributional_critic_loss(
@@ -258,6 +270,13 @@ ROWS = (
         name="ppo_corrected",
         paper="Natarajan et al. 2013; Imperfect Verifiers, arXiv 2510.00915; the rates estimated",
         defaults={"critic": {"num_heads": 1}, **_CORRECTED},
+    ),
+    replace(
+        _PPO,
+        name="cql_ppo",
+        paper="CQL, Kumar et al. 2020, arXiv 2006.04779; of tokens as in ILQL, Snell et al. 2022, arXiv 2206.11871",
+        critic="vocabulary",
+        critic_loss=conservative_critic_loss,
     ),
     _GRPO,
     replace(

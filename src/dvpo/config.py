@@ -262,6 +262,8 @@ class CriticConfig:
     weights: TermWeights = TermWeights()
     value_clip: Positive | None = 0.5
     """Clip range of scalar value losses in units of the reward; None = off. Quantile losses are not clipped."""
+    cql_weight: Weight = 0.1
+    """cql_ppo: weight of logsumexp_a Q - Q(taken). The default is that of trlX's ILQL."""
 
 
 @section

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
+from dvpo.batch import Rollout
 from dvpo.config import CriticConfig
 from dvpo.errors import InputError
-from dvpo.policy import Policy, compute_type, hidden_states
+from dvpo.policy import Policy, compute_type, hidden_states, in_chunks
 
-Kind = Literal["scalar", "quantile"]
+Kind = Literal["scalar", "quantile", "vocabulary"]
 
 
 class QuantileHeads(nn.Module):
@@ -55,6 +56,43 @@ class QuantileHeads(nn.Module):
             return base + steps - steps.mean(dim=-1, keepdim=True)
 
 
+class VocabularyHead(nn.Module):
+    """Q(s, a) for every token a of the vocabulary: hidden states [..., D] -> [..., V], float32.
+
+    Nobody needs all of it at once, so what is read off is computed in chunks and no [B, T, V] tensor is made.
+    """
+
+    def __init__(self, hidden_size: int, vocabulary: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, vocabulary, dtype=torch.float32)
+        nn.init.normal_(self.linear.weight, std=0.01 / math.sqrt(hidden_size))
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden_D: Tensor) -> Tensor:
+        with torch.autocast(hidden_D.device.type, enabled=False):
+            actions_V: Tensor = self.linear(hidden_D.float())
+            return actions_V
+
+    def taken_and_soft_maximum(self, hidden_KD: Tensor, tokens_K: Tensor) -> Tensor:
+        """Q(s, a) of the token that was taken, and logsumexp_a Q(s, a): [K, 2]."""
+
+        def one(hidden_CD: Tensor, tokens_C: Tensor) -> tuple[Tensor, Tensor]:
+            actions_CV = self(hidden_CD)
+            return actions_CV.gather(-1, tokens_C.unsqueeze(-1)).squeeze(-1), actions_CV.logsumexp(dim=-1)
+
+        return torch.stack(in_chunks(one, self.linear.out_features, hidden_KD, tokens_K), dim=-1)
+
+    @torch.no_grad()
+    def expected(self, hidden_KD: Tensor, policy_KD: Tensor, policy: Policy, temperature: float) -> Tensor:
+        """V(s) = sum_a pi(a|s) Q(s, a), from the head's and the policy's hidden states: [K], without gradient."""
+
+        def one(hidden_CD: Tensor, policy_CD: Tensor) -> tuple[Tensor]:
+            chances_CV = (policy.logits(policy_CD) / temperature).softmax(dim=-1)
+            return ((chances_CV * self(hidden_CD)).sum(dim=-1),)
+
+        return in_chunks(one, self.linear.out_features, hidden_KD, policy_KD)[0]
+
+
 @dataclass(frozen=True)
 class CriticShape:
     """All that is needed to rebuild a critic around a trunk's config."""
@@ -66,10 +104,13 @@ class CriticShape:
     num_quantiles: int
     levels: Literal["midpoint", "paper"]
     monotone: bool
+    vocabulary: int = 0
+    """Of a vocabulary critic; it has one head, and M = 1."""
 
 
 class Critic(nn.Module):
-    """Value predictions [..., N, M] at every state; a scalar critic is the case M = 1.
+    """Value predictions [..., N, M] at every state; a scalar critic is the case M = 1, and so are the expected
+    action values of a vocabulary critic.
 
     trunk `own`: a copy of the policy's trunk, trained; `frozen`: the same, kept; `shared`: none of its own, the heads
     read the policy's hidden states without sending a gradient into them.
@@ -81,7 +122,38 @@ class Critic(nn.Module):
         self.trunk = trunk
         if trunk is not None and shape.trunk == "frozen":
             trunk.requires_grad_(False)
-        self.heads = QuantileHeads(shape.hidden_size, shape.num_heads, shape.num_quantiles, shape.monotone)
+        self.heads: QuantileHeads | VocabularyHead
+        if shape.kind == "vocabulary":
+            self.heads = VocabularyHead(shape.hidden_size, shape.vocabulary)
+        else:
+            self.heads = QuantileHeads(shape.hidden_size, shape.num_heads, shape.num_quantiles, shape.monotone)
+
+    def values(self, states_BUD: Tensor, rollout: Rollout, policy: Policy, temperature: float) -> Tensor:
+        """What the states are worth: [B, U, N, M].
+
+        Args:
+            states_BUD: hidden states at the U = T + 1 states of each response, before every token and at the end.
+            rollout: those responses.
+            policy: whose next token the value of a vocabulary critic expects.
+            temperature: as at sampling.
+        """
+        if isinstance(self.heads, QuantileHeads):
+            values_BUNM: Tensor = self.heads(states_BUD)
+            return values_BUNM
+        policy_BSD = policy.hidden_states(rollout.tokens_BS, rollout.attention_BS)
+        policy_BUD = policy_BSD[:, rollout.prompt_length - 1 :]
+        values_K = self.heads.expected(states_BUD.flatten(0, 1), policy_BUD.flatten(0, 1), policy, temperature)
+        return values_K.view(*states_BUD.shape[:2], 1, 1)
+
+    def predictions(self, states_KD: Tensor, tokens_K: Tensor) -> Tensor:
+        """What the critic's loss is about, from the states before the tokens: [K, N, M].
+
+        These are the values, or the pair Q(taken), logsumexp_a Q in place of M for a vocabulary critic.
+        """
+        if isinstance(self.heads, VocabularyHead):
+            return self.heads.taken_and_soft_maximum(states_KD, tokens_K).unsqueeze(-2)
+        predictions_KNM: Tensor = self.heads(states_KD)
+        return predictions_KNM
 
     def hidden_states(self, tokens_BS: Tensor, attention_BS: Tensor, policy: Policy) -> Tensor:
         """Hidden states [B, S, D] that the heads read; from the policy, detached, where the trunk is shared."""
@@ -108,10 +180,11 @@ def make_critic(kind: Kind, config: CriticConfig, policy: Policy) -> Critic:
         kind=kind,
         trunk=config.trunk,
         hidden_size=policy.model.get_output_embeddings().weight.shape[1],
-        num_heads=config.num_heads,
-        num_quantiles=1 if kind == "scalar" else config.num_quantiles,
+        num_heads=1 if kind == "vocabulary" else config.num_heads,
+        num_quantiles=config.num_quantiles if kind == "quantile" else 1,
         levels=config.levels,
         monotone=config.monotone,
+        vocabulary=policy.vocabulary if kind == "vocabulary" else 0,
     )
     trunk = None if config.trunk == "shared" else copy.deepcopy(policy.trunk)
     return Critic(shape, trunk, policy.dtype).to(policy.device).train(policy.model.training)

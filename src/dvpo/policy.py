@@ -1,5 +1,6 @@
 """The policy: load or make a causal language model, and its log-probs without a [B, T, V] float32 tensor."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,11 @@ class Policy:
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30))
 
     @property
+    def vocabulary(self) -> int:
+        """Logits of the language-model head, those of padded entries included."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @property
     def end_ids(self) -> frozenset[int]:
         """Token ids that end a turn: the tokenizer's and the generation config's."""
         ids: set[int] = set()
@@ -90,9 +96,6 @@ class Policy:
 
             log p(y) = z_y - logsumexp(z),   H = logsumexp(z) - sum_v p_v z_v,   z = logits / temperature
 
-        Computed in chunks of at most `LOGIT_BUDGET` logits, each recomputed in the backward pass when there is more
-        than one: memory grows with the chunk, not with K * V.
-
         Args:
             hidden_KD: hidden state of the column *before* each token.
             tokens_K: int64 tokens.
@@ -102,7 +105,6 @@ class Policy:
         Returns:
             (logprobs_K, entropies_K) in nats, float32.
         """
-        chunk = max(1, LOGIT_BUDGET // self.model.get_output_embeddings().weight.shape[0])
 
         def one(hidden_CD: Tensor, tokens_C: Tensor) -> tuple[Tensor, Tensor]:
             logits_CV = self.logits(hidden_CD) / temperature
@@ -113,18 +115,27 @@ class Policy:
                 entropies_C = total_C - (p_CV * logits_CV).sum(dim=-1)
             return logprobs_C, entropies_C
 
-        if tokens_K.shape[0] <= chunk:
-            return one(hidden_KD, tokens_K)
-        parts = [
-            checkpoint(one, h, t, use_reentrant=False)
-            for h, t in zip(hidden_KD.split(chunk), tokens_K.split(chunk), strict=True)
-        ]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        logprobs_K, entropies_K = in_chunks(one, self.vocabulary, hidden_KD, tokens_K)
+        return logprobs_K, entropies_K
 
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face folder."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+def in_chunks(function: Callable[..., tuple[Tensor, ...]], vocabulary: int, *tensors_K: Tensor) -> tuple[Tensor, ...]:
+    """Apply a function that works token by token to at most `LOGIT_BUDGET` logits at once.
+
+    Each chunk is recomputed in the backward pass when there is more than one: memory grows with the chunk, not with
+    K * V.
+    """
+    chunk = max(1, LOGIT_BUDGET // vocabulary)
+    if len(tensors_K[0]) <= chunk:
+        return function(*tensors_K)
+    pieces = zip(*(tensor.split(chunk) for tensor in tensors_K), strict=True)
+    parts = [checkpoint(function, *piece, use_reentrant=False) for piece in pieces]
+    return tuple(torch.cat(results) for results in zip(*parts, strict=True))
 
 
 def compute_type(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
@@ -209,8 +220,7 @@ def check_head(policy: Policy) -> None:
     Raises:
         InputError: the family does something behind its trunk that `Policy.logits` does not know.
     """
-    vocabulary = policy.model.get_output_embeddings().weight.shape[0]
-    tokens_BS = torch.arange(8, device=policy.device).remainder(vocabulary).unsqueeze(0)
+    tokens_BS = torch.arange(8, device=policy.device).remainder(policy.vocabulary).unsqueeze(0)
     attention_BS = torch.ones_like(tokens_BS, dtype=torch.bool)
     with policy.autocast():
         out = policy.model(input_ids=tokens_BS, attention_mask=attention_BS.long(), use_cache=False)

@@ -285,7 +285,8 @@ class Trainer:
         for rows in torch.arange(len(rollout), device=self.device).split(self.config.update.microbatch_size):
             micro = rollout.select(rows)
             hidden_BSD = self.critic.hidden_states(micro.tokens_BS, micro.attention_BS, self.policy)
-            parts.append(self.critic.heads(hidden_BSD[:, micro.prompt_length - 1 :]))
+            states_BUD = hidden_BSD[:, micro.prompt_length - 1 :]
+            parts.append(self.critic.values(states_BUD, micro, self.policy, self.config.sampling.temperature))
         states_BTNM = torch.cat(parts)  # T + 1 states: one before each token, and the end
         lengths_B = rollout.attention_BS[:, rollout.prompt_length :].sum(dim=-1)
         return states_BTNM[:, :-1], states_BTNM[torch.arange(len(rollout), device=self.device), lengths_B]
@@ -323,7 +324,7 @@ class Trainer:
         count = token_count(estimates.mask_BT[rows], all_reduce_sum)
         for micro, at, mask_BT in self._microbatches(rollout, estimates, rows):
             hidden_BSD = self.critic.hidden_states(micro.tokens_BS, micro.attention_BS, self.policy)
-            predictions_KNM = self.critic.heads(states(hidden_BSD, micro)[mask_BT])
+            predictions_KNM = self.critic.predictions(states(hidden_BSD, micro)[mask_BT], micro.response_BT[mask_BT])
             before_KNM, targets_KL = estimates.values_BTNM[at][mask_BT], estimates.targets_BTL[at][mask_BT]
             terms = self.row.critic_loss(predictions_KNM, before_KNM, targets_KL, self.config)
             (terms["loss"].sum() / count).backward()
