@@ -13,7 +13,7 @@ from dvpo.config import Config, RewardConfig, load_config
 from dvpo.core.masks import identity
 from dvpo.core.returns import gae, group_location_scale, group_rank
 from dvpo.core.risk import cvar, noise_corrected_value, rank_advantage, trimmed_mean, tv_worst_case
-from dvpo.estimates import Signals, correct_rewards, last_token, shape_rewards
+from dvpo.estimates import Signals, correct_rewards, last_token, overlong_penalties, shape_rewards
 from dvpo.rates import NO_RATES, Rates
 from dvpo.trainer import Trainer
 from runs import Parity, run_config
@@ -348,6 +348,45 @@ def test_many_rewards_of_one_response_are_normalised_as_its_return_is() -> None:
     scale = 2**0.5 + 1e-4
     torch.testing.assert_close(shaped.sum(dim=-1), torch.tensor([1.0, -1]) / scale)
     torch.testing.assert_close(shaped[0, 0], torch.tensor(1 / scale))
+
+
+def test_the_last_tokens_below_the_limit_cost_in_proportion() -> None:
+    # Limit 10, margin 4: free up to 6 tokens, then a quarter each.
+    lengths_B = torch.tensor([0, 6, 7, 9, 10])
+    torch.testing.assert_close(overlong_penalties(lengths_B, 10, 4), torch.tensor([0, 0, 0.25, 0.75, 1]))
+
+
+def test_a_penalty_lowers_what_is_corrected_and_is_normalised_with_it() -> None:
+    given = signals()
+    penalties_B = torch.tensor([0.5, 0, 0.25, 0, 0, 1.0])
+    fixed = (given.mask_BT, given.groups_B, given.rewarded_B)
+
+    def returns(reward: RewardConfig, penalties_B: Tensor | None) -> Tensor:
+        return shape_rewards(given.rewards_BT, *fixed, reward, identity, NOISE, penalties_B).sum(dim=-1)
+
+    corrected = returns(RewardConfig(correction="backward"), None)
+    lowered = returns(RewardConfig(correction="backward"), penalties_B)
+    torch.testing.assert_close(lowered, corrected - penalties_B * given.rewarded_B)  # a missing reward stays 0
+    normalised = returns(RewardConfig(correction="backward", norm="group"), penalties_B)[:3]
+    torch.testing.assert_close(normalised, (lowered[:3] - lowered[:3].mean()) / (lowered[:3].std() + 1e-4))
+
+
+def test_a_run_takes_the_penalty_from_what_is_learnt_and_not_from_what_was_observed(tmp_path: Path) -> None:
+    figures = {}
+    for margin in (0, 12):
+        folder = tmp_path / str(margin)
+        trainer = Trainer(run_config(folder, "algorithm=ppo", f"reward.overlong={margin}"), task=Parity())
+        episodes = trainer.sample()
+        rollout, _ = trainer.score(episodes)
+        _, figures[margin] = trainer.estimate(rollout)
+        trainer.close()
+    # Of 12 tokens at most the penalty is length / 12.
+    lengths_B = torch.tensor([len(episode.tokens) for episode in episodes]).float()
+    assert figures[12]["reward/overlong"] == pytest.approx(float(lengths_B.mean() / 12))
+    assert figures[12]["reward/observed"] == figures[0]["reward/observed"]
+    weighted = float((lengths_B * lengths_B / 12).sum() / lengths_B.sum())  # every token of a response has its return
+    lost = figures[0]["critic/return_mean"] - figures[12]["critic/return_mean"]
+    assert lost == pytest.approx(weighted, abs=1e-5)
 
 
 def test_clipping_comes_last() -> None:

@@ -170,9 +170,10 @@ def test_estimating_changes_nothing_but_the_log(tmp_path: Path) -> None:
             ["reward.trusted=0.1", "advantage.law.functional=denoised", "actor.kl.place=reward", "actor.kl.coef=0.1"],
             "which actor.kl.place = reward would change",
         ),
+        (["reward.overlong=65"], "reward.overlong = 65 exceeds sampling.max_completion_length = 64: lower it"),
     ],
 )
-def test_settings_that_denoise_from_nothing_or_twice_are_refused(settings: list[str], words: str) -> None:
+def test_settings_that_denoise_from_nothing_or_twice_or_punish_all_are_refused(settings: list[str], words: str) -> None:
     with pytest.raises(InputError) as caught:
         load_config(None, settings)
     assert words in str(caught.value)

@@ -112,6 +112,9 @@ class RewardConfig:
     their median and median deviation, or by mean and deviation of the step."""
     clip: Positive | None = None
     """Then clip every reward to [-clip, clip]; None = off."""
+    overlong: CountOrZero = 0
+    """Before `norm` and `clip`, take up to 1 from the return of a response that uses the last so many tokens below
+    `sampling.max_completion_length`, in proportion (DAPO's soft punishment); 0 = off."""
     trusted: Share = 0.0
     """Share of the training prompts whose true reward the estimator of the noise's rates sees; 0 = off."""
     correction: Literal["none", "backward"] = "none"
@@ -387,6 +390,11 @@ class Config:
                 f"update.actor_warmup_steps = {self.update.actor_warmup_steps} lets the critic learn alone, "
                 f"but algorithm = {self.algorithm} has no critic: set it to 0"
             )
+        if self.reward.overlong > self.sampling.max_completion_length:
+            raise ValueError(
+                f"reward.overlong = {self.reward.overlong} exceeds sampling.max_completion_length = "
+                f"{self.sampling.max_completion_length}: lower it"
+            )
         self._check_corrections()
         if self.task.name == "files" and not self.task.path:
             raise ValueError("task.path is empty: name the file with your prompts (task.path=my_prompts.jsonl)")
@@ -406,6 +414,7 @@ class Config:
         if not denoised:
             return
         shaped = {
+            f"reward.overlong = {reward.overlong}": reward.overlong > 0,
             f"reward.norm = {reward.norm}": reward.norm != "none",
             f"reward.clip = {reward.clip}": reward.clip is not None,
             "actor.kl.place = reward": self.actor.kl.place == "reward" and self.actor.kl.coef > 0,

@@ -59,16 +59,19 @@ def shape_rewards(
     settings: "RewardConfig",
     reduce: Reduce,
     rates: Rates = NO_RATES,
+    penalties_B: Tensor | None = None,
 ) -> Tensor:
-    """Correct, normalise and clip observed rewards before any critic or baseline sees them.
+    """Correct, lower, normalise and clip observed rewards before any critic or baseline sees them.
 
-        r -> (r - p) / (1 - p - q), then (r - location) / scale of its group or of the global batch, then clipped to
-        [-clip, clip]
+        r -> (r - p) / (1 - p - q), then r - penalty, then (r - location) / scale of its group or of the global batch,
+        then clipped to [-clip, clip]
 
     Missing rewards stay 0 and count in nothing.
     """
     if settings.correction == "backward":
         rewards_BT = correct_rewards(rewards_BT, mask_BT, rewarded_B, rates)
+    if penalties_B is not None:
+        rewards_BT = _map_returns(rewards_BT, mask_BT, rewarded_B, penalties_B, torch.ones_like(penalties_B))
     if settings.norm != "none":
         returns_B = (rewards_BT * mask_BT).sum(dim=-1)
         if settings.norm == "batch":
@@ -79,6 +82,14 @@ def shape_rewards(
             location_B, scale_B = group_location_scale(returns_B, groups_B, rewarded_B, robust)
         rewards_BT = _map_returns(rewards_BT, mask_BT, rewarded_B, location_B, scale_B + GROUP_STD_EPS)
     return rewards_BT if settings.clip is None else rewards_BT.clamp(-settings.clip, settings.clip)
+
+
+def overlong_penalties(lengths_B: Tensor, limit: int, margin: int) -> Tensor:
+    """What a response loses for its length: 0 up to limit - margin tokens, then in proportion, 1 at the limit.
+
+    Source: DAPO, arXiv 2503.14476, soft overlong punishment.
+    """
+    return ((lengths_B - (limit - margin)) / margin).clamp(min=0.0, max=1.0)
 
 
 def correct_rewards(rewards_BT: Tensor, mask_BT: Tensor, rewarded_B: Tensor, rates: Rates) -> Tensor:

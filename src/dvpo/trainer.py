@@ -33,7 +33,7 @@ from dvpo.critic import load_critic, make_critic
 from dvpo.data import PromptStream
 from dvpo.distributed import all_reduce_sum, barrier, init_from_env, is_main, world_size
 from dvpo.errors import InputError
-from dvpo.estimates import Signals, shape_rewards
+from dvpo.estimates import Signals, overlong_penalties, shape_rewards
 from dvpo.evaluate import Evaluation, evaluate
 from dvpo.metrics import Means, critic_figures, reward_figures
 from dvpo.noise import make_noise
@@ -237,8 +237,16 @@ class Trainer:
         groups_B = rollout.groups()
         counted_B = rollout.rewarded_B & keep_B
         rates = self.rates.rates() if self.rates else NO_RATES
+        penalties_B = self._overlong_penalties(rollout)
         shaped_BT = shape_rewards(
-            rollout.rewards_BT, rollout.mask_BT, groups_B, counted_B, self.config.reward, all_reduce_sum, rates
+            rollout.rewards_BT,
+            rollout.mask_BT,
+            groups_B,
+            counted_B,
+            self.config.reward,
+            all_reduce_sum,
+            rates,
+            penalties_B,
         )
         rewards_BT = shaped_BT * mask_BT
         reference_BT = self._reference_logprobs(rollout)
@@ -268,6 +276,10 @@ class Trainer:
         figures["actor/advantage_std"] = spread
         if self.rates:
             figures |= self.rates.figures()
+        if penalties_B is not None:
+            means = Means()
+            means.add("reward/overlong", penalties_B)
+            figures |= means.result(all_reduce_sum)
         if self.critic is not None:
             seen_BT = rollout.mask_BT & rollout.rewarded_B.unsqueeze(-1)
             zeros_BT = torch.zeros_like(rewards_BT)
@@ -275,6 +287,11 @@ class Trainer:
             truth_BT = rollout.true_B.unsqueeze(-1).expand_as(returns_BT)
             figures |= critic_figures(values_BTNM[seen_BT], returns_BT[seen_BT], truth_BT[seen_BT], all_reduce_sum)
         return Estimates(mask_BT, advantages_BT, targets_BTL, values_BTNM, reference_BT), figures
+
+    def _overlong_penalties(self, rollout: Rollout) -> Tensor | None:
+        margin, limit = self.config.reward.overlong, self.config.sampling.max_completion_length
+        lengths_B = rollout.attention_BS[:, rollout.prompt_length :].sum(dim=-1)
+        return overlong_penalties(lengths_B, limit, margin) if margin else None
 
     def _values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Predictions at every token's state, and at the state after the last token: [B, T, N, M], [B, N, M]."""
