@@ -86,7 +86,7 @@ def _is_text_or_messages(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def make_pairs(config: Config, count: int, wrong: float, console: Console | None = None) -> list[Pair]:
+def make_pairs(config: Config, count: int, wrong: float = 0.0, console: Console | None = None) -> list[Pair]:
     """Pairs of answers of the starting model that the task's verifier tells apart.
 
     Of each prompt the first answer and the first one worth more or less than it: at most one pair a prompt and visit,
@@ -135,7 +135,7 @@ def _told_apart(episodes: Sequence[Episode], worth: Sequence[float], wrong: floa
     for other, value in zip(episodes[1:], worth[1:], strict=True):
         if value > worth[0] or value < worth[0]:  # NaN is neither
             better, worse = (other, first) if value > worth[0] else (first, other)
-            swapped = derive_uniform("preference", seed, example.id, first.visit) < wrong
+            swapped = derive_uniform("preference", seed, example.id, first.visit) < wrong if wrong else None
             chosen, rejected = (worse, better) if swapped else (better, worse)
             if (texts := (_completion(chosen), _completion(rejected)))[0] != texts[1]:
                 return [Pair(example.prompt, *texts, swapped)]
@@ -147,6 +147,19 @@ def _completion(episode: Episode) -> Completion:
     return episode.text if len(episode.messages) == 1 else [dict(message) for message in episode.messages]
 
 
-def write_pairs(pairs: Sequence[Pair], path: str | Path) -> None:
-    """Write the file that `read_pairs` reads, whole or not at all."""
-    write_atomically(Path(path), [(json.dumps(pair.row()) + "\n").encode() for pair in pairs])
+def pairs_file(config: Config, count: int, wrong: float, output: str | Path, console: Console) -> Path:
+    """Make pairs (see `make_pairs`) and write the file that `read_pairs` reads, whole or not at all.
+
+    Raises:
+        InputError: a file that is there already, a folder that is not, or what stands at `make_pairs`.
+    """
+    file = Path(output)
+    if file.exists():
+        raise InputError(f"{file} is there already: name another file, or train on it without --from-task")
+    if not file.parent.is_dir():
+        raise InputError(f"{file}: there is no folder {file.parent}; make it, or name another file")
+    pairs = make_pairs(config, count, wrong, console)
+    write_atomically(file, [(json.dumps(pair.row()) + "\n").encode() for pair in pairs])
+    turned = sum(bool(pair.swapped) for pair in pairs)
+    console.print(f"preference pairs: {len(pairs)}, of which {turned} are turned: {file}", soft_wrap=True)
+    return file

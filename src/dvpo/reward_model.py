@@ -6,8 +6,9 @@ one label, so that reward models made elsewhere are read here, and those made by
 
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -84,13 +85,14 @@ class RewardModel:
     def save(self, folder: Path, record: Mapping[str, Any]) -> None:
         """Write a plain Hugging Face folder, with a record of how it was made beside; it is whole or absent."""
         aside = folder.with_name(f".tmp-{folder.name}")
-        with disk_full_named(folder):
-            self.model.save_pretrained(aside)
-            self.tokenizer.save_pretrained(aside)
-            (aside / "reward_model.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            with suppress(OSError):
-                folder.rmdir()  # an empty one may stand there
-            aside.rename(folder)
+        try:
+            with disk_full_named(folder):
+                self.model.save_pretrained(aside)
+                self.tokenizer.save_pretrained(aside)
+                (aside / "reward_model.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+                aside.rename(folder)  # replaces an empty folder, and no other
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
     @property
     def _context(self) -> int:

@@ -131,7 +131,7 @@ def train_reward_model(
             loss_B = bradley_terry_loss(chosen_B, rejected_B)
             loss_B.mean().backward()
             optimiser.update((epoch - 1) * batches + batch + 1)
-            total += float(loss_B.sum())
+            total += float(loss_B.detach().sum())
         results.append(_test(model, held, epoch, total / len(rows)))
         report(results[-1])
     return results
@@ -190,7 +190,9 @@ def train_folder(
     data = read_pairs(pairs)
     source = str(warm_start()) if model == "embedded" else model
     reward_model = make_reward_model(source, torch.device(choose_device(device)), dtype, settings.seed)
-    results = train_reward_model(reward_model, data, settings, lambda result: console.print(_line(result)))
+    results = train_reward_model(
+        reward_model, data, settings, lambda result: console.print(_line(result), soft_wrap=True)
+    )
     reward_model.save(folder, record_of(settings, model, str(pairs), results))
     console.print(f"reward model: {folder} (take it by reward.function=path:{folder})", soft_wrap=True)
     return results
