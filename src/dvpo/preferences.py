@@ -99,7 +99,7 @@ def make_pairs(config: Config, count: int, wrong: float = 0.0, console: Console 
         console: shows progress.
 
     Raises:
-        InputError: a task that does not know the truth, numbers out of range, or a whole pass without a pair.
+        InputError: a task that does not know the truth, numbers out of range, or no pair in the whole first pass.
     """
     if count < 1:
         raise InputError(f"--pairs = {count} is too few: take at least 1")

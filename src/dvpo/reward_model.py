@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from dvpo.durable import disk_full_named
+from dvpo.durable import disk_full_named, flush_file, flush_folder
 from dvpo.errors import InputError
 from dvpo.policy import compute_type, without_dropout
 from dvpo.rewards import Fault, Scores
@@ -85,12 +85,17 @@ class RewardModel:
     def save(self, folder: Path, record: Mapping[str, Any]) -> None:
         """Write a plain Hugging Face folder, with a record of how it was made beside; it is whole or absent."""
         aside = folder.with_name(f".tmp-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)  # what a killed process left
         try:
             with disk_full_named(folder):
                 self.model.save_pretrained(aside)
                 self.tokenizer.save_pretrained(aside)
                 (aside / "reward_model.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+                for file in aside.iterdir():
+                    flush_file(file)
+                flush_folder(aside)
                 aside.rename(folder)  # replaces an empty folder, and no other
+                flush_folder(folder.absolute().parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 

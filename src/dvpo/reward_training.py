@@ -28,11 +28,16 @@ from dvpo.warmstart import warm_start
 
 
 def bradley_terry_loss(chosen_B: Tensor, rejected_B: Tensor) -> Tensor:
-    """-log sigmoid(r_chosen - r_rejected) of each pair, in nats: [B]. Its gradient by r_chosen is -sigmoid(-(gap)).
+    """The loss of each pair.
+
+        loss = -log sigmoid(g),   d loss / d chosen = -sigmoid(-g),   g = chosen - rejected
 
     Args:
         chosen_B: scores of the preferred completions.
         rejected_B: scores of the others.
+
+    Returns:
+        [B], in nats.
 
     Raises:
         ValueError: if the shapes differ or are not [B].
