@@ -1,4 +1,4 @@
-"""The command line: `dvpo demo | train | eval | study | doctor`.
+"""The command line: `dvpo demo | train | eval | study | label | reward-model | doctor`.
 
 Exit codes: 0 done, 1 a fault of ours (with its traceback) or a failed run of a study, 2 bad input (one sentence),
 130 interrupted.
@@ -79,6 +79,32 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--baseline", default="ppo", help="whom the tables compare with (default: ppo)")
     study.set_defaults(run=_study, go_on="the same command goes on with the study")
 
+    label = commands.add_parser("label", help="majority-vote pseudo-labels of the training prompts, by any model")
+    label.add_argument("config", metavar="CONFIG.yaml")
+    label.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
+    label.add_argument("--samples", type=int, default=8, help="answers a prompt (default: 8)")
+    label.add_argument("--prompts", type=int, help="only so many of the first prompts (default: all)")
+    label.add_argument("--output", default="labels.jsonl", metavar="FILE.jsonl", help="default: labels.jsonl")
+    label.set_defaults(run=_label, go_on="nothing was written")
+
+    reward = commands.add_parser("reward-model", help="train a reward model on preference pairs, or make such pairs")
+    reward.add_argument("pairs", metavar="PAIRS.jsonl", help='lines of {"prompt": ..., "chosen": ..., "rejected": ...}')
+    reward.add_argument("--model", default="embedded", help="a folder or hub name to start from (default: embedded)")
+    reward.add_argument("--output", default="reward-model", metavar="FOLDER", help="default: reward-model")
+    reward.add_argument("--epochs", type=int, default=2, help="default: 2")
+    reward.add_argument("--lr", type=float, default=1e-3, help="default: 1e-3; about 1e-5 for a large model")
+    reward.add_argument("--batch-size", type=int, default=32, help="pairs in an optimiser step (default: 32)")
+    reward.add_argument("--held-out", type=float, default=0.1, help="share of prompts to test on (default: 0.1)")
+    reward.add_argument("--seed", type=int, default=0)
+    reward.add_argument("--device", default="auto")
+    reward.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute type")
+    made = reward.add_argument_group("making PAIRS.jsonl instead of reading it")
+    made.add_argument("--from-task", metavar="CONFIG.yaml", help="answers of its model, ordered by its task's verifier")
+    made.add_argument("--pairs", dest="count", type=int, default=2000, help="pairs to make (default: 2000)")
+    made.add_argument("--wrong", type=float, default=0.0, help="share of them to be turned (default: 0)")
+    made.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=OVERRIDES)
+    reward.set_defaults(run=_reward_model, go_on="nothing was written")
+
     doctor = commands.add_parser("doctor", help="what is installed; what a config will need in memory and time")
     doctor.add_argument("config", nargs="?", metavar="CONFIG.yaml")
     doctor.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
@@ -146,6 +172,39 @@ def _study(arguments: argparse.Namespace) -> int:
     if failed:
         console.print(f"{len(failed)} runs failed: the same command tries them again", soft_wrap=True)
     return 1 if failed else 0
+
+
+def _label(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from dvpo.config import load_config
+    from dvpo.label import label_file
+
+    config = load_config(arguments.config, arguments.overrides)
+    label_file(config, arguments.samples, arguments.prompts, arguments.output, Console())
+
+
+def _reward_model(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    if arguments.from_task:
+        from dvpo.config import load_config
+        from dvpo.preferences import pairs_file
+
+        config = load_config(arguments.from_task, arguments.set)
+        pairs_file(config, arguments.count, arguments.wrong, arguments.pairs, Console())
+        return
+    from dvpo.reward_training import Training, train_folder
+
+    settings = Training(
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        lr=arguments.lr,
+        held_out=arguments.held_out,
+        seed=arguments.seed,
+    )
+    output, device, dtype = arguments.output, arguments.device, arguments.dtype
+    train_folder(arguments.pairs, arguments.model, output, settings, device, dtype, Console())
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

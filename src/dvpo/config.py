@@ -59,6 +59,9 @@ class TaskConfig:
     """files: share of the training data held out when there is no `id_path`."""
     truth: str | None = None
     """files: `my_module:my_function`, the verified reward where you have one; logged beside the observed reward."""
+    answer_pattern: str | None = None
+    """files: regular expression of the final answer in a response, for `dvpo label`: its last match, or that match's
+    first group; None: the whole response."""
 
 
 @section
@@ -104,7 +107,8 @@ class RewardConfig:
     """Where the observed reward comes from."""
 
     function: str = "task"
-    """`task` (the task's own verifier) or `my_module:my_function`, with TRL's signature."""
+    """`task` (the task's own verifier), `my_module:my_function` with TRL's signature, or `path:FOLDER`, a reward
+    model."""
     timeout: Positive = 30.0
     """Seconds that one call may take before its worker process is killed."""
     norm: Literal["none", "group", "group_robust", "batch"] = "none"

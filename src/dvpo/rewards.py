@@ -30,13 +30,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import cloudpickle
 
 from dvpo import reward_worker
 from dvpo.errors import InputError
-from dvpo.tasks import Message, Prompt, Reward
+from dvpo.tasks import Completion, Message, Prompt, Reward
 
 STANDARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
 
@@ -65,6 +65,26 @@ class Scores:
 
     rewards: list[Reward]
     faults: list[Fault]
+
+
+class RewardSource(Protocol):
+    """Whatever observes rewards: the guarded call below, or a reward model in this process."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Completion],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> Scores: ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None: ...
 
 
 class GuardedReward:
@@ -129,7 +149,7 @@ class GuardedReward:
     def __call__(
         self,
         prompts: Sequence[Prompt],
-        completions: Sequence[str | Sequence[Message]],
+        completions: Sequence[Completion],
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence[Any]],
     ) -> Scores:

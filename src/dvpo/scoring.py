@@ -11,9 +11,14 @@ from torch import Tensor
 from dvpo.config import Config
 from dvpo.errors import InputError
 from dvpo.noise import NO_NOISE, Columns, Noise
-from dvpo.rewards import Fault, GuardedReward
+from dvpo.policy import choose_device
+from dvpo.reward_model import ModelReward, open_reward_model
+from dvpo.rewards import Fault, GuardedReward, RewardSource
 from dvpo.sampling import Episode, pad_right
-from dvpo.tasks import Message, Reward, Task
+from dvpo.tasks import Completion, Reward, Task
+
+MODEL_PREFIX = "path:"
+"""Behind it `reward.function` names the folder of a reward model."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Scored:
 class Scorer:
     """Truth from the task, observation from the user's reward function or the task, noise on top."""
 
-    def __init__(self, task: Task, reward: GuardedReward | None, noise: Noise = NO_NOISE) -> None:
+    def __init__(self, task: Task, reward: RewardSource | None, noise: Noise = NO_NOISE) -> None:
         self.task, self.reward, self.noise = task, reward, noise
 
     def __call__(self, episodes: Sequence[Episode]) -> Scored:
@@ -72,11 +77,9 @@ class Scorer:
         return (truth if believed is columns else self.true_rewards(episodes, believed)), []
 
     def _ask(
-        self, reward: GuardedReward, episodes: Sequence[Episode], columns: Columns
+        self, reward: RewardSource, episodes: Sequence[Episode], columns: Columns
     ) -> tuple[list[Reward], list[Fault]]:
-        completions: list[str | Sequence[Message]] = [
-            e.text if isinstance(e.example.prompt, str) else e.messages for e in episodes
-        ]
+        completions: list[Completion] = [e.text if isinstance(e.example.prompt, str) else e.messages for e in episodes]
         scores = reward(
             [e.example.prompt for e in episodes],
             completions,
@@ -96,8 +99,8 @@ class Scorer:
         return [_with_turns(reward, episode) for reward, episode in zip(final, episodes, strict=True)]
 
 
-def open_reward(config: Config, task: Task, function: Callable[..., Any] | None = None) -> GuardedReward | None:
-    """The guarded reward function of a run, imported and checked; None where the task itself judges.
+def open_reward(config: Config, task: Task, function: Callable[..., Any] | None = None) -> RewardSource | None:
+    """The reward function or reward model of a run, opened and checked; None where the task itself judges.
 
     Args:
         config: names it under `reward`.
@@ -105,12 +108,17 @@ def open_reward(config: Config, task: Task, function: Callable[..., Any] | None 
         function: instead of the named one.
 
     Raises:
-        InputError: it cannot be imported or called with the columns, or nobody knows a reward.
+        InputError: it cannot be opened or called with the columns, or nobody knows a reward.
     """
     name = config.reward.function if function is None else function
     examples = task.split("train")
     if not examples:
         raise InputError(f"task.name = {config.task.name}: its training split is empty, give it at least one example")
+    if isinstance(name, str) and name.startswith(MODEL_PREFIX):
+        device = torch.device(choose_device(config.device))
+        model = open_reward_model(name.removeprefix(MODEL_PREFIX), device, config.model.dtype)
+        model.encode(examples[0].prompt, "")  # a chat template that is missing shows now
+        return ModelReward(model)
     if name != "task":
         columns = {column for example in examples for column in example.columns}
         return GuardedReward(name, timeout=config.reward.timeout, columns=sorted(columns))
@@ -118,7 +126,7 @@ def open_reward(config: Config, task: Task, function: Callable[..., Any] | None 
     if not getattr(task, "knows_truth", True):
         raise InputError(
             f"reward.function = task, but the task {task.name} cannot judge an answer: set reward.function to "
-            "my_module:my_function"
+            "my_module:my_function or path:FOLDER of a reward model"
         )
     return None
 

@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from dvpo.errors import InputError
 
@@ -15,6 +15,12 @@ Prompt = str | Sequence[Message]
 
 Reward = float | None | list[float | None]
 """A scalar for the whole response; None or NaN for "no opinion"; or one entry a turn, or one a token."""
+
+Completion = str | Sequence[Message]
+"""What the policy wrote: a text, or a conversation's messages behind the prompt, those of the environment included."""
+
+Answer = str | int
+"""A final answer, in the form that the column `answer` has."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,15 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
+class HasFinalAnswer(Task, Protocol):
+    """A task whose responses end in an answer that can be compared with others, so that samples can vote."""
+
+    def final_answer(self, text: str) -> Answer | None:
+        """The answer that a response gives, None if it gives none."""
+        ...
+
+
 def make_task(settings: Any) -> Task:
     """The task that a config's `task` section names: an embedded one, `files`, or `my_module:make_task`.
 
@@ -116,6 +131,7 @@ def make_task(settings: Any) -> Task:
             prompt_column=settings.prompt_column,
             held_out=settings.held_out,
             truth=settings.truth,
+            answer_pattern=settings.answer_pattern,
         )
     module, colon, attribute = settings.name.partition(":")
     if not colon:

@@ -7,6 +7,7 @@ columns but the prompt are handed to the reward functions.
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,7 @@ class FilesTask:
         answer_column: this column is handed to reward functions as `answer`.
         held_out: the share of prompts held out when there is no `id_path`, in [0, 1); 0 holds nothing out.
         truth: the verified reward, a function as in `dvpo.rewards` or its name `module:function`.
+        answer_pattern: a regular expression of the final answer in a response; None: the whole response.
 
     Raises:
         InputError: a missing or unreadable file, a bad row, an empty data set, a setting out of range.
@@ -53,9 +55,11 @@ class FilesTask:
         answer_column: str | None = None,
         held_out: float = 0.05,
         truth: str | Callable[..., Any] | None = None,
+        answer_pattern: str | None = None,
     ) -> None:
         if not 0 <= held_out < 1:
             raise InputError(f"task.held_out: {held_out!r} is no share; give a number from 0 to below 1")
+        self._answer = None if answer_pattern is None else _compiled(answer_pattern)
         self.name = Path(path).stem
         sources = {
             "train": ("task.path", path),
@@ -80,6 +84,13 @@ class FilesTask:
     def environment(self, example: Example) -> Environment:
         return SingleTurn(example)
 
+    def final_answer(self, text: str) -> str | None:
+        """The last match of `answer_pattern`, its first group if it has one; else the response without its margins."""
+        if self._answer is None:
+            return text.strip() or None
+        *_, last = [None, *self._answer.finditer(text)]
+        return None if last is None else last[1 if self._answer.groups else 0]
+
     def true_reward(
         self,
         prompts: Sequence[Prompt],
@@ -90,6 +101,15 @@ class FilesTask:
         if self._truth is None:
             return [None] * len(prompts)
         return self._truth(prompts, completions, completion_ids, columns).rewards
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise InputError(
+            f"task.answer_pattern: {pattern!r} is no regular expression ({error}); mend it, or quote it in the YAML"
+        ) from None
 
 
 def _hold_out(examples: list[Example], share: float, path: str | Path) -> dict[str, list[Example]]:

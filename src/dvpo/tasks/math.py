@@ -167,6 +167,9 @@ class ChainArithmetic:
     def environment(self, example: Example) -> Environment:
         return SingleTurn(example)
 
+    def final_answer(self, text: str) -> int | None:
+        return parse_answer(text)
+
     def true_reward(
         self,
         prompts: Sequence[Prompt],

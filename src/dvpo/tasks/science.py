@@ -237,6 +237,9 @@ class Science:
     def environment(self, example: Example) -> Environment:
         return SingleTurn(example)
 
+    def final_answer(self, text: str) -> str | None:
+        return parse_answer(text)
+
     def true_reward(
         self,
         prompts: Sequence[Prompt],
