@@ -1,10 +1,10 @@
 """What do the levers that feed a critic teach it, and what do they cost?
 
-    python benchmarks/critic_levers.py      # 9 settings x 2 critics x 2 seeds, one process, one thread
+    python benchmarks/critic_levers.py      # 9 settings x 2 critics, one seed, one process, one thread
 
 Only the critic learns (`update.actor_warmup_steps`), on clean rewards, so every setting sees the very same responses
-of one frozen policy: the embedded model with the checker's dial at 1. Writes results/critic_levers.json. Two seeds
-show what each lever does to a step; they rank nothing.
+of one frozen policy: the embedded model with the checker's dial at 1. Writes results/critic_levers.json. One seed
+shows what a lever does; it ranks nothing.
 """
 
 import argparse
@@ -20,10 +20,10 @@ from rich.table import Table
 
 from dvpo import provenance
 
-SEEDS = (201, 202)
+SEEDS = (201,)
 ALGORITHMS = ("dvpo", "ppo")
-STEPS = 30
-LAST = 10
+STEPS = 12
+LAST = 4
 RESULT = Path(__file__).parent / "results" / "critic_levers.json"
 SETTINGS: dict[str, list[str]] = {
     "none": [],
@@ -33,7 +33,7 @@ SETTINGS: dict[str, list[str]] = {
     "privileged": ["critic.privileged=answer"],
     "frozen": ["critic.trunk=frozen"],
     "verdict": ["critic.start=verdict"],
-    "verdict, first alone": ["critic.start=verdict", "critic.verdict_only_steps=20"],
+    "verdict, first alone": ["critic.start=verdict", "critic.verdict_only_steps=6"],
     "verdict, frozen": ["critic.start=verdict", "critic.trunk=frozen"],
 }
 
