@@ -277,9 +277,9 @@ def test_a_feature_of_token_t_is_known_in_the_state_behind_it_and_in_no_state_be
 @torch.no_grad()
 def test_the_state_before_the_first_token_has_features_of_0_and_the_end_has_the_last_tokens():
     policy, rollout = tiny_policy(), make_rollout()
-    features_BUF = new_critic(policy, features=True).states(rollout, policy)[..., -2:]
-    assert features_BUF[0, :, 0].tolist() == [0.0, -0.5, -1.5, -2.5, -3.5, -4.5]
-    assert (features_BUF[..., 1] == 0).all()
+    features_BU2 = new_critic(policy, features=True).states(rollout, policy)[..., -2:]
+    assert features_BU2[0, :, 0].tolist() == [0.0, -0.5, -1.5, -2.5, -3.5, -4.5]
+    assert (features_BU2[..., 1] == 0).all()
 
 
 @torch.no_grad()

@@ -143,7 +143,7 @@ class Critic(nn.Module):
         return theta_NM if self.verdict is None else theta_NM + self.verdict(states_D[..., : self.shape.hidden_size])
 
     def states(self, rollout: Rollout, policy: Policy) -> Tensor:
-        """What the heads read at the T + 1 states of each response, before every token and at the end: [B, T + 1, D].
+        """What the heads read at the T + 1 states of each response, before every token and at the end: [B, U, D].
 
         With `features` two columns more: the log-prob of the token before, and the entropy of the distribution that
         it was drawn from; 0 before the first token and after a token that is not the policy's.
@@ -156,9 +156,9 @@ class Critic(nn.Module):
         states_BUD = self.hidden_states(tokens_BS, attention_BS, policy)[:, first:]
         if not self.shape.features:
             return states_BUD
-        features_BTF = torch.stack([rollout.sampler_logprobs_BT, rollout.entropies_BT], dim=-1)
+        features_BT2 = torch.stack([rollout.sampler_logprobs_BT, rollout.entropies_BT], dim=-1)
         # Shifted by one: what is known of token t is known in the state that follows it.
-        return torch.cat([states_BUD.float(), F.pad(features_BTF, (0, 0, 1, 0))], dim=-1)
+        return torch.cat([states_BUD.float(), F.pad(features_BT2, (0, 0, 1, 0))], dim=-1)
 
     def learn_verdict_alone(self, alone: bool) -> None:
         """Let the verdict's scale and bias learn and nothing else, or all the rest and not them."""

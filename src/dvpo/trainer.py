@@ -54,6 +54,7 @@ SPLITS = ("id", "ood")
 MAY_CHANGE = ("steps", "device", "evaluation.", "checkpoint.", "log.", "output")
 """What a resumed run may set anew: nothing that has a say in the steps already done."""
 REPLAY_FIGURES = ("loss", "skipped_updates")
+"""Of the critic's update, logged for the replay apart: under `critic/` stands the step's own batch."""
 
 
 class Observer(Protocol):
@@ -288,9 +289,9 @@ class Trainer:
         parts = []
         for rows in torch.arange(len(rollout), device=self.device).split(self.config.update.microbatch_size):
             parts.append(self.critic(self.critic.states(rollout.select(rows), self.policy)))
-        states_BTNM = torch.cat(parts)  # T + 1 states: one before each token, and the end
+        values_BUNM = torch.cat(parts)  # of the states before each token, and of the end
         lengths_B = rollout.attention_BS[:, rollout.prompt_length :].sum(dim=-1)
-        return states_BTNM[:, :-1], states_BTNM[torch.arange(len(rollout), device=self.device), lengths_B]
+        return values_BUNM[:, :-1], values_BUNM[torch.arange(len(rollout), device=self.device), lengths_B]
 
     @torch.no_grad()
     def _token_figures(self, policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor]:
