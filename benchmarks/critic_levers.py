@@ -2,9 +2,9 @@
 
     python benchmarks/critic_levers.py      # 9 settings, one seed, one process, one thread
 
-Only the critic learns (`update.actor_warmup_steps`), on clean rewards, so every setting sees the very same responses
-of one frozen policy: the embedded model with the checker's dial at 1, and dvpo's critic on it. Writes results/critic_levers.json. One seed
-shows what a lever does; it ranks nothing.
+Only the critic (dvpo's) learns, on clean rewards, by `update.actor_warmup_steps`: every setting sees the very same
+responses of one frozen policy, the embedded model with the checker's dial at 1. Writes results/critic_levers.json. One
+seed shows what a lever does; it ranks nothing.
 """
 
 import argparse
