@@ -1,13 +1,18 @@
 """The critic: what its heads can say, which states they see, where its gradients go, and how it is kept."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from dvpo.batch import Rollout
 from dvpo.config import CriticConfig
-from dvpo.critic import Critic, QuantileHeads, load_critic, make_critic
+from dvpo.critic import Critic, QuantileHeads, Verdict, load_critic, make_critic
 from dvpo.errors import InputError
 from dvpo.policy import Policy
+from dvpo.sampling import Episode, collate
+from dvpo.tasks import Example
 from tiny_models import one_row, tiny_policy
 
 TOKENS = [70, 81, 92, 17, 40, 33, 44, 1, 200]
@@ -202,3 +207,107 @@ def test_a_folder_that_holds_no_sound_critic_is_an_input_error_in_one_line(damag
     with pytest.raises(InputError, match="critic folder") as caught:
         load_critic(folder)
     assert "\n" not in str(caught.value)
+
+
+# Verdict
+
+
+@pytest.mark.parametrize("kind", ["scalar", "quantile"])
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "cohere", "granite"])
+@torch.no_grad()
+def test_a_verdict_start_adds_the_sigmoid_of_the_models_own_logit_difference_to_every_quantile(family, kind):
+    policy = tiny_policy(family)
+    critic = new_critic(policy, kind=kind, start="verdict")
+    hidden_SD = critic.hidden_states(*one_row(TOKENS), policy)[0]
+    good, bad = policy.tokenizer.convert_tokens_to_ids(["<|good|>", "<|bad|>"])
+    logits_SV = policy.model(one_row(TOKENS)[0]).logits[0]
+    verdict_S = torch.sigmoid(logits_SV[:, good] - logits_SV[:, bad])
+    assert verdict_S.std() > 0.01
+    expected_SNM = critic.heads(hidden_SD) + verdict_S[:, None, None]
+    torch.testing.assert_close(critic(hidden_SD), expected_SNM, rtol=0, atol=1e-5)
+
+
+def test_scale_and_bias_find_how_noise_distorts_a_verdict_within_a_hundred_steps_of_adam():
+    """False positives .4 and false negatives .4 turn a success probability v into .4 + .2 v."""
+    torch.manual_seed(0)
+    verdict, states_KD = Verdict(4, 1), torch.randn(500, 4)
+    with torch.no_grad():
+        verdict.direction.copy_(torch.tensor([2.0, -1.0, 0.5, 0.0]))
+        target_K = 0.4 + 0.2 * torch.sigmoid(states_KD @ verdict.direction)
+    adam = torch.optim.AdamW([verdict.moved], lr=1e-3)
+    for _ in range(100):
+        adam.zero_grad()
+        (verdict(states_KD).flatten() - target_K).square().mean().backward()
+        adam.step()
+    torch.testing.assert_close(verdict(states_KD).flatten(), target_K, rtol=0, atol=0.02)
+    torch.testing.assert_close(1 + verdict.REACH * verdict.moved[0], torch.tensor([0.2]), rtol=0, atol=0.05)
+
+
+# What it reads of a rollout
+
+
+def make_rollout(hints: list[list[int]] | None = None) -> Rollout:
+    """Two rows, prompts of 2 and 4 tokens, responses of 5 and 3."""
+    rows = [([70, 81], [92, 17, 40, 33, 1]), ([44, 45, 46, 47], [200, 99, 1])]
+    episodes = [
+        Episode(Example(f"p{i}", "x"), 0, 0, prompt, tokens, [0] * len(tokens), [-0.5 - j for j in range(len(tokens))])
+        for i, (prompt, tokens) in enumerate(rows)
+    ]
+    scores = {"rewards_BT": torch.zeros(2, 5)} | {f: torch.zeros(2) for f in ("rewarded_B", "observed_B", "true_B")}
+    rollout = collate(episodes, scores, 0, policy_version=0)
+    return rollout if hints is None else replace(rollout, hints_BH=torch.tensor(hints))
+
+
+@pytest.mark.parametrize("kind", ["scalar", "quantile"])
+@pytest.mark.parametrize("trunk", ["own", "frozen", "shared"])
+@pytest.mark.parametrize("field", ["sampler_logprobs_BT", "entropies_BT"])
+@torch.no_grad()
+def test_a_feature_of_token_t_is_known_in_the_state_behind_it_and_in_no_state_before(field, trunk, kind):
+    policy, rollout, t = tiny_policy(), make_rollout(), 2
+    critic = new_critic(policy, kind=kind, trunk=trunk, features=True)
+    value_BT = getattr(rollout, field).clone()
+    value_BT[0, t] -= 3.0
+    other = replace(rollout, **{field: value_BT})
+    before_BUNM, after_BUNM = (critic(critic.states(r, policy)) for r in (rollout, other))
+    changed_U = (before_BUNM != after_BUNM)[0].flatten(1).any(dim=1)
+    assert changed_U.nonzero().flatten().tolist() == [t + 1]  # t itself would leak the token that is to be valued
+    assert torch.equal(before_BUNM[1], after_BUNM[1])
+
+
+@torch.no_grad()
+def test_the_state_before_the_first_token_has_features_of_0_and_the_end_has_the_last_tokens():
+    policy, rollout = tiny_policy(), make_rollout()
+    features_BU2 = new_critic(policy, features=True).states(rollout, policy)[..., -2:]
+    assert features_BU2[0, :, 0].tolist() == [0.0, -0.5, -1.5, -2.5, -3.5, -4.5]
+    assert (features_BU2[..., 1] == 0).all()
+
+
+@torch.no_grad()
+def test_a_hint_is_read_as_if_it_stood_right_before_the_prompt_whatever_the_padding_between():
+    policy, rollout = tiny_policy(), make_rollout([[-1, 60], [61, 62]])
+    critic = new_critic(policy)
+    states_BUD = critic.states(rollout, policy)
+    for row, (hint, prompt, tokens) in enumerate(
+        [([60], [70, 81], [92, 17, 40, 33, 1]), ([61, 62], [44, 45, 46, 47], [200, 99, 1])]
+    ):
+        whole_SD = critic.hidden_states(*one_row([*hint, *prompt, *tokens]), policy)[0]
+        torch.testing.assert_close(states_BUD[row, : len(tokens) + 1], whole_SD[-len(tokens) - 1 :])
+
+
+@torch.no_grad()
+def test_without_levers_the_states_are_the_hidden_states_of_the_columns_before_and_of_the_last():
+    policy, rollout = tiny_policy(), make_rollout()
+    critic = new_critic(policy)
+    hidden_BSD = critic.hidden_states(rollout.tokens_BS, rollout.attention_BS, policy)
+    assert torch.equal(critic.states(rollout, policy), hidden_BSD[:, rollout.prompt_length - 1 :])
+
+
+@torch.no_grad()
+def test_a_critic_with_verdict_and_features_is_opened_bit_by_bit(tmp_path):
+    policy, rollout = tiny_policy(), make_rollout()
+    critic = new_critic(policy, start="verdict", features=True)
+    critic.verdict.moved.normal_()
+    critic.save(tmp_path)
+    again = load_critic(tmp_path)
+    assert again.shape == critic.shape
+    assert torch.equal(again(again.states(rollout, policy)), critic(critic.states(rollout, policy)))

@@ -218,7 +218,7 @@ def test_kl_in_the_reward_takes_k1_from_the_reward_of_each_token(tmp_path: Path)
     with torch.no_grad():  # another reference than the policy, or every k1 would be 0
         next(penal.reference.model.parameters()).add_(0.05 * torch.randn(264, 32))
     rollout = rollout_of(penal)
-    reference_BT = penal._reference_logprobs(rollout)
+    reference_BT, _ = penal._token_figures(penal.reference, rollout)
     k1_BT = (rollout.sampler_logprobs_BT - reference_BT) * rollout.mask_BT
     with_kl, without = penal.estimate(rollout)[0], plain.estimate(rollout)[0]
     later_BT = k1_BT.flip(1).cumsum(dim=1).flip(1) * rollout.mask_BT

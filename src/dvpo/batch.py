@@ -5,6 +5,7 @@
     P  positions of the padded prompt     L  target atoms of a token
     S  P + T, the whole sequence          V  vocabulary
     D  hidden size                        K  policy tokens, flattened over B and T
+    H  positions of the padded hint       U  T + 1, the states of a response, its end included
 
 A tensor's letters stand at the end of its name: `mask_BT` is [B, T].
 
@@ -33,6 +34,10 @@ class Rollout:
     """int64, the policy's turn that a response token belongs to (0, 1, ...); -1 where mask_BT is False."""
     sampler_logprobs_BT: Tensor
     """float32, log-probability at sampling under the temperature-scaled, untruncated distribution; 0 where masked."""
+    entropies_BT: Tensor
+    """float32, entropy in nats of that distribution, 0 where masked; zeros unless `critic.features` asks for it."""
+    hints_BH: Tensor
+    """int64, tokens that a privileged critic reads before the prompt, -1 at padding in front; H = 0 without one."""
     terminated_B: Tensor
     """bool, the episode ended by itself (end token, stop string, environment)."""
     truncated_B: Tensor

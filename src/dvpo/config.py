@@ -271,6 +271,32 @@ class CriticConfig:
     """Clip range of scalar value losses in units of the reward; None = off. Quantile losses are not clipped."""
     cql_weight: Weight = 0.1
     """cql_ppo: weight of logsumexp_a Q - Q(taken). The default is that of trlX's ILQL."""
+    epochs: Count | None = None
+    """Passes of the critic over the responses of a step; None: as many as `update.epochs`."""
+    replay: CountOrZero = 0
+    """Earlier steps whose responses the critic goes through once more in every step."""
+    features: bool = False
+    """The heads read the policy's log-prob of the token before and its entropy there as well."""
+    start: Literal["random", "verdict"] = "random"
+    """`verdict`: the value begins as the starting model's own verdict, the sigmoid of two logits' difference."""
+    verdict_tokens: tuple[str, str] = ("<|good|>", "<|bad|>")
+    """Texts of one token each, for success and for failure."""
+    verdict_only_steps: CountOrZero = 0
+    """First steps in which the critic learns the verdict's scale and bias alone."""
+    privileged: str | None = None
+    """A column (`answer`, say) that the critic reads in front of its prompt and the policy does not."""
+
+    def __post_init__(self) -> None:
+        if self.verdict_only_steps and self.start != "verdict":
+            raise ValueError(
+                f"critic.verdict_only_steps = {self.verdict_only_steps}, but there is no verdict to fit: "
+                "set critic.start to verdict, or the steps to 0"
+            )
+        if self.privileged is not None and self.trunk != "own":
+            raise ValueError(
+                f"critic.privileged = {self.privileged} must be learnt by a trunk of the critic's own, "
+                f"but critic.trunk = {self.trunk}: set it to own"
+            )
 
 
 @section

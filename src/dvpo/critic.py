@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -93,6 +94,50 @@ class VocabularyHead(nn.Module):
         return in_chunks(one, self.linear.out_features, hidden_KD, policy_KD)[0]
 
 
+class Verdict(nn.Module):
+    """The starting model's own opinion as a value: hidden states [..., D] -> [..., N, 1], float32.
+
+        V = bias + scale * sigmoid(w h + c),   w h + c = logit of success - logit of failure
+
+    Scale and bias stand outside the sigmoid, since noise acts there: under false positives p and false negatives q a
+    true success probability v is observed as p + (1 - p - q) v. They learn first and alone, the direction w later.
+    """
+
+    REACH = 30.0
+    """AdamW moves a weight by its learning rate a step, whatever the gradient; scale and bias have farther to go."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.direction = nn.Parameter(torch.zeros(hidden_size, dtype=torch.float32))
+        self.register_buffer("offset", torch.zeros(()))
+        self.moved = nn.Parameter(torch.zeros(2, num_heads, dtype=torch.float32))
+        self.offset: Tensor
+
+    def forward(self, hidden_D: Tensor) -> Tensor:
+        with torch.autocast(hidden_D.device.type, enabled=False):
+            opinion = torch.sigmoid(hidden_D.float() @ self.direction + self.offset)
+            scale_N, bias_N = 1 + self.REACH * self.moved[0], self.REACH * self.moved[1]
+            return (bias_N + scale_N * opinion.unsqueeze(-1)).unsqueeze(-1)
+
+    @torch.no_grad()
+    def read_off(self, policy: Policy, tokens: tuple[str, str]) -> None:
+        """Take the direction from the policy's language-model head (a cap behind it is left out).
+
+        Raises:
+            InputError: a text that is not one token.
+        """
+        ids = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in tokens]
+        for text, pieces in zip(tokens, ids, strict=True):
+            if len(pieces) != 1:
+                raise InputError(
+                    f"critic.verdict_tokens: {text!r} is {len(pieces)} tokens of this model: take a text that is one"
+                )
+        head, ((good,), (bad,)) = policy.model.get_output_embeddings(), ids
+        self.direction.copy_(policy.logit_scale * (head.weight[good] - head.weight[bad]))
+        if getattr(head, "bias", None) is not None:
+            self.offset.copy_(policy.logit_scale * (head.bias[good] - head.bias[bad]))
+
+
 @dataclass(frozen=True)
 class CriticShape:
     """All that is needed to rebuild a critic around a trunk's config."""
@@ -106,6 +151,12 @@ class CriticShape:
     monotone: bool
     vocabulary: int = 0
     """Of a vocabulary critic; it has one head, and M = 1."""
+    start: Literal["random", "verdict"] = "random"
+    features: bool = False
+
+
+FEATURES = 2
+"""Log-prob and entropy of the token before."""
 
 
 class Critic(nn.Module):
@@ -122,11 +173,18 @@ class Critic(nn.Module):
         self.trunk = trunk
         if trunk is not None and shape.trunk == "frozen":
             trunk.requires_grad_(False)
+        inputs = shape.hidden_size + FEATURES * shape.features
         self.heads: QuantileHeads | VocabularyHead
         if shape.kind == "vocabulary":
-            self.heads = VocabularyHead(shape.hidden_size, shape.vocabulary)
+            self.heads = VocabularyHead(inputs, shape.vocabulary)
         else:
-            self.heads = QuantileHeads(shape.hidden_size, shape.num_heads, shape.num_quantiles, shape.monotone)
+            self.heads = QuantileHeads(inputs, shape.num_heads, shape.num_quantiles, shape.monotone)
+        self.verdict = Verdict(shape.hidden_size, shape.num_heads) if shape.start == "verdict" else None
+
+    def forward(self, states_D: Tensor) -> Tensor:
+        """Predictions [..., N, M] from what `states` gives: the heads', around the verdict where there is one."""
+        theta_NM: Tensor = self.heads(states_D)
+        return theta_NM if self.verdict is None else theta_NM + self.verdict(states_D[..., : self.shape.hidden_size])
 
     def values(self, states_BUD: Tensor, rollout: Rollout, policy: Policy, temperature: float) -> Tensor:
         """What the states are worth: [B, U, N, M].
@@ -138,7 +196,7 @@ class Critic(nn.Module):
             temperature: as at sampling.
         """
         if isinstance(self.heads, QuantileHeads):
-            values_BUNM: Tensor = self.heads(states_BUD)
+            values_BUNM: Tensor = self(states_BUD)
             return values_BUNM
         policy_BSD = policy.hidden_states(rollout.tokens_BS, rollout.attention_BS)
         policy_BUD = policy_BSD[:, rollout.prompt_length - 1 :]
@@ -152,8 +210,43 @@ class Critic(nn.Module):
         """
         if isinstance(self.heads, VocabularyHead):
             return self.heads.taken_and_soft_maximum(states_KD, tokens_K).unsqueeze(-2)
-        predictions_KNM: Tensor = self.heads(states_KD)
+        predictions_KNM: Tensor = self(states_KD)
         return predictions_KNM
+
+    def states(self, rollout: Rollout, policy: Policy) -> Tensor:
+        """What the heads read at the T + 1 states of each response, before every token and at the end: [B, U, D].
+
+        With `features` two columns more: the log-prob of the token before, and the entropy of the distribution that
+        it was drawn from; 0 before the first token and after a token that is not the policy's.
+        """
+        hint_BH = rollout.hints_BH >= 0
+        # The gap between hint and prompt does no harm: positions count real tokens, attention sees no others.
+        tokens_BS = torch.cat([rollout.hints_BH.clamp(min=0), rollout.tokens_BS], dim=1)
+        attention_BS = torch.cat([hint_BH, rollout.attention_BS], dim=1)
+        first = hint_BH.shape[1] + rollout.prompt_length - 1
+        states_BUD = self.hidden_states(tokens_BS, attention_BS, policy)[:, first:]
+        if not self.shape.features:
+            return states_BUD
+        features_BT2 = torch.stack([rollout.sampler_logprobs_BT, rollout.entropies_BT], dim=-1)
+        # Shifted by one: what is known of token t is known in the state that follows it.
+        return torch.cat([states_BUD.float(), F.pad(features_BT2, (0, 0, 1, 0))], dim=-1)
+
+    def learn_verdict_alone(self, alone: bool) -> None:
+        """Let the verdict's scale and bias learn and nothing else, or all the rest and not them."""
+        if self.verdict is None:
+            return
+        for parameter in self._learning:
+            parameter.requires_grad_(not alone)
+        self.verdict.moved.requires_grad_(alone)
+
+    @property
+    def _learning(self) -> Iterator[nn.Parameter]:
+        """Parameters that learn once scale and bias are done."""
+        assert self.verdict is not None
+        if self.trunk is not None and self.shape.trunk == "own":
+            yield from self.trunk.parameters()
+        yield from self.heads.parameters()
+        yield self.verdict.direction
 
     def hidden_states(self, tokens_BS: Tensor, attention_BS: Tensor, policy: Policy) -> Tensor:
         """Hidden states [B, S, D] that the heads read; from the policy, detached, where the trunk is shared."""
@@ -175,7 +268,11 @@ class Critic(nn.Module):
 
 
 def make_critic(kind: Kind, config: CriticConfig, policy: Policy) -> Critic:
-    """A fresh critic around a copy of the policy's trunk; draws its heads from torch's global generator."""
+    """A fresh critic around a copy of the policy's trunk; draws its heads from torch's global generator.
+
+    Raises:
+        InputError: `critic.verdict_tokens` that are no tokens.
+    """
     shape = CriticShape(
         kind=kind,
         trunk=config.trunk,
@@ -185,9 +282,14 @@ def make_critic(kind: Kind, config: CriticConfig, policy: Policy) -> Critic:
         levels=config.levels,
         monotone=config.monotone,
         vocabulary=policy.vocabulary if kind == "vocabulary" else 0,
+        start=config.start,
+        features=config.features,
     )
     trunk = None if config.trunk == "shared" else copy.deepcopy(policy.trunk)
-    return Critic(shape, trunk, policy.dtype).to(policy.device).train(policy.model.training)
+    critic = Critic(shape, trunk, policy.dtype).to(policy.device).train(policy.model.training)
+    if critic.verdict is not None:
+        critic.verdict.read_off(policy, config.verdict_tokens)
+    return critic
 
 
 def load_critic(

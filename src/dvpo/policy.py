@@ -77,16 +77,19 @@ class Policy:
         with self.autocast():
             return hidden_states(self.trunk, tokens_BS, attention_BS)
 
+    @property
+    def logit_scale(self) -> float:
+        """What the model family multiplies its logits by; `check_head` refuses one that does anything unknown."""
+        config = self.model.config.get_text_config()
+        return (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+
     def logits(self, hidden_KD: Tensor) -> Tensor:
         """float32 logits [K, V] of given hidden states, as the model's own forward computes them."""
         with self.autocast():
             logits_KV = self.model.get_output_embeddings()(hidden_KD).float()
-        config = self.model.config.get_text_config()
-        # What model families put behind their head; `check_head` refuses a family with anything else.
-        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-        if scale != 1.0:
-            logits_KV = logits_KV * scale
-        cap = getattr(config, "final_logit_softcapping", None)
+        if self.logit_scale != 1.0:
+            logits_KV = logits_KV * self.logit_scale
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return torch.tanh(logits_KV / cap) * cap if cap else logits_KV
 
     def token_logprobs(

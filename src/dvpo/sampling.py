@@ -77,7 +77,7 @@ class ChatEncoder:
         """Token ids of a string as it stands, or of a message list with the assistant's header at its end."""
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt)["input_ids"])
-        return self._tokens(self._render(prompt))
+        return self.plain(self._render(prompt))
 
     def reply(self, messages: Sequence[Message], last_token: int) -> list[int]:
         """Token ids of what the environment says, between the policy's last token and its next turn.
@@ -87,7 +87,7 @@ class ChatEncoder:
         which need not be the tokenizer's eos_token: a generation config may name others).
         """
         if self.tokenizer.chat_template is None:
-            return self._tokens("".join(m["content"] for m in messages))
+            return self.plain("".join(m["content"] for m in messages))
         dummy = [{"role": "user", "content": "?"}, {"role": "assistant", "content": self.MARK}]
         _, mark, tail = self._render([*dummy, *messages]).rpartition(self.MARK)
         if not mark:
@@ -95,7 +95,7 @@ class ChatEncoder:
         special = self.tokenizer.added_tokens_decoder.get(last_token)
         if special is not None and tail.lstrip().startswith(special.content):
             tail = tail.lstrip().removeprefix(special.content)
-        return self._tokens(tail)
+        return self.plain(tail)
 
     def text(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -115,8 +115,8 @@ class ChatEncoder:
         except Exception as error:  # templates raise whatever they like
             raise InputError(f"task: the chat template refuses a prompt ({error}): mend its roles") from None
 
-    def _tokens(self, text: str) -> list[int]:
-        # The template has written the special tokens already.
+    def plain(self, text: str) -> list[int]:
+        """Token ids of a text as it stands: no special token is added, those of a template stand in it already."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -377,6 +377,8 @@ def collate(episodes: Sequence[Episode], scores: Mapping[str, Tensor], pad_id: i
         mask_BT=turns_BT >= 0,
         turns_BT=turns_BT,
         sampler_logprobs_BT=pad_right([e.logprobs for e in episodes], 0.0, torch.float32, width),
+        entropies_BT=torch.zeros(len(episodes), width),
+        hints_BH=torch.zeros(len(episodes), 0, dtype=torch.long),
         terminated_B=terminated_B,
         truncated_B=~terminated_B,
         rewards_BT=scores["rewards_BT"],

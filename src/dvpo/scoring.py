@@ -28,6 +28,8 @@ class Scored:
     fields: dict[str, Tensor]
     """`rewards_BT`, `rewarded_B`, `observed_B`, `true_B` of the rollout."""
     faults: list[Fault]
+    believed: Columns
+    """The columns as whoever observes the rewards knows them: with the answers of pseudo-labels, right or wrong."""
 
 
 class Scorer:
@@ -39,7 +41,8 @@ class Scorer:
     def __call__(self, episodes: Sequence[Episode]) -> Scored:
         columns, prompt_ids = _columns(episodes), [e.example.id for e in episodes]
         truth = self.true_rewards(episodes, columns)
-        clean, faults = self._judged(episodes, truth, columns, self.noise.relabelled(columns, prompt_ids))
+        believed = self.noise.relabelled(columns, prompt_ids)
+        clean, faults = self._judged(episodes, truth, columns, believed)
         observed = self.noise(
             clean,
             prompt_ids,
@@ -59,7 +62,7 @@ class Scorer:
             "observed_B": torch.tensor([sum(r) if ok else math.nan for r, ok in zip(rewards, rewarded, strict=True)]),
             "true_B": torch.tensor([total(r) for r in truth]),
         }
-        return Scored(fields, faults)
+        return Scored(fields, faults, believed)
 
     def judge(self, episodes: Sequence[Episode]) -> list[Reward]:
         """Rewards for an evaluation: the truth; where nothing is known of it, the reward function without noise."""

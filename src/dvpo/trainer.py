@@ -6,7 +6,8 @@ All denominators are those of the optimiser step's whole batch, so nothing depen
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -39,18 +40,22 @@ from dvpo.metrics import Means, critic_figures, reward_figures
 from dvpo.noise import make_noise
 from dvpo.optimiser import Optimiser
 from dvpo.policy import Policy, choose_device, open_policy
+from dvpo.privilege import Privilege
 from dvpo.rates import NO_RATES, open_rates
+from dvpo.replay import Replay
 from dvpo.rewards import Fault
 from dvpo.runlog import RunLog, refuse_used_folder
 from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, collate, fit_prompts, play
 from dvpo.scoring import Scorer, open_reward
 from dvpo.seeding import derive_seed
-from dvpo.tasks import Task, make_task
+from dvpo.tasks import Example, Task, make_task
 from dvpo.warmstart import warm_start
 
 SPLITS = ("id", "ood")
 MAY_CHANGE = ("steps", "device", "evaluation.", "checkpoint.", "log.", "output")
 """What a resumed run may set anew: nothing that has a say in the steps already done."""
+REPLAY_FIGURES = ("loss", "skipped_updates")
+"""Of the critic's update, logged for the replay apart: under `critic/` stands the step's own batch."""
 
 
 class Observer(Protocol):
@@ -106,6 +111,7 @@ class Trainer:
         self.encoder = ChatEncoder(self.policy.tokenizer)
         self.prompt_tokens = fit_prompts(train, self.encoder, config.sampling, self.policy.context_length)
         self.reference = self._open_start(source) if config.actor.kl.coef else None
+        self.privilege = self._open_privilege(train) if self.row.has_critic else None
         self.critic = None
         if self.row.critic != "none":
             if checkpoint is None:
@@ -128,6 +134,9 @@ class Trainer:
             self.parts["critic_optimiser"] = self.critic_optimiser
         if self.rates:
             self.parts["rates"] = self.rates
+        self.replay = Replay(config.critic.replay if self.critic else 0)
+        if config.critic.replay:
+            self.parts["replay"] = self.replay
         if checkpoint is not None:
             restore(self.parts, load_state(checkpoint))
 
@@ -174,7 +183,8 @@ class Trainer:
         rollout, faults = self.score(episodes)
         scored = time.perf_counter()
         estimates, figures = self.estimate(rollout)
-        figures |= self.update(rollout, estimates)
+        figures |= self.update(rollout, estimates) | self.update_from_replay()
+        self.replay.add(rollout)
         ended = time.perf_counter()
         tokens = float(all_reduce_sum(rollout.mask_BT.sum()))
         figures |= {
@@ -220,7 +230,12 @@ class Trainer:
         rollout = collate(episodes, scored.fields, self.policy.pad_id, self.policy_version)
         if self.rates:
             self.rates.observe(rollout.prompt_ids, rollout.observed_B, rollout.true_B, all_reduce_sum)
-        return rollout.to(self.device), scored.faults
+        if self.privilege is not None:
+            rollout = replace(rollout, hints_BH=self.privilege.hints(scored.believed))
+        rollout = rollout.to(self.device)
+        if self.critic is not None and self.config.critic.features:
+            rollout = replace(rollout, entropies_BT=self._token_figures(self.policy, rollout)[1])
+        return rollout, scored.faults
 
     # Estimate
 
@@ -249,7 +264,8 @@ class Trainer:
             penalties_B,
         )
         rewards_BT = shaped_BT * mask_BT
-        reference_BT = self._reference_logprobs(rollout)
+        zeros_BT = torch.zeros_like(rewards_BT)
+        reference_BT = self._token_figures(self.reference, rollout)[0] if self.reference else zeros_BT
         if kl.place == "reward":
             rewards_BT = rewards_BT - kl.coef * (rollout.sampler_logprobs_BT - reference_BT) * mask_BT
 
@@ -282,7 +298,6 @@ class Trainer:
             figures |= means.result(all_reduce_sum)
         if self.critic is not None:
             seen_BT = rollout.mask_BT & rollout.rewarded_B.unsqueeze(-1)
-            zeros_BT = torch.zeros_like(rewards_BT)
             _, returns_BT = gae(shaped_BT, zeros_BT, rollout.mask_BT, settings.gamma, lam=1.0)
             truth_BT = rollout.true_B.unsqueeze(-1).expand_as(returns_BT)
             figures |= critic_figures(values_BTNM[seen_BT], returns_BT[seen_BT], truth_BT[seen_BT], all_reduce_sum)
@@ -301,47 +316,65 @@ class Trainer:
         parts = []
         for rows in torch.arange(len(rollout), device=self.device).split(self.config.update.microbatch_size):
             micro = rollout.select(rows)
-            hidden_BSD = self.critic.hidden_states(micro.tokens_BS, micro.attention_BS, self.policy)
-            states_BUD = hidden_BSD[:, micro.prompt_length - 1 :]
+            states_BUD = self.critic.states(micro, self.policy)
             parts.append(self.critic.values(states_BUD, micro, self.policy, self.config.sampling.temperature))
-        states_BTNM = torch.cat(parts)  # T + 1 states: one before each token, and the end
+        values_BUNM = torch.cat(parts)  # of the states before each token, and of the end
         lengths_B = rollout.attention_BS[:, rollout.prompt_length :].sum(dim=-1)
-        return states_BTNM[:, :-1], states_BTNM[torch.arange(len(rollout), device=self.device), lengths_B]
+        return values_BUNM[:, :-1], values_BUNM[torch.arange(len(rollout), device=self.device), lengths_B]
 
-    def _reference_logprobs(self, rollout: Rollout) -> Tensor:
-        logprobs_BT = torch.zeros_like(rollout.sampler_logprobs_BT)
-        if self.reference is not None:
-            for rows in torch.arange(len(rollout), device=self.device).split(self.config.update.microbatch_size):
-                micro = rollout.select(rows)
-                part_BT = torch.zeros_like(micro.sampler_logprobs_BT)
-                part_BT[micro.mask_BT] = self._logprobs(self.reference, micro, micro.mask_BT)[0]
-                logprobs_BT[rows] = part_BT
-        return logprobs_BT
+    @torch.no_grad()
+    def _token_figures(self, policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of the policy's tokens under any model, 0 elsewhere: both [B, T]."""
+        figures = torch.zeros(2, *rollout.mask_BT.shape, device=self.device)
+        for rows in torch.arange(len(rollout), device=self.device).split(self.config.update.microbatch_size):
+            micro = rollout.select(rows)
+            part = torch.zeros(2, *micro.mask_BT.shape, device=self.device)
+            part[:, micro.mask_BT] = torch.stack(self._logprobs(policy, micro, micro.mask_BT))
+            figures[:, rows] = part
+        return figures[0], figures[1]
 
     # Update
 
     def update(self, rollout: Rollout, estimates: Estimates) -> dict[str, float]:
-        """Some epochs over the rollout, each in `minibatches` optimiser steps."""
-        settings, means = self.config.update, Means()
-        warming_up = self.step <= settings.actor_warmup_steps
-        for epoch in range(settings.epochs):
-            generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "rows", self.step, epoch))
-            order_B = torch.randperm(len(rollout), generator=generator).to(self.device)
-            for rows in order_B.tensor_split(settings.minibatches):
-                if self.critic is not None:
+        """Some epochs over the rollout, each in `minibatches` optimiser steps; the critic may have more or fewer."""
+        means = Means()
+        warming_up = self.step <= self.config.update.actor_warmup_steps
+        actor_epochs = 0 if warming_up else self.config.update.epochs
+        critic_epochs = (self.config.critic.epochs or self.config.update.epochs) if self.critic else 0
+        for epoch in range(max(actor_epochs, critic_epochs)):
+            for rows in self._minibatches(rollout, "rows", self.step, epoch):
+                if epoch < critic_epochs:
                     self._update_critic(rollout, estimates, rows, means)
-                if not warming_up:
+                if epoch < actor_epochs:
                     self._update_actor(rollout, estimates, rows, means)
         return means.result(all_reduce_sum)
+
+    def update_from_replay(self) -> dict[str, float]:
+        """One pass of the critic over the responses of each step in the replay, with targets made anew."""
+        means = Means()
+        for age, kept in enumerate(self.replay):
+            rollout = kept.to(self.device)
+            estimates, _ = self.estimate(rollout)
+            for rows in self._minibatches(rollout, "replay", self.step, age):
+                self._update_critic(rollout, estimates, rows, means)
+        figures = means.result(all_reduce_sum)
+        return {f"replay/{name}": figures[f"critic/{name}"] for name in REPLAY_FIGURES if f"critic/{name}" in figures}
+
+    def _minibatches(self, rollout: Rollout, *key: str | int) -> tuple[Tensor, ...]:
+        """All rows, each in one of `minibatches` parts, in an order keyed by what it is for."""
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, *key))
+        order_B = torch.randperm(len(rollout), generator=generator).to(self.device)
+        return order_B.tensor_split(self.config.update.minibatches)
 
     def _update_critic(self, rollout: Rollout, estimates: Estimates, rows: Tensor, means: Means) -> None:
         assert self.critic is not None
         assert self.critic_optimiser is not None
         assert self.row.critic_loss is not None
+        self.critic.learn_verdict_alone(self.step <= self.config.critic.verdict_only_steps)
         count = token_count(estimates.mask_BT[rows], all_reduce_sum)
         for micro, at, mask_BT in self._microbatches(rollout, estimates, rows):
-            hidden_BSD = self.critic.hidden_states(micro.tokens_BS, micro.attention_BS, self.policy)
-            predictions_KNM = self.critic.predictions(states(hidden_BSD, micro)[mask_BT], micro.response_BT[mask_BT])
+            states_KD = self.critic.states(micro, self.policy)[:, :-1][mask_BT]
+            predictions_KNM = self.critic.predictions(states_KD, micro.response_BT[mask_BT])
             before_KNM, targets_KL = estimates.values_BTNM[at][mask_BT], estimates.targets_BTL[at][mask_BT]
             terms = self.row.critic_loss(predictions_KNM, before_KNM, targets_KL, self.config)
             (terms["loss"].sum() / count).backward()
@@ -491,6 +524,15 @@ class Trainer:
     def _open(self, source: str | Path, weights: Literal["pretrained", "random"] = "pretrained") -> Policy:
         model = self.config.model
         return open_policy(source, self.device, model.dtype, model.gradient_checkpointing, weights)
+
+    def _open_privilege(self, train: Sequence[Example]) -> Privilege | None:
+        """What the critic alone reads; None where it reads what the policy reads."""
+        if self.config.critic.privileged is None:
+            return None
+        longest = max(map(len, self.prompt_tokens.values()))
+        room = self.policy.context_length - longest - self.config.sampling.max_completion_length
+        kept = [e for e in train if e.id in self.prompt_tokens]
+        return Privilege(self.config.critic.privileged, self.encoder, kept, room)
 
     def _find_checkpoint(self) -> Path | None:
         """The newest sound checkpoint; None for a run that was killed before it wrote one."""
