@@ -82,7 +82,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ("algorithm=grpoo", "algorithm = grpoo is unknown"),
         ("algorithm=my_rows:row", "algorithm = my_rows:row cannot be imported (No module named 'my_rows')"),
         ("task.name=file", "task.name = file is unknown: take math, "),
-        ("task.name=my_tasks:make", "task.name = my_tasks:make cannot be imported"),
+        ("task.name=my_tasks:make", "task.name = my_tasks:make cannot be made (ModuleNotFoundError"),
         ("output=prompts.jsonl/run", "output = prompts.jsonl/run cannot be made"),
         ("noise.rate=2", "noise.rate = 2 is not valid"),
     ],
@@ -111,13 +111,22 @@ def test_a_used_output_folder_is_refused_and_left_whole(here: Path, capsys: pyte
     assert {path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()} == before
 
 
-def test_rewards_of_the_wrong_length_and_infinite_ones_are_faults_of_a_run_that_goes_on(here: Path):
-    for function, kind in (("three", "wrong_length"), ("infinite", "non_finite")):
-        assert main(["train", "good.yaml", f"output={function}", f"reward.function=my_rewards:{function}"]) == 0
-        [row] = [row for row in read_rows(here / function / "metrics.jsonl") if "reward/missing" in row]
-        assert row["reward/missing"] == 1.0
-        assert row["reward/observed"] is None
-        assert {fault["kind"] for fault in read_rows(here / function / "faults.jsonl")} == {kind}
+@pytest.mark.parametrize(("function", "words"), [("three", "returned 3 entries for"), ("infinite", "returned inf")])
+def test_a_reward_function_whose_every_answer_has_the_wrong_form_ends_the_first_step(
+    here: Path, capsys: pytest.CaptureFixture[str], function: str, words: str
+):
+    message = refusal(capsys, "train", "good.yaml", f"output={function}", f"reward.function=my_rewards:{function}")
+    assert f"reward.function: every reward of the first step is unusable, {words}" in message
+    assert not list((here / function).glob("checkpoint-*"))
+
+
+def test_a_reward_function_that_always_raises_is_counted_and_never_ends_a_run(here: Path):
+    (here / "raising.py").write_text("def reward(prompts, completions, completion_ids, **columns):\n    return 1 / 0\n")
+    assert main(["train", "good.yaml", "output=raised", "reward.function=raising:reward"]) == 0
+    [row] = [row for row in read_rows(here / "raised" / "metrics.jsonl") if "reward/missing" in row]
+    assert row["reward/missing"] == 1.0
+    assert row["reward/observed"] is None
+    assert {fault["kind"] for fault in read_rows(here / "raised" / "faults.jsonl")} == {"exception"}
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> None:

@@ -206,3 +206,21 @@ def test_a_file_that_is_no_config_is_refused_with_its_name_and_reason(tmp_path: 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path):
     assert refusal(tmp_path / "no.yaml").endswith("no.yaml cannot be read (No such file or directory): check the path")
     assert "cannot be read (Is a directory)" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("advantage.missing_reward=bootstrap", "asks a critic, but algorithm = grpo has none"),
+        ("advantage.truncation=bootstrap", "asks a critic, but algorithm = grpo has none"),
+        ("policy_optimiser.betas=[0.9, 1.0]", "policy_optimiser.betas.1 = 1.0 is not valid"),
+    ],
+)
+def test_a_setting_that_could_mean_nothing_is_refused(override: str, words: str):
+    with pytest.raises(InputError, match=words):
+        load_config({"algorithm": "grpo"}, [override])
+
+
+def test_clipped_deltas_are_refused_where_the_advantage_is_a_rank():
+    with pytest.raises(InputError, match="clips nothing in a rank"):
+        load_config({"algorithm": "dvpo_rank"}, ["advantage.delta_clip=1"])

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from dvpo.data import PromptStream
+from dvpo.errors import InputError
 from dvpo.tasks import Example
 
 EXAMPLES = [Example(f"p{i}", str(i)) for i in range(7)]
@@ -41,6 +42,12 @@ def test_a_resumed_stream_goes_on_as_if_nothing_had_happened(before):
     assert draw(resumed, 9, 9) == draw(whole, 18)
 
 
-def test_a_checkpoint_of_another_number_of_prompts_is_refused():
-    with pytest.raises(ValueError, match="7 prompts, the checkpoint 6"):
-        PromptStream(EXAMPLES, 0).load_state_dict(PromptStream(EXAMPLES[:6], 0).state_dict())
+@pytest.mark.parametrize("others", [EXAMPLES[:6], [*EXAMPLES[:6], Example("p9", "9")], EXAMPLES[::-1]])
+def test_a_checkpoint_of_other_prompts_is_refused_also_when_there_are_as_many(others: list[Example]):
+    with pytest.raises(InputError, match="not those of the checkpoint"):
+        PromptStream(EXAMPLES, 0).load_state_dict(PromptStream(others, 0).state_dict())
+
+
+def test_an_id_that_stands_twice_is_refused():
+    with pytest.raises(InputError, match="'p3' stands twice"):
+        PromptStream([*EXAMPLES, EXAMPLES[3]], 0)

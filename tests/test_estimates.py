@@ -394,6 +394,22 @@ def test_clipping_comes_last() -> None:
     assert shape("group", clip=0.5).abs().max() == 0.5
 
 
+def test_the_robust_form_falls_back_where_most_of_a_group_agrees() -> None:
+    # Binary rewards, two of eight right: the median deviation is 0, the sample std sqrt(8/8 * 3/16 * 8/7) = .463.
+    rewards = torch.tensor([0.0, 0, 0, 1, 0, 0, 1, 0])
+    _, scale = group_location_scale(rewards, torch.zeros(8).long(), torch.ones(8), robust=True)
+    torch.testing.assert_close(scale, torch.full((8,), (3 / 14) ** 0.5))
+
+
+def test_the_rank_of_mixture_targets_reads_their_spread() -> None:
+    given = signals()
+    indexwise, _ = estimate("dvpo_rank", given, "advantage.lam=0.5")
+    mixture, targets = estimate("dvpo_rank", given, "advantage.lam=0.5", "advantage.target=mixture")
+    theta_BTM = given.values_BTNM.mean(dim=-2).sort(dim=-1).values
+    torch.testing.assert_close(mixture, rank_advantage(targets, theta_BTM) * given.mask_BT)
+    assert not torch.equal(mixture, indexwise)
+
+
 # Every row in the trainer
 
 

@@ -247,15 +247,13 @@ def test_the_retries_of_a_batch_have_a_time_limit_whatever_the_pattern(guard: Gu
     assert scores.faults[-1].message.startswith("not tried")
 
 
-def test_a_wrong_length_that_single_samples_do_not_show_is_one_fault_of_the_batch(guard: Guard) -> None:
-    reward = guard("""
-        def reward(prompts, completions, completion_ids):
-            return [float(c) for c in set(completions)]   # forgets duplicates
-    """)
+@pytest.mark.parametrize("answer", ["[float(c) for c in set(completions)]", "[1.0]"])
+def test_an_answer_of_the_wrong_length_is_not_retried_into_a_right_one(guard: Guard, answer: str) -> None:
+    reward = guard(f"def reward(prompts, completions, completion_ids): return {answer}")
     scores = score(reward, ["1", "1", "2"])
-    assert scores.rewards == [1.0, 1.0, 2.0]
-    assert kinds(scores) == [("wrong_length", None)]
-    assert scores.faults[0].message == "returned 2 entries for 3 completions"
+    assert scores.rewards == [None, None, None]
+    assert kinds(scores) == [("wrong_length", 0), ("wrong_length", 1), ("wrong_length", 2)]
+    assert scores.faults[0].message in ("returned 2 entries for 3 completions", "returned 1 entries for 3 completions")
 
 
 def test_a_wrong_length_even_for_single_samples_leaves_no_reward_and_a_fault_each(guard: Guard) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from dvpo import trainer as trainer_module
 from dvpo.algorithms import ALGORITHMS
 from dvpo.batch import Estimates, Rollout
+from dvpo.errors import InputError
 from dvpo.metrics import Means
 from dvpo.runlog import TIME_PREFIX, read_rows
 from dvpo.tasks import Environment, Example, Step
@@ -413,13 +414,12 @@ def test_a_list_of_the_wrong_length_for_one_response_is_that_responses_fault(tmp
     assert "a list of 99 rewards fits neither the 1 turns nor the" in faults[0]["message"]
 
 
-def test_too_few_rewards_for_a_batch_are_asked_for_one_by_one_and_reported_once(tmp_path: Path):
+def test_too_few_rewards_for_every_batch_end_the_first_step_in_one_sentence(tmp_path: Path):
     def reward(prompts, completions, completion_ids, **columns):
         return [1.0] * min(len(prompts), 5)
 
-    row, faults, _ = counted(tmp_path / "run", reward)
-    assert (row["reward/missing"], row["reward/observed"]) == (0.0, 1.0)
-    assert [fault["kind"] for fault in faults] == ["wrong_length"]
+    with pytest.raises(InputError, match="returned 5 entries for 6 completions"):
+        counted(tmp_path / "run", reward)
 
 
 # What a run leaves behind

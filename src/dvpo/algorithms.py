@@ -159,7 +159,9 @@ def _weights(*terms: str) -> dict[str, Any]:
 
 _PAPER: dict[str, Any] = {
     "critic": {
+        "trunk": "own",
         "num_heads": 3,
+        "monotone": True,
         "levels": "midpoint",
         "kappa": 0.1,
         "eta": 2.0,
@@ -167,9 +169,18 @@ _PAPER: dict[str, Any] = {
         "beta": 0.1,
         **_weights(*TERMS)["critic"],
     },
-    "advantage": {"gamma": 1.0, "lam": 0.95, "target": "indexwise", "whiten": True, "law": {"functional": "mean"}},
+    "advantage": {
+        "gamma": 1.0,
+        "lam": 0.95,
+        "critic_lam": None,
+        "target": "indexwise",
+        "delta_clip": None,
+        "whiten": True,
+        "law": {"functional": "mean"},
+    },
+    "actor": {"clip_low": 0.2, "clip_high": 0.2, "aggregation": "token_mean"},
 }
-"""The paper's terms and constants, whatever `dvpo` becomes."""
+"""The paper's terms and constants, whatever `dvpo` becomes; M goes with the model (200 in the paper)."""
 
 _DVPO_PLAIN = Algorithm(
     name="dvpo_plain",

@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser("train", help="train as a YAML config says")
-    train.add_argument("config", metavar="CONFIG.yaml")
+    train.add_argument("config", metavar="CONFIG.yaml", help="settings of the run; configs/ has some to start from")
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
     train.add_argument("--resume", action="store_true", help="go on from the newest sound checkpoint in `output`")
     train.add_argument("--print-config", action="store_true", help="print the whole config as YAML and stop")

@@ -21,6 +21,7 @@ from dvpo.noise import PARAMETERS
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Tail = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -325,7 +326,7 @@ class OptimiserConfig:
     """AdamW and its schedule, one for the policy and one for the critic."""
 
     lr: Weight = 3e-4
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: Weight = 0.0
     max_grad_norm: Positive = 1.0
@@ -426,6 +427,17 @@ class Config:
                 f"{self.sampling.max_completion_length}: lower it"
             )
         self._check_corrections()
+        for key in ("truncation", "missing_reward"):
+            if getattr(self.advantage, key) == "bootstrap" and not row.has_critic:
+                raise ValueError(
+                    f"advantage.{key} = bootstrap asks a critic, but algorithm = {self.algorithm} has none: "
+                    "set it to mask"
+                )
+        if self.advantage.delta_clip is not None and row.uses_critic_terms and self.advantage.law.functional == "rank":
+            raise ValueError(
+                f"advantage.delta_clip = {self.advantage.delta_clip:g} clips nothing in a rank, which is bounded: "
+                "set it to null, or take another advantage.law.functional"
+            )
         if self.task.name == "files" and not self.task.path:
             raise ValueError("task.path is empty: name the file with your prompts (task.path=my_prompts.jsonl)")
 

@@ -186,39 +186,22 @@ def distributional_estimate(signals: Signals, config: "Config") -> tuple[Tensor,
     bootstrap_BM = signals.bootstrap_BNM.mean(dim=-2).sort(dim=-1).values
 
     def targets_at(lam: float) -> Tensor:
-        return distributional_gae(
-            signals.rewards_BT,
-            theta_BTM,
-            signals.mask_BT,
-            settings.gamma,
-            lam,
-            bootstrap=bootstrap_BM,
-            zero_last_delta=signals.zero_last_delta_B,
-        )[1]
+        given = (signals.rewards_BT, theta_BTM, signals.mask_BT, settings.gamma, lam)
+        missing_B = signals.zero_last_delta_B
+        if settings.target == "mixture":
+            return mixture_targets(*given, settings.target_atoms, signals.seed, bootstrap_BM, zero_last_delta=missing_B)
+        return distributional_gae(*given, bootstrap_BM, zero_last_delta=missing_B)[1]
 
-    targets_BTM = targets_at(settings.lam)
+    targets_BTL = targets_at(critic_lam(settings))
     if settings.law.functional == "rank":
-        advantages_BT = risk.rank_advantage(targets_BTM, theta_BTM, settings.law.width)
-        advantages_BT = zero_masked(advantages_BT, signals.mask_BT)
-    else:
-        weights_M = law_weights(settings.law, theta_BTM.shape[-1], signals.rates)
-        values_BT, bootstrap_B = (risk.spectral_value(atoms, weights_M) for atoms in (theta_BTM, bootstrap_BM))
-        acting = _corrected(signals) if settings.law.functional == "denoised" else signals
-        advantages_BT, _ = _gae(acting, values_BT, bootstrap_B, settings, settings.lam, settings.delta_clip)
-    if settings.target == "mixture":
-        targets_BTL = mixture_targets(
-            signals.rewards_BT,
-            theta_BTM,
-            signals.mask_BT,
-            settings.gamma,
-            critic_lam(settings),
-            num_atoms=settings.target_atoms,
-            seed=signals.seed,
-            bootstrap=bootstrap_BM,
-            zero_last_delta=signals.zero_last_delta_B,
-        )
-        return advantages_BT, targets_BTL
-    return advantages_BT, targets_BTM if critic_lam(settings) == settings.lam else targets_at(critic_lam(settings))
+        compared_BTL = targets_BTL if critic_lam(settings) == settings.lam else targets_at(settings.lam)
+        advantages_BT = risk.rank_advantage(compared_BTL, theta_BTM, settings.law.width)
+        return zero_masked(advantages_BT, signals.mask_BT), targets_BTL
+    weights_M = law_weights(settings.law, theta_BTM.shape[-1], signals.rates)
+    values_BT, bootstrap_B = (risk.spectral_value(atoms, weights_M) for atoms in (theta_BTM, bootstrap_BM))
+    acting = _corrected(signals) if settings.law.functional == "denoised" else signals
+    advantages_BT, _ = _gae(acting, values_BT, bootstrap_B, settings, settings.lam, settings.delta_clip)
+    return advantages_BT, targets_BTL
 
 
 def law_weights(law: "LawConfig", num_atoms: int, rates: Rates = NO_RATES) -> Tensor:

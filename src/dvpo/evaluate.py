@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dvpo.checkpoint import checkpoint_step, latest_checkpoint
+from dvpo.checkpoint import checkpoint_step, find_fault, latest_checkpoint
 from dvpo.config import SamplingConfig, load_config
 from dvpo.durable import write_atomically
 from dvpo.errors import InputError
@@ -62,6 +62,11 @@ def evaluate(
     """
     encoder = ChatEncoder(policy.tokenizer)
     limit = min(settings.max_prompt_length, policy.context_length - settings.max_completion_length)
+    if limit < 1:
+        raise InputError(
+            f"sampling.max_completion_length = {settings.max_completion_length} fills the model's context of "
+            f"{policy.context_length} tokens: lower it"
+        )
 
     def run(count: int, greedy: bool) -> tuple[list[Episode], np.ndarray]:
         environments, episodes = [], []
@@ -147,6 +152,8 @@ def evaluate_checkpoint(
     checkpoint = folder if folder.name.startswith("checkpoint-") else latest_checkpoint(folder)
     if checkpoint is None or not (checkpoint / "policy").is_dir():
         raise InputError(f"{source} holds no sound checkpoint: give a run folder or a checkpoint-N folder in one")
+    if fault := find_fault(checkpoint):
+        raise InputError(f"{checkpoint} is damaged ({fault}): take another checkpoint")
     config = load_config(checkpoint.parent / "config.yaml", overrides)
     if samples < 0:
         raise InputError(f"--samples = {samples} is negative: take 0 for greedy only")
@@ -159,6 +166,8 @@ def evaluate_checkpoint(
         )
     policy = open_policy(checkpoint / "policy", torch.device(choose_device(config.device)), config.model.dtype)
     file = Path(output) if output else checkpoint.parent / f"evaluation-{checkpoint_step(checkpoint)}.jsonl"
+    if file.exists() and not file.name.startswith("evaluation-"):
+        raise InputError(f"--output = {file} exists: name a new file")
     if not file.parent.is_dir():
         raise InputError(f"--output = {file}: there is no folder {file.parent}; make it, or name another file")
     table = Table(title=f"{checkpoint}: % of held-out items solved, 95% intervals in brackets")

@@ -241,6 +241,10 @@ def choose_device(name: str) -> str:
     """`auto` is a GPU if there is one."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device = {name} is none that torch knows: take auto, cpu, cuda or cuda:N") from None
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device = {name}, but torch sees no GPU: take device=cpu, or install a CUDA build of torch")
     return name

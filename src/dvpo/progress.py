@@ -17,6 +17,8 @@ SHOWN = (
     ("actor/kl", "KL"),
     ("time/tokens_per_second", "tokens/s"),
 )
+WHEN_ABOVE_0 = (("reward/missing", "missing"), ("actor/skipped_updates", "SKIPPED UPDATES"))
+"""Shown only where there is something to worry about."""
 PLAIN_EVERY_SECONDS = 10.0
 
 
@@ -40,7 +42,8 @@ class RunProgress:
 
     def on_step(self, step: int, figures: dict[str, float]) -> None:
         known = finite(figures)
-        text = "  ".join(f"{label} {_short(known[key])}" for key, label in SHOWN if key in known)
+        shown = [*SHOWN, *((key, label) for key, label in WHEN_ABOVE_0 if known.get(key))]
+        text = "  ".join(f"{label} {_short(known[key])}" for key, label in shown if key in known)
         self._bar.update(self._task, completed=step, figures=text)
         now = time.monotonic()
         if not self.console.is_terminal and (step == self.steps or now - self._said >= PLAIN_EVERY_SECONDS):

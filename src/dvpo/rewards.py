@@ -90,11 +90,11 @@ class RewardSource(Protocol):
 class GuardedReward:
     """A user's reward function behind a guard: no fault of it hangs or ends the run, or counts as a 0.
 
-    A batch is sent in one call. If that call raises, times out, kills the process, or does not return one
-    entry a completion, each sample is tried alone, so that only the guilty ones lose their reward. A fault
-    of the batch that no sample shows alone (a wrong length, say) is reported once, with index None, and the
-    rewards found one by one are kept. A function that compares the completions of a batch sees a single one
-    in such a retry.
+    A batch is sent in one call. If that call raises, times out or kills the process, each sample is tried alone, so
+    that only the guilty ones lose their reward; a fault that no sample shows alone is reported once, with index None,
+    and the rewards found one by one are kept. A function that compares the completions of a batch sees a single one in
+    such a retry. An answer that is no list with one entry a completion costs every sample of the batch its reward:
+    nobody can tell which entry was meant for whom.
 
     Args:
         function: `"my_module:my_function"`, imported in the worker with the working directory and `path` on
@@ -166,6 +166,9 @@ class GuardedReward:
         outcome = self._ask(batch, size) if size else []
         if isinstance(outcome, list):
             return _scores(outcome)
+        if outcome.kind in ("wrong_length", "wrong_type"):
+            # Not retried: a function that returns one entry for eight would return one for one, and pass.
+            return _scores([outcome] * size)
         return self._one_by_one(batch, outcome, size) if size > 1 else _scores([outcome])
 
     def close(self) -> None:

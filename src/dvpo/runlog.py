@@ -159,8 +159,11 @@ def refuse_used_folder(folder: Path) -> None:
 
 def _start(folder: Path, config: str, seed: int, device: str | torch.device) -> None:
     refuse_used_folder(folder)
-    with disk_full_named(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with disk_full_named(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output = {folder} cannot be made ({error.strerror}): choose another folder") from None
     session = _record_session(folder, config, seed, device, "dirty.diff")
     # The manifest comes last: with it, the folder holds a run.
     _write_json(folder / "manifest.json", {**session, "resumes": []})

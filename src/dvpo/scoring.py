@@ -149,6 +149,8 @@ def place(reward: Reward, episode: Episode) -> list[float] | str | None:
     if any(v is None or math.isnan(v) for v in values):
         return None
     numbers = [float(v) for v in values if v is not None]
+    if not all(math.isfinite(number) for number in numbers):
+        return f"a reward is {next(number for number in numbers if not math.isfinite(number))}: it must be finite"
     out = [0.0] * len(episode.tokens)
     if not isinstance(reward, list):
         out[last_of_turn[-1]] = numbers[0]

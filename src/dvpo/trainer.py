@@ -181,6 +181,8 @@ class Trainer:
         episodes = self.sample()
         sampled = time.perf_counter()
         rollout, faults = self.score(episodes)
+        if self.step == 1:
+            refuse_broken_reward(faults, len(episodes))
         scored = time.perf_counter()
         estimates, figures = self.estimate(rollout)
         figures |= self.update(rollout, estimates) | self.update_from_replay()
@@ -558,6 +560,22 @@ class Trainer:
         if checkpoint is not None and checkpoint_step(checkpoint) > self.config.steps:
             raise InputError(f"steps = {self.config.steps} lies before {checkpoint}: raise it")
         return checkpoint
+
+
+def refuse_broken_reward(faults: list[Fault], batch: int) -> None:
+    """Stop a run whose first step has no reward at all because the function answers in the wrong form.
+
+    Exceptions and time-outs may pass and never end a run; a wrong length, type or an infinity in every sample will not.
+
+    Raises:
+        InputError: with the first fault.
+    """
+    form = [fault for fault in faults if fault.kind in ("wrong_length", "wrong_type", "non_finite")]
+    if len(form) == batch:
+        raise InputError(
+            f"reward.function: every reward of the first step is unusable, {form[0].message}: "
+            "return one finite number (or None, or a list) for each completion"
+        )
 
 
 def states(hidden_BSD: Tensor, rollout: Rollout) -> Tensor:

@@ -307,6 +307,9 @@ def group_location_scale(
 
         mean and sample std;   robust: median and 1.4826 * median |r - median| (a Gaussian's std)
 
+    Where more than half of a group agrees, as binary rewards often do, that median is 0 and says nothing of the spread:
+    the robust scale is then the sample std as well.
+
     Args:
         rewards: [B]; anything where missing.
         groups: [B] integers, equal for the responses of one prompt.
@@ -333,7 +336,9 @@ def group_location_scale(
         if len(present_R):
             median = present_R.quantile(0.5)
             location_B[members_B] = median
-            scale_B[members_B] = 1.4826 * (present_R - median).abs().quantile(0.5)
+            scale = 1.4826 * (present_R - median).abs().quantile(0.5)
+            spread = present_R.std() if len(present_R) > 1 else scale
+            scale_B[members_B] = torch.where(scale > 0, scale, spread)
     return location_B, scale_B
 
 

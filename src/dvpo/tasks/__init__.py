@@ -139,6 +139,17 @@ def make_task(settings: Any) -> Task:
             f"task.name = {settings.name} is unknown: take math, science, dialogue, files, or my_module:make_task"
         )
     try:
-        return getattr(importlib.import_module(module), attribute)(settings)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"task.name = {settings.name} cannot be imported ({error}): check PYTHONPATH") from None
+        task = getattr(importlib.import_module(module), attribute)(settings)
+    except InputError:
+        raise
+    except Exception as error:  # the user's code may raise whatever it likes
+        raise InputError(
+            f"task.name = {settings.name} cannot be made ({type(error).__name__}: {error}): "
+            "mend it, or check PYTHONPATH"
+        ) from error
+    if not all(callable(getattr(task, method, None)) for method in ("split", "environment", "true_reward")):
+        raise InputError(
+            f"task.name = {settings.name} made a {type(task).__name__}: return an object with split, environment and "
+            "true_reward"
+        )
+    return task
