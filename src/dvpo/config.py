@@ -407,7 +407,7 @@ def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides:
     name = values.get("algorithm", Config.algorithm)
     if not isinstance(name, str):
         raise InputError(f"algorithm = {name!r} is not a name: take a row such as dvpo or ppo")
-    of_the_task = TASK_DEFAULTS.get(values.get("task", {}).get("name", ""), {})
+    of_the_task = TASK_DEFAULTS.get(str(values.get("task", {}).get("name")), {})
     merged = _merge(_merge(of_the_task, find_algorithm(name).defaults), values)
     try:
         return TypeAdapter(Config).validate_python(merged)
