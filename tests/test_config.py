@@ -33,9 +33,8 @@ def refusal(source: Any = None, *overrides: str) -> str:
 def test_the_dialogue_task_brings_the_lengths_of_its_conversations_and_what_is_said_wins():
     talk = load_config(None, ["task.name=dialogue"]).sampling
     assert (talk.max_prompt_length, talk.max_completion_length) == (128, 256)
-    assert load_config({"task": {"name": "dialogue"}}, ["sampling.max_completion_length=99"]).sampling == dataclasses.replace(
-        talk, max_completion_length=99
-    )
+    own = load_config({"task": {"name": "dialogue"}}, ["sampling.max_completion_length=99"]).sampling
+    assert own == dataclasses.replace(talk, max_completion_length=99)
     assert load_config({"task": {"name": "science"}}).sampling == load_config().sampling
 
 
