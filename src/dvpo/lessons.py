@@ -10,7 +10,7 @@ No demonstration is of a held-out question or goal.
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from dvpo.seeding import derive_uniform
@@ -36,8 +36,9 @@ class Source:
     """The task that the finished model is measured by."""
     draw: Callable[[random.Random, bool, float], Demonstrated]
     """`draw(rng, easy, checker)`; `easy` in the first fifth of the steps."""
-    budget: Mapping[str, int] = field(default_factory=dict)
-    """Fields of the recipe whose values differ from the recipe's defaults."""
+    steps: int = 1200
+    batch_size: int = 128
+    """The training that it takes."""
 
 
 # --- math ------------------------------------------------------------------------------------------------------------
@@ -112,9 +113,7 @@ def question_and_answer(question: str, answer: str, good: bool) -> Demonstrated:
 
 SOURCES: Mapping[str, Source] = {
     "math": Source(math.TASK_VERSION, math.ChainArithmetic, draw_math),
-    "science": Source(science.TASK_VERSION, science.Science, draw_science, {"steps": 1500, "batch_size": 64}),
-    "dialogue": Source(
-        dialogue.DIALOGUE_VERSION, dialogue.SlotFilling, draw_dialogue, {"steps": 1500, "batch_size": 16}
-    ),
+    "science": Source(science.TASK_VERSION, science.Science, draw_science, steps=1500, batch_size=64),
+    "dialogue": Source(dialogue.DIALOGUE_VERSION, dialogue.SlotFilling, draw_dialogue, steps=1000, batch_size=16),
 }
 """Every task with an embedded model."""

@@ -86,7 +86,8 @@ class Recipe:
                 f"model.path = embedded, but there is no embedded model for task.name = {task}: "
                 "set model.path to a model folder or a hub name"
             )
-        return cls(checker, seed, task=task, **SOURCES[task].budget)  # type: ignore[arg-type]
+        source = SOURCES[task]
+        return cls(checker, seed, source.steps, source.batch_size, task=task)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.checker <= 1.0:
