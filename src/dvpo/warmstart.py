@@ -49,7 +49,7 @@ RECIPE_VERSION = 1
 """Raised whenever this file or `embedded.py` changes what a recipe yields."""
 
 SORTING_POOL = 8
-"""Batches that are sorted by length together, so that little is padded."""
+"""Batches that are sorted by length together."""
 
 
 @dataclass(frozen=True)
@@ -189,20 +189,15 @@ class Lesson(NamedTuple):
 def lessons(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[Lesson]:
     """Yield one batch a step, at first easy ones."""
     rng = random.Random(f"lessons {recipe.seed}")
-    draw = SOURCES[recipe.task].draw
+    source = SOURCES[recipe.task]
     for first in range(0, recipe.steps, SORTING_POOL):
         easy = first < recipe.steps / 5
-        pool = [draw(rng, easy, recipe.checker) for _ in range(SORTING_POOL * recipe.batch_size)]
-        pool.sort(key=words_of_the_assistant)
+        pool = [source.draw(rng, easy, recipe.checker) for _ in range(SORTING_POOL * recipe.batch_size)]
+        pool.sort(key=source.length)
         batches = [pool[i : i + recipe.batch_size] for i in range(0, len(pool), recipe.batch_size)]
         rng.shuffle(batches)
         for batch in batches[: recipe.steps - first]:
             yield make_lesson(batch, tokenizer)
-
-
-def words_of_the_assistant(demonstrated: Demonstrated) -> int:
-    """How much of a conversation is learnt, in characters."""
-    return sum(len(message["content"]) for message in demonstrated.messages if message["role"] == "assistant")
 
 
 def make_lesson(batch: Sequence[Demonstrated], tokenizer: PreTrainedTokenizerFast) -> Lesson:
