@@ -83,13 +83,6 @@ def test_both_losses_equal_their_plain_sums_over_each_sequence_alone():
     torch.testing.assert_close(torch.stack(ours).double(), torch.stack([solving, checking]) / count, rtol=1e-5, atol=0)
 
 
-def test_the_verdict_is_the_log_odds_of_good_against_bad():
-    logits = torch.zeros(264)
-    logits[TOKENIZER.convert_tokens_to_ids("<|good|>")] = 2.0
-    logits[TOKENIZER.convert_tokens_to_ids("<|bad|>")] = -1.0
-    assert verdict(logits, TOKENIZER) == 3.0
-
-
 def test_lessons_are_one_batch_a_step():
     assert len(list(lessons(replace(TINY, steps=70), TOKENIZER))) == 70
 
