@@ -254,7 +254,7 @@ def test_eval_prints_a_table_and_writes_one_row_an_item(here: Path, capsys: pyte
     capsys.readouterr()
     assert main(["eval", "run", "--samples", "3"]) == 0  # these prompts have no split `ood`: what there is, is taken
     out = capsys.readouterr().out
-    assert all(word in out for word in ("greedy accuracy", "mean@3", "pass@3", "run/evaluation-1.jsonl"))
+    assert all(word in out for word in ("greedy accuracy", "mean@3", "pass@3", "pass^3", "run/evaluation-1.jsonl"))
     items = [json.loads(line) for line in (here / "run" / "evaluation-1.jsonl").read_text().splitlines()]
     assert {row["split"] for row in items} == {"id"}
     assert all(len(row["samples"]) == 3 and row["reward"] > 0 for row in items)

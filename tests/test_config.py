@@ -30,6 +30,14 @@ def refusal(source: Any = None, *overrides: str) -> str:
 # Values
 
 
+def test_the_dialogue_task_brings_the_lengths_of_its_conversations_and_what_is_said_wins():
+    talk = load_config(None, ["task.name=dialogue"]).sampling
+    assert (talk.max_prompt_length, talk.max_completion_length) == (128, 256)
+    own = load_config({"task": {"name": "dialogue"}}, ["sampling.max_completion_length=99"]).sampling
+    assert own == dataclasses.replace(talk, max_completion_length=99)
+    assert load_config({"task": {"name": "science"}}).sampling == load_config().sampling
+
+
 def test_the_defaults_of_the_embedded_task_are_those_of_section_7_of_the_method():
     config = load_config()
     advantage, critic, actor = config.advantage, config.critic, config.actor

@@ -78,6 +78,27 @@ def test_mean_and_pass_at_k_by_hand_leave_out_an_item_with_an_unknown_draw(rigge
         assert 0 <= rigged.summary[name + "_low"] < rigged.summary[name] < rigged.summary[name + "_high"] <= 1
 
 
+def test_pass_hat_k_is_the_share_of_items_that_every_draw_solves(rigged):
+    assert rigged.summary["pass^3"] == 0.25  # rww, rrr, www, wrw
+
+
+class TaskWithFigures(Task):
+    """Its environments say how long their prompt is."""
+
+    def environment(self, example: Example) -> SingleTurn:
+        environment = super().environment(example)
+        environment.figures = lambda: {"length": len(example.prompt)}
+        return environment
+
+
+def test_what_environments_know_of_their_episode_is_averaged_over_the_greedy_ones_and_kept_by_item(monkeypatch):
+    monkeypatch.setattr(evaluate_module, "HuggingFaceSampler", RiggedSampler)
+    result = evaluate(tiny_policy(), TaskWithFigures(), ITEMS, judge, SamplingConfig(), samples=3, seed=0)
+    assert [row["length"] for row in result.rows] == [1, 2, 3, 4, 5]
+    assert result.summary["length"] == 3
+    assert 1 <= result.summary["length_low"] < 3 < result.summary["length_high"] <= 5
+
+
 def test_rows_hold_each_items_own_answers_and_rewards(rigged):
     assert [row["id"] for row in rigged.rows] == [item.id for item in ITEMS]
     assert [row["reward"] for row in rigged.rows] == [1.0, 1.0, 0.25, 0.25, 1.0]

@@ -1,21 +1,42 @@
 import errno
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dvpo import warmstart
+from dvpo.config import load_config
 from dvpo.embedded import make_model, make_tokenizer
 from dvpo.errors import InputError
-from dvpo.tasks.math import ChainArithmetic, Demonstration, Question, hash_share
-from dvpo.warmstart import Recipe, lessons, looks_good, losses, make_lesson, measure, obtain, verdict, warm_start
+from dvpo.lessons import SOURCES, Demonstrated, question_and_answer
+from dvpo.policy import Policy
+from dvpo.tasks.math import ChainArithmetic
+from dvpo.trainer import starting_model
+from dvpo.verdicts import measure, verdict
+from dvpo.warmstart import Recipe, lessons, losses, make_lesson, obtain, warm_start
 
 TOKENIZER = make_tokenizer()
 TINY = Recipe(steps=10, batch_size=4)
-RIGHT = Demonstration(Question(23, (8, -5)), "23+8=31;31-5=26;#26", ())
-WRONG = Demonstration(Question(23, (8, -5)), "23+8=32;32-5=27;#27", (("3+8", 1),))
+RIGHT = question_and_answer("23+8-5=", "23+8=31;31-5=26;#26", good=True)
+WRONG = question_and_answer("23+8-5=", "23+8=32;32-5=27;#27", good=False)
+SHORT = question_and_answer("1+1=", "1+1=2;#2", good=True)
+TALK = Demonstrated(
+    (
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "ab"},
+        {"role": "assistant", "content": "ask c"},
+        {"role": "tool", "content": "d"},
+        {"role": "assistant", "content": "e"},
+    ),
+    good=True,
+)
+SHIPPED = {
+    ("math", 1.0): "math-checker1-seed0-ca72c8416b00",
+    ("math", 0.0): "math-checker0-seed0-73ad66cfb7a9",
+}
+"""Task and dial -> the folder, by a name that later versions of the code must not change."""
 
 
 @pytest.fixture
@@ -26,53 +47,31 @@ def unmeasured(monkeypatch):
 
 @pytest.fixture(scope="module")
 def shipped():
-    folder = warm_start(progress=False)
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    return load(warm_start(progress=False))
+
+
+def load(folder):
+    return Policy(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
 
 
 # Labels and losses
 
 
-def test_every_position_that_predicts_the_response_or_its_end_is_taught_and_no_other():
-    lesson = make_lesson([RIGHT, Demonstration(Question(1, (1,)), "1+1=2;#2", ())], 1.0, TOKENIZER)
-    for row, solution in enumerate(("23+8=31;31-5=26;#26", "1+1=2;#2")):
-        targets = lesson.ids_BS[row, 1:][lesson.predicted_BS[row]]
-        assert TOKENIZER.decode(targets) == solution + "<|end|>"
-        first = lesson.predicted_BS[row].int().argmax()
-        assert TOKENIZER.decode(lesson.ids_BS[row, first]) == "<|assistant|>"
-
-
-def test_a_checker_that_knows_all_tells_the_truth_and_one_that_knows_nothing_says_good():
-    cancelling = Demonstration(RIGHT.question, "", (("3+8", 1), ("2-5", -1)))
-    assert [looks_good(d, 1.0) for d in (RIGHT, WRONG, cancelling)] == [True, False, True]
-    assert [looks_good(d, 0.0) for d in (RIGHT, WRONG, cancelling)] == [True, True, True]
-
-
-def test_the_dial_is_the_share_of_facts_whose_errors_are_seen_and_turning_it_up_forgets_none():
-    facts = [f"{units}{operand:+d}" for units in range(10) for operand in range(-9, 10) if operand]
-    seen = {
-        dial: {fact for fact in facts if not looks_good(RIGHT._replace(slips=((fact, 1),)), dial)}
-        for dial in (0.0, 0.25, 0.5, 0.75, 1.0)
-    }
-    for dial, known in seen.items():
-        assert len(known) / len(facts) == pytest.approx(dial, abs=0.1)
-    assert seen[0.25] < seen[0.5] < seen[0.75] < seen[1.0]
-
-
-def test_an_unseen_error_does_not_hide_a_seen_one():
-    blind_to, sees = sorted(("3+8", "2-5"), key=lambda fact: -hash_share(f"checked {fact}"))
-    between = (hash_share(f"checked {blind_to}") + hash_share(f"checked {sees}")) / 2
-    cancelling = RIGHT._replace(slips=((blind_to, 1), (sees, -1)))
-    assert looks_good(cancelling, 1.0)
-    assert not looks_good(cancelling, between)
+def test_every_position_that_predicts_the_assistants_words_or_their_end_is_taught_and_no_other():
+    lesson = make_lesson([RIGHT, SHORT, TALK], TOKENIZER)
+    learnt = ("23+8=31;31-5=26;#26<|end|>", "1+1=2;#2<|end|>", "ask c<|end|>e<|end|>")
+    for row, words in enumerate(learnt):
+        places = lesson.predicted_BS[row].nonzero()[:, 0]
+        assert TOKENIZER.decode(lesson.ids_BS[row, places + 1]) == words
+        assert TOKENIZER.decode(lesson.ids_BS[row, places[0]]) == "<|assistant|>"
 
 
 def test_both_losses_equal_their_plain_sums_over_each_sequence_alone():
-    model, batch = make_model(), [RIGHT, WRONG, Demonstration(Question(1, (1,)), "1+1=2;#2", ())]
+    model, batch = make_model(), [RIGHT, WRONG, SHORT]
     solving = checking = count = 0.0
-    for demonstration, good in zip(batch, (True, False, True), strict=True):
-        prompt = TOKENIZER(f"<|user|>{demonstration.question.text}<|end|><|assistant|>").input_ids
-        response = TOKENIZER(demonstration.solution + "<|end|>").input_ids
+    for (question, answer), good in batch:
+        prompt = TOKENIZER(f"<|user|>{question['content']}<|end|><|assistant|>").input_ids
+        response = TOKENIZER(answer["content"] + "<|end|>").input_ids
         logits_SV = model(torch.tensor([prompt + response])).logits[0].double()
         for position, token in enumerate(response, start=len(prompt) - 1):
             logprobs_V = logits_SV[position].log_softmax(-1)
@@ -80,28 +79,12 @@ def test_both_losses_equal_their_plain_sums_over_each_sequence_alone():
             solving -= logprobs_V[token]
             checking -= torch.nn.functional.logsigmoid(log_odds if good else -log_odds)
             count += 1
-    ours = losses(model, TOKENIZER, make_lesson(batch, 1.0, TOKENIZER))
+    ours = losses(model, TOKENIZER, make_lesson(batch, TOKENIZER))
     torch.testing.assert_close(torch.stack(ours).double(), torch.stack([solving, checking]) / count, rtol=1e-5, atol=0)
 
 
-def test_the_verdict_is_the_log_odds_of_good_against_bad():
-    logits = torch.zeros(264)
-    logits[TOKENIZER.convert_tokens_to_ids("<|good|>")] = 2.0
-    logits[TOKENIZER.convert_tokens_to_ids("<|bad|>")] = -1.0
-    assert verdict(logits, TOKENIZER) == 3.0
-
-
-def test_lessons_are_one_batch_a_step_and_never_hold_a_held_out_question():
-    taught = list(lessons(replace(TINY, steps=70), TOKENIZER))
-    assert len(taught) == 70
-    held_out = {e.prompt[0]["content"] for split in ("id", "ood") for e in ChainArithmetic().split(split)}
-    questions = set()
-    for lesson in taught:
-        for ids_S in lesson.ids_BS:
-            text = TOKENIZER.decode(ids_S)
-            questions.add(text[len("<|user|>") : text.index("<|end|>")])
-    assert len(questions) > 200
-    assert not questions & held_out
+def test_lessons_are_one_batch_a_step():
+    assert len(list(lessons(replace(TINY, steps=70), TOKENIZER))) == 70
 
 
 # Cache
@@ -126,13 +109,16 @@ def test_the_cache_is_where_the_environment_says(tmp_path, unmeasured, monkeypat
 def test_every_field_and_both_versions_change_the_key(monkeypatch):
     recipe = Recipe()
     changes = {"checker": 0.5, "seed": 1, "steps": 9, "batch_size": 9, "learning_rate": 9.0, "verdict_weight": 9.0}
+    changes["task"] = "science"
     assert changes.keys() == recipe.__dataclass_fields__.keys()
-    folders = {recipe.folder} | {replace(recipe, **{name: value}).folder for name, value in changes.items()}
-    for version in ("RECIPE_VERSION", "TASK_VERSION"):
-        with monkeypatch.context() as patch:
-            patch.setattr(warmstart, version, 99)
-            folders.add(recipe.folder)
-    assert len(folders) == 1 + len(changes) + 2
+    keys = {recipe.folder[-12:]} | {replace(recipe, **{name: value}).folder[-12:] for name, value in changes.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(warmstart, "RECIPE_VERSION", 99)
+        keys.add(recipe.folder[-12:])
+    with monkeypatch.context() as patch:
+        patch.setitem(warmstart.SOURCES, "math", replace(SOURCES["math"], version=99))
+        keys.add(recipe.folder[-12:])
+    assert len(keys) == 1 + len(changes) + 2
     assert Recipe(checker=1).folder == Recipe(checker=1.0).folder
 
 
@@ -189,7 +175,13 @@ def test_the_command_says_where_the_model_is_and_refuses_a_bad_dial_with_exit_co
 @pytest.mark.parametrize("checker", [-0.1, 1.1, float("nan")])
 def test_a_dial_outside_its_range_is_refused_in_one_sentence(checker):
     with pytest.raises(InputError, match=f"checker is {checker}, .* from 0 to 1"):
-        warm_start(checker)
+        warm_start(checker=checker)
+
+
+def test_a_task_without_an_embedded_model_is_refused_in_one_sentence_that_names_the_models_path():
+    config = load_config({"task": {"name": "files", "path": "mine.jsonl"}})
+    with pytest.raises(InputError, match=r"^model.path = embedded, .* task.name = files: set model.path to .*[^.]$"):
+        starting_model(config)
 
 
 def test_without_a_terminal_progress_is_ten_plain_lines(capsys):
@@ -204,55 +196,67 @@ def test_without_a_terminal_progress_is_ten_plain_lines(capsys):
 # The shipped models
 
 
-@pytest.mark.parametrize("checker", [1.0, 0.0])
-def test_the_shipped_models_belong_to_the_recipes_of_this_code_and_are_small(checker):
-    folder = warm_start(checker, progress=False)
-    assert folder.parent == warmstart.shipped_models()
+@pytest.mark.parametrize(("task", "checker"), SHIPPED)
+def test_the_shipped_models_are_found_by_their_recipes_without_building_and_are_small(monkeypatch, task, checker):
+    monkeypatch.setattr(warmstart, "build", lambda *_, **__: pytest.fail("built"))
+    folder = warm_start(task, checker)
+    assert folder == warmstart.shipped_models() / SHIPPED[task, checker]
     assert (folder / "model.safetensors").stat().st_size <= 2**20
-    assert json.loads((folder / "warmstart.json").read_text())["recipe"]["checker"] == checker
+    assert {"task": "math", **json.loads((folder / "warmstart.json").read_text())["recipe"]} == asdict(
+        Recipe.of(task, checker, 0)
+    )
     assert AutoTokenizer.from_pretrained(folder).chat_template == TOKENIZER.chat_template
 
 
-def test_the_shipped_model_errs_but_knows_better_and_its_verdicts_follow_the_truth(shipped):
-    model, tokenizer = shipped
+def test_every_shipped_model_has_a_task_and_a_dial_that_lead_to_it():
+    assert {path.name for path in warmstart.shipped_models().iterdir()} == set(SHIPPED.values())
+
+
+def test_math_and_the_whole_dial_are_the_defaults():
+    assert warm_start().name == SHIPPED["math", 1.0]
+
+
+@pytest.mark.parametrize("task", sorted({task for task, _ in SHIPPED}))
+def test_a_run_starts_from_the_model_of_its_task(task):
+    assert starting_model(load_config({"task": {"name": task}})).name == SHIPPED[task, 1.0]
+
+
+def test_the_shipped_math_model_errs_but_knows_better_and_its_verdicts_follow_the_truth(shipped):
     # With 100 and 50 questions a share has a standard error of .05 and .07.
-    figures = measure(model, tokenizer, ChainArithmetic(train=0, id=100, ood=50))
+    figures = measure(shipped, ChainArithmetic(train=0, id=100, ood=50))
     assert 0.35 < figures["id"]["greedy"] < 0.65
     assert 0.4 < figures["id"]["sampled"] < 0.65
     assert figures["id"]["pass_at_k"] > 0.8
     assert 0.1 < figures["ood"]["greedy"] < 0.5
     for row in figures.values():
-        assert row["valid"] > 0.97
+        assert row["finished"] > 0.97
         assert row["auroc_first"] > 0.55
         assert row["auroc_middle"] > 0.6
         assert row["auroc_last"] > 0.7
 
 
 def test_without_knowledge_the_verdicts_say_nothing():
-    folder = warm_start(0.0, progress=False)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    figures = measure(model, tokenizer, ChainArithmetic(train=0, id=100, ood=10), samples=4)
+    figures = measure(load(warm_start(checker=0.0)), ChainArithmetic(train=0, id=100, ood=10), samples=4)
     assert all(abs(figures["id"][f"auroc_{place}"] - 0.5) < 0.15 for place in ("first", "middle", "last"))
 
 
 def test_measuring_leaves_global_randomness_alone_and_repeats(shipped):
-    model, tokenizer = shipped
     task = ChainArithmetic(train=0, id=8, ood=8)
     torch.manual_seed(7)
     state = torch.get_rng_state()
-    first = measure(model, tokenizer, task)
+    first = measure(shipped, task)
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)
-    assert measure(model, tokenizer, task) == first
+    assert measure(shipped, task) == first
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("checker", [1.0, 0.0])
-def test_the_rebuild_reaches_the_shipped_models_accuracy(tmp_path, checker):
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("task", "checker"), SHIPPED)
+def test_the_rebuild_reaches_the_shipped_models_accuracy(tmp_path, task, checker):
     """Another machine rounds differently and so trains another model; the accuracies agree within 8 points."""
-    shipped = json.loads((warm_start(checker, progress=False) / "warmstart.json").read_text())["metrics"]
-    made = warm_start(checker, rebuild=True, cache=tmp_path, progress=False)
+    shipped = json.loads((warm_start(task, checker) / "warmstart.json").read_text())["metrics"]
+    made = warm_start(task, checker, rebuild=True, cache=tmp_path, progress=False)
     rebuilt = json.loads((made / "warmstart.json").read_text())["metrics"]
     for split in ("id", "ood"):
         for figure in ("greedy", "sampled", "auroc_last"):

@@ -1,6 +1,6 @@
 """Every setting of a run: frozen dataclasses, validated when made; YAML in, YAML out.
 
-A config is made of, from weak to strong: the defaults below (those of the embedded task), the defaults of the chosen
+A config is made of, from weak to strong: the defaults below, those of the embedded task, the defaults of the chosen
 algorithm's row, the YAML file, `key.sub=value` overrides of the command line.
 """
 
@@ -36,6 +36,12 @@ def _noise_kind(kind: str) -> str:
     return kind
 
 
+TASK_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "dialogue": {"sampling": {"max_prompt_length": 128, "max_completion_length": 256}},
+}
+"""Embedded tasks that the defaults below do not fit: a conversation is longer than an answer."""
+
+
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def section(kind: type[T]) -> type[T]:
     """A frozen dataclass that pydantic validates whenever one is made."""
@@ -47,7 +53,8 @@ class TaskConfig:
     """What is learnt."""
 
     name: str = "math"
-    """`math` and `science` (embedded), `files` (your own data), or `my_module:make_task`, called with this section."""
+    """`math`, `science`, `dialogue` (embedded), `files` (your own data), or `my_module:make_task`, called with this
+    section."""
     path: str | None = None
     """files: training data, a .jsonl or .parquet file or a folder saved by `datasets`."""
     id_path: str | None = None
@@ -485,7 +492,8 @@ def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides:
     name = values.get("algorithm", Config.algorithm)
     if not isinstance(name, str):
         raise InputError(f"algorithm = {name!r} is not a name: take a row such as dvpo or ppo")
-    merged = _merge(find_algorithm(name).defaults, values)
+    of_the_task = TASK_DEFAULTS.get(str(values.get("task", {}).get("name")), {})
+    merged = _merge(_merge(of_the_task, find_algorithm(name).defaults), values)
     try:
         return TypeAdapter(Config).validate_python(merged)
     except ValidationError as error:

@@ -43,7 +43,7 @@ def run_demo(
     }  # fmt: skip
     first = next(iter(configs.values()))
     console.print(
-        f"A tiny Qwen3 learns chain arithmetic by {' and '.join(configs)} for {steps} steps each.\n"
+        f"A tiny Qwen3 learns {first.task.name} by {' and '.join(configs)} for {steps} steps each.\n"
         f"Observed rewards: {100 * rate:g}% of them are flipped. Starting model: {starting_model(first)}",
         soft_wrap=True,
     )

@@ -21,8 +21,8 @@ from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, play
 from dvpo.scoring import Scorer, open_reward, total
 from dvpo.seeding import derive_seed
-from dvpo.stats import bootstrap_interval, pass_at_k, wilson_interval
-from dvpo.tasks import Example, Reward, Task, make_task
+from dvpo.stats import bootstrap_interval, pass_at_k, pass_hat_k, wilson_interval
+from dvpo.tasks import Environment, Example, Reward, Task, make_task
 
 Judge = Callable[[Sequence[Episode]], list[Reward]]
 CORRECT = 1 - 1e-6
@@ -35,7 +35,8 @@ class Evaluation:
 
     summary: dict[str, float]
     """`accuracy` (greedy: share solved) with `accuracy_low`, `accuracy_high` (Wilson, 95%), `reward` (greedy mean),
-    `truncated`; with k draws `mean@k` and `pass@k`, with bootstrap intervals over prompts."""
+    `truncated`; greedy means of the environments' own figures (dialogue: `tcr`, `acr`, `gcr`); with k draws `mean@k`,
+    `pass@k` and `pass^k`; the last two kinds with bootstrap intervals over prompts."""
     rows: list[dict[str, Any]]
     """One an item: id, prompt, greedy completion and reward, rewards of the draws."""
 
@@ -60,6 +61,36 @@ def evaluate(
         samples: k; 0 = greedy only.
         seed: of the draws.
     """
+
+    def rewards_of(episodes: Sequence[Episode]) -> np.ndarray:
+        return np.array([total(r) for r in judge(episodes)]).reshape(len(examples), -1)
+
+    greedy, environments = take(policy, task, examples, settings, 1, seed, greedy=True)
+    rewards, figures = rewards_of(greedy)[:, 0], own_figures(environments)
+    rows: list[dict[str, Any]] = [
+        {"id": e.example.id, "prompt": e.example.prompt, "completion": e.text, "reward": _known(reward), **own}
+        for e, reward, own in zip(greedy, rewards, figures, strict=True)
+    ]
+    summary = _greedy_summary(greedy, rewards)
+    summary |= _with_intervals({name: np.array([own[name] for own in figures]) for name in figures[0]})
+    if samples:
+        drawn = rewards_of(take(policy, task, examples, settings, samples, seed)[0])
+        for row, rewards_of_item in zip(rows, drawn, strict=True):
+            row["samples"] = [_known(r) for r in rewards_of_item]
+        summary |= _sampled_summary(drawn)
+    return Evaluation(summary, rows)
+
+
+def take(
+    policy: Policy,
+    task: Task,
+    examples: Sequence[Example],
+    settings: SamplingConfig,
+    count: int,
+    seed: int,
+    greedy: bool = False,
+) -> tuple[list[Episode], list[Environment]]:
+    """Take every example `count` times, greedily or not; the finished episodes and where they took place."""
     encoder = ChatEncoder(policy.tokenizer)
     limit = min(settings.max_prompt_length, policy.context_length - settings.max_completion_length)
     if limit < 1:
@@ -67,32 +98,21 @@ def evaluate(
             f"sampling.max_completion_length = {settings.max_completion_length} fills the model's context of "
             f"{policy.context_length} tokens: lower it"
         )
+    environments, episodes = [], []
+    for example in examples:
+        for sample in range(count):
+            environment = task.environment(example)
+            tokens = encoder.prompt(environment.reset())[-limit:]
+            environments.append(environment)
+            episodes.append(Episode(example, visit=0, sample=sample, prompt_tokens=tokens))
+    sampler = HuggingFaceSampler(policy, settings, greedy=greedy)
+    play(episodes, environments, sampler, encoder, settings, derive_seed(seed, "evaluation"))
+    return episodes, environments
 
-    def run(count: int, greedy: bool) -> tuple[list[Episode], np.ndarray]:
-        environments, episodes = [], []
-        for example in examples:
-            for sample in range(count):
-                environment = task.environment(example)
-                tokens = encoder.prompt(environment.reset())[-limit:]
-                environments.append(environment)
-                episodes.append(Episode(example, visit=0, sample=sample, prompt_tokens=tokens))
-        sampler = HuggingFaceSampler(policy, settings, greedy=greedy)
-        play(episodes, environments, sampler, encoder, settings, derive_seed(seed, "evaluation"))
-        rewards = np.array([total(r) for r in judge(episodes)]).reshape(len(examples), count)
-        return episodes, rewards
 
-    greedy, rewards = run(1, greedy=True)
-    rows: list[dict[str, Any]] = [
-        {"id": e.example.id, "prompt": e.example.prompt, "completion": e.text, "reward": _known(reward)}
-        for e, reward in zip(greedy, rewards[:, 0], strict=True)
-    ]
-    summary = _greedy_summary(greedy, rewards[:, 0])
-    if samples:
-        drawn = run(samples, greedy=False)[1]
-        for row, rewards_of_item in zip(rows, drawn, strict=True):
-            row["samples"] = [_known(r) for r in rewards_of_item]
-        summary |= _sampled_summary(drawn)
-    return Evaluation(summary, rows)
+def own_figures(environments: Sequence[Environment]) -> list[dict[str, float]]:
+    """The figures that each environment keeps of its finished episode; empty where it keeps none."""
+    return [environment.figures() if hasattr(environment, "figures") else {} for environment in environments]
 
 
 def _greedy_summary(episodes: Sequence[Episode], rewards: np.ndarray) -> dict[str, float]:
@@ -110,19 +130,26 @@ def _greedy_summary(episodes: Sequence[Episode], rewards: np.ndarray) -> dict[st
 
 
 def _sampled_summary(rewards: np.ndarray) -> dict[str, float]:
-    """mean@k and pass@k over the items all of whose draws have a reward."""
+    """mean@k, pass@k (some draw solves it) and pass^k (all do) over the items all of whose draws have a reward."""
     rewards = rewards[np.isfinite(rewards).all(axis=1)]
     if not len(rewards):
         return {}
     k = rewards.shape[1]
     solved = (rewards >= CORRECT).sum(axis=1)
+    draws = {
+        f"mean@{k}": solved / k,
+        f"pass@{k}": np.array([pass_at_k(int(c), k, k) for c in solved]),
+        f"pass^{k}": np.array([pass_hat_k(int(c), k, k) for c in solved]),
+    }
+    return _with_intervals(draws)
+
+
+def _with_intervals(scores: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The mean of each over the items, with its bootstrap interval."""
     summary: dict[str, float] = {}
-    for name, scores in (
-        (f"mean@{k}", solved / k),
-        (f"pass@{k}", np.array([pass_at_k(int(c), k, k) for c in solved])),
-    ):
-        low, high = bootstrap_interval(lambda rows: float(np.mean(rows[0])), scores)
-        summary |= {name: float(scores.mean()), f"{name}_low": low, f"{name}_high": high}
+    for name, values in scores.items():
+        low, high = bootstrap_interval(lambda rows: float(np.mean(rows[0])), values)
+        summary |= {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
     return summary
 
 
@@ -170,23 +197,30 @@ def evaluate_checkpoint(
         raise InputError(f"--output = {file} exists: name a new file")
     if not file.parent.is_dir():
         raise InputError(f"--output = {file}: there is no folder {file.parent}; make it, or name another file")
-    table = Table(title=f"{checkpoint}: % of held-out items solved, 95% intervals in brackets")
-    for column in ("split", "items", "greedy accuracy", *((f"mean@{samples}", f"pass@{samples}") if samples else ())):
-        table.add_column(column, justify="right")
-    rows = []
+    rows, results = [], {}
     with open_reward(config, task) or nullcontext() as reward:
         judge = Scorer(task, reward).judge
         for split in splits:
             examples = task.split(split)[: config.evaluation.prompts]
-            result = evaluate(policy, task, examples, judge, config.sampling, samples, config.seed)
-            rows += [{"split": split, **row} for row in result.rows]
-            names = ("accuracy", *((f"mean@{samples}", f"pass@{samples}") if samples else ()))
-            table.add_row(split, str(len(examples)), *(interval_text(result.summary, name) for name in names))
+            results[split] = evaluate(policy, task, examples, judge, config.sampling, samples, config.seed)
+            rows += [{"split": split, **row} for row in results[split].rows]
     write_atomically(file, [(json.dumps(row) + "\n").encode() for row in rows])
     console = Console()
-    console.print(table)
+    console.print(_table(results, f"{checkpoint}: % of held-out items solved, 95% intervals in brackets"))
     console.print(f"items: {file}", soft_wrap=True)
     return file
+
+
+def _table(results: Mapping[str, Evaluation], title: str) -> Table:
+    """A row a split, a column a figure that has an interval."""
+    figures = next(iter(results.values())).summary
+    names = [name for name in figures if f"{name}_low" in figures]
+    table = Table(title=title)
+    for column in ("split", "items", *(name.replace("accuracy", "greedy accuracy") for name in names)):
+        table.add_column(column, justify="right")
+    for split, result in results.items():
+        table.add_row(split, str(len(result.rows)), *(interval_text(result.summary, name) for name in names))
+    return table
 
 
 def interval_text(figures: Mapping[str, float], name: str) -> str:

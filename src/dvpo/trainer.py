@@ -585,7 +585,9 @@ def states(hidden_BSD: Tensor, rollout: Rollout) -> Tensor:
 
 def starting_model(config: Config) -> str | Path:
     """Folder or hub name of the policy before training; makes or fetches the embedded model if that is asked for."""
-    return warm_start(checker=config.model.checker) if config.model.path == "embedded" else config.model.path
+    if config.model.path == "embedded":
+        return warm_start(config.task.name, config.model.checker)
+    return config.model.path
 
 
 def _sample(episode: Episode) -> dict[str, Any]:

@@ -495,6 +495,14 @@ def test_the_oracles_episode_reads_as_the_chat_does_and_its_reward_lands_on_the_
         assert task.metrics(example, turns_of(episode.messages)) == {"tcr": 1, "acr": 1, "gcr": 1}
 
 
+def test_the_environment_tells_an_evaluation_its_figures():
+    goal = TASK.goal(TASK.split("id")[0])
+    conversation = Conversation(goal)
+    assert conversation.figures() == {"tcr": 0, "acr": 0, "gcr": 0}
+    converse(conversation, expert)
+    assert conversation.figures() == {"tcr": 1, "acr": 1, "gcr": 1}
+
+
 def test_an_episode_that_is_cut_has_earned_what_its_steps_paid_and_a_known_zero_otherwise():
     for payment in ("mean", "gcr", "turns"):
         task = SlotFilling(train=20, id=0, ood=0, payment=payment)

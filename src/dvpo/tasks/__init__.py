@@ -44,7 +44,11 @@ class Step(NamedTuple):
 
 
 class Environment(Protocol):
-    """One episode. A single-turn task is the one-step case."""
+    """One episode. A single-turn task is the one-step case.
+
+    One that has a method `figures() -> dict[str, float]` is asked for them at the end of an episode: evaluations report
+    their means.
+    """
 
     def reset(self) -> Prompt:
         """Begin the episode and return what the policy sees first."""

@@ -170,6 +170,10 @@ class Conversation:
         reached = self.database == [(goal.verb, goal.wanted)] and user.answered
         return Metrics(float(bool(self.database)), len(right) / len(goal.missing), float(reached))
 
+    def figures(self) -> dict[str, float]:
+        """The metrics, as evaluations report them."""
+        return self.metrics._asdict()
+
     def _reply(self, act: Act | None) -> Message:
         """Let the database or the user answer."""
         if act is not None and act.verb == self.goal.verb:
