@@ -11,6 +11,7 @@ from dvpo.algorithms import ALGORITHMS
 from dvpo.batch import Rollout
 from dvpo.config import CriticConfig, load_config
 from dvpo.critic import Critic, VocabularyHead, load_critic, make_critic
+from dvpo.errors import InputError
 from dvpo.trainer import Trainer
 from largest_tensor import LargestTensor
 from runs import Parity, run_config
@@ -147,6 +148,11 @@ def test_trained_on_one_token_it_finds_the_fixed_point_of_regression_and_pessimi
     expected = torch.tensor([1.0, 0.0]) - 0.2 * (q_V.softmax(-1)[:2] / 0.5 - 1)
     torch.testing.assert_close(q_V[:2], expected, rtol=0, atol=1e-3)
     assert q_V[2] < -3
+
+
+def test_a_verdict_is_no_start_for_a_critic_of_tokens() -> None:
+    with pytest.raises(InputError, match=r"critic\.start = verdict is a value of states"):
+        load_config({"algorithm": "cql_ppo"}, ["critic.start=verdict"])
 
 
 # Memory and disk

@@ -417,6 +417,11 @@ class Config:
                 f"critic.num_quantiles = {self.critic.num_quantiles} is too few for tail terms: "
                 "take at least 3, or set the tail weights under critic.weights to 0"
             )
+        if row.critic == "vocabulary" and self.critic.start == "verdict":
+            raise ValueError(
+                f"critic.start = verdict is a value of states, and algorithm = {self.algorithm} learns one of tokens: "
+                "set it to random"
+            )
         batch = self.sampling.prompts_per_step * self.sampling.samples_per_prompt
         if batch < self.update.minibatches:
             raise ValueError(
