@@ -156,7 +156,7 @@ def begun(results: Path) -> list[Path]:
 
 def killed_when(condition: Callable[[], bool], words: list[str]) -> None:
     """Run `dvpo study` in a process of its own, and kill it by SIGKILL once the condition holds."""
-    paths = os.pathsep.join(map(str, (ROOT / "tests", ROOT / "examples")))
+    paths = os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests", ROOT / "examples")))
     study = subprocess.Popen(
         [sys.executable, "-m", "dvpo", "study", *words],
         env=os.environ | {"PYTHONPATH": paths},
