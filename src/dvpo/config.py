@@ -9,7 +9,7 @@ import difflib
 import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 import yaml
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from dvpo.algorithms import find_algorithm
 from dvpo.errors import InputError
+from dvpo.nested import all_keys, checked, deep_copy, merge, one_sentence, read_yaml, set_dotted
 from dvpo.noise import PARAMETERS
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -490,19 +491,19 @@ def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides:
     Raises:
         InputError: unreadable file, unknown key (with the nearest known one), value out of range.
     """
-    values = _read(source) if isinstance(source, str | Path) else _deep_copy(source or {})
+    values = read_yaml(source) if isinstance(source, str | Path) else deep_copy(source or {})
     for override in overrides:
-        _set_dotted(values, override)
-    values = _checked(values, Config, "")
+        set_dotted(values, override)
+    values = checked(values, Config, Config)
     name = values.get("algorithm", Config.algorithm)
     if not isinstance(name, str):
         raise InputError(f"algorithm = {name!r} is not a name: take a row such as dvpo or ppo")
     of_the_task = TASK_DEFAULTS.get(str(values.get("task", {}).get("name")), {})
-    merged = _merge(_merge(of_the_task, find_algorithm(name).defaults), values)
+    merged = merge(merge(of_the_task, find_algorithm(name).defaults), values)
     try:
         return TypeAdapter(Config).validate_python(merged)
     except ValidationError as error:
-        raise InputError(_one_sentence(error)) from None
+        raise InputError(one_sentence(error)) from None
 
 
 def to_yaml(config: Config) -> str:
@@ -513,119 +514,8 @@ def to_yaml(config: Config) -> str:
 def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
     """Dotted keys in which two configs differ, each with both values."""
     found = {}
-    for key in _all_keys(Config, ""):
+    for key in all_keys(Config):
         values = [functools.reduce(getattr, key.split("."), config) for config in (one, other)]
         if values[0] != values[1]:
             found[key] = (values[0], values[1])
     return found
-
-
-def _read(path: str | Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise InputError(f"config file {path} cannot be read ({reason}): check the path") from None
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise InputError(f"config file {path} is not valid YAML{line}: mend the syntax") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise InputError(f"config file {path} holds a {type(values).__name__}: it must hold `key: value` lines")
-    return values
-
-
-def _set_dotted(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise InputError(f"override {override!r} has no `key=value` form: write for example critic.alpha=0.1")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"override {override!r}: the value is not valid YAML; quote it") from None
-    *parents, leaf = key.split(".")
-    node = values
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise InputError(f"override {override!r}: {parent!r} is a value and holds no {leaf!r}: check the key")
-        node = child
-    node[leaf] = value
-
-
-def _checked(values: Mapping[Any, Any], kind: type, prefix: str) -> dict[str, Any]:
-    """The values, with empty sections in place of headings that nothing stands below.
-
-    Raises:
-        InputError: an unknown key, a value where a section is wanted, or what YAML made a yes or no of.
-    """
-    known, checked = get_type_hints(kind), dict(values)
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if key not in known:
-            raise InputError(f"unknown config key {name}: {_suggest(str(key), prefix, sorted(map(str, known)))}")
-        if dataclasses.is_dataclass(known[key]):
-            if not isinstance(value, Mapping | None):
-                raise InputError(f"config key {name} = {value!r} is a section: write {name}.key=value")
-            checked[key] = _checked(value or {}, known[key], f"{name}.")  # type: ignore[arg-type]
-        elif isinstance(value, list) and (entry := _listed_section(known[key])):
-            checked[key] = [
-                _checked(item, entry, f"{name}.{i}.") if isinstance(item, Mapping) else item
-                for i, item in enumerate(value)
-            ]
-        elif isinstance(value, bool) and known[key] is not bool:
-            raise InputError(f"{name} = {value!r} is not valid: it is no yes-or-no setting")
-    return checked
-
-
-def _listed_section(hint: Any) -> type | None:
-    """The section that a list of sections holds; None for any other setting."""
-    entry = next(iter(get_args(hint)), None)
-    return entry if dataclasses.is_dataclass(entry) else None  # type: ignore[return-value]
-
-
-def _suggest(key: str, prefix: str, section_keys: list[str]) -> str:
-    """The nearest key of the same section, else the same key in another section, else the section's keys."""
-    everywhere = list(_all_keys(Config, ""))
-    near = difflib.get_close_matches(key, section_keys, n=1, cutoff=0.7)
-    if near:
-        return f"did you mean {prefix}{near[0]}?"
-    elsewhere = [k for k in everywhere if k.rsplit(".", 1)[-1] == key]
-    if not elsewhere:
-        elsewhere = difflib.get_close_matches(prefix + key, everywhere, n=1, cutoff=0.6)
-    if elsewhere:
-        return f"did you mean {elsewhere[0]}?"
-    return "the keys here are " + ", ".join(section_keys)
-
-
-def _all_keys(kind: type, prefix: str) -> Iterable[str]:
-    for name, hint in get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint):
-            yield from _all_keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
-        else:
-            yield prefix + name
-
-
-def _merge(weak: Mapping[str, Any], strong: Mapping[str, Any]) -> dict[str, Any]:
-    merged = _deep_copy(weak)
-    for key, value in strong.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _deep_copy(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _deep_copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}
-
-
-def _one_sentence(error: ValidationError) -> str:
-    """Pydantic's findings as `field = value: what is wrong`, joined."""
-    parts = []
-    for item in error.errors():
-        field = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ").replace("tuple", "list")
-        what = message[0].lower() + message[1:]
-        parts.append(f"{field} = {item['input']!r} is not valid: {what}" if field else message)
-    return "; ".join(parts)

@@ -14,6 +14,7 @@ over the task's, these over `config`. Every cell's config is made and validated 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import yaml
 
 from dvpo.config import CheckpointConfig, Config, LogConfig, load_config, to_yaml
 from dvpo.errors import InputError
+from dvpo.nested import merge
 from dvpo.provenance import config_hash
 
 AXES = ("task", "noise", "algorithm", "seed")
@@ -125,13 +127,7 @@ def cell_id(key: CellKey) -> str:
 
 def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
     """Nested settings laid over each other, the last one on top."""
-    result: dict[str, Any] = {}
-    for part in parts:
-        for key, value in part.items():
-            below = result.get(key)
-            both = isinstance(value, Mapping) and isinstance(below, Mapping)
-            result[key] = merged(below, value) if both else value  # type: ignore[arg-type]
-    return result
+    return reduce(merge, parts, {})
 
 
 def result_hash(config: Config) -> str:

@@ -20,13 +20,11 @@ from dvpo.batch import Estimates, Rollout
 from dvpo.checkpoint import (
     Checkpointer,
     RNGState,
-    checkpoint_step,
-    latest_checkpoint,
     load_state,
     restore,
     state_of,
 )
-from dvpo.config import Config, differences, load_config, to_yaml
+from dvpo.config import Config, to_yaml
 from dvpo.core.losses import aggregation_weights, kl_estimate
 from dvpo.core.masks import token_count, whiten
 from dvpo.core.returns import gae
@@ -43,17 +41,16 @@ from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.privilege import Privilege
 from dvpo.rates import NO_RATES, open_rates
 from dvpo.replay import Replay
+from dvpo.resume import find_checkpoint
 from dvpo.rewards import Fault
 from dvpo.runlog import RunLog, refuse_used_folder
 from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, collate, fit_prompts, play
-from dvpo.scoring import Scorer, open_reward
+from dvpo.scoring import Scorer, open_reward, refuse_broken_reward
 from dvpo.seeding import derive_seed
 from dvpo.tasks import Example, Task, make_task
 from dvpo.warmstart import warm_start
 
 SPLITS = ("id", "ood")
-MAY_CHANGE = ("steps", "device", "evaluation.", "checkpoint.", "log.", "output")
-"""What a resumed run may set anew: nothing that has a say in the steps already done."""
 REPLAY_FIGURES = ("loss", "skipped_updates")
 """Of the critic's update, logged for the replay apart: under `critic/` stands the step's own batch."""
 
@@ -97,7 +94,7 @@ class Trainer:
             raise InputError(
                 f"WORLD_SIZE = {world_size()}: this version trains in one process; start it without torchrun"
             )
-        checkpoint = self._find_checkpoint() if resume else None
+        checkpoint = find_checkpoint(config) if resume else None
         begun = resume and (self.folder / "manifest.json").exists()
         if not resume:
             refuse_used_folder(self.folder)  # now, not after minutes of loading a model
@@ -535,47 +532,6 @@ class Trainer:
         room = self.policy.context_length - longest - self.config.sampling.max_completion_length
         kept = [e for e in train if e.id in self.prompt_tokens]
         return Privilege(self.config.critic.privileged, self.encoder, kept, room)
-
-    def _find_checkpoint(self) -> Path | None:
-        """The newest sound checkpoint; None for a run that was killed before it wrote one."""
-        written = self.folder / "config.yaml"
-        if not written.exists():
-            raise InputError(
-                f"output = {self.folder} holds no run to resume: check the path, or start without --resume"
-            )
-        changed = [
-            f"{key} was {old!r} and is {new!r}"
-            for key, (old, new) in differences(load_config(written), self.config).items()
-            if not key.startswith(MAY_CHANGE)
-        ]
-        if changed:
-            raise InputError(
-                f"resume: {'; '.join(changed)} (see {written}): a resumed run must be the same run, so take the old "
-                "values, or start another output folder"
-            )
-        if is_main():
-            Checkpointer(self.folder, self.config.checkpoint.keep)  # mends what a kill left half-done
-        barrier()
-        checkpoint = latest_checkpoint(self.folder)
-        if checkpoint is not None and checkpoint_step(checkpoint) > self.config.steps:
-            raise InputError(f"steps = {self.config.steps} lies before {checkpoint}: raise it")
-        return checkpoint
-
-
-def refuse_broken_reward(faults: list[Fault], batch: int) -> None:
-    """Stop a run whose first step has no reward at all because the function answers in the wrong form.
-
-    Exceptions and time-outs may pass and never end a run; a wrong length, type or an infinity in every sample will not.
-
-    Raises:
-        InputError: with the first fault.
-    """
-    form = [fault for fault in faults if fault.kind in ("wrong_length", "wrong_type", "non_finite")]
-    if len(form) == batch:
-        raise InputError(
-            f"reward.function: every reward of the first step is unusable, {form[0].message}: "
-            "return one finite number (or None, or a list) for each completion"
-        )
 
 
 def states(hidden_BSD: Tensor, rollout: Rollout) -> Tensor:

@@ -1,0 +1,134 @@
+"""Nested plain values on their way into dataclasses: read, overridden, merged, and held against the known keys."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+from pydantic import ValidationError
+
+from dvpo.errors import InputError
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The `key: value` lines of a config file; InputError if there are none to read."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise InputError(f"config file {path} cannot be read ({reason}): check the path") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise InputError(f"config file {path} is not valid YAML{line}: mend the syntax") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"config file {path} holds a {type(values).__name__}: it must hold `key: value` lines")
+    return values
+
+
+def set_dotted(values: dict[str, Any], override: str) -> None:
+    """Put one `key.sub=value` override into the values; InputError if it is none."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"override {override!r} has no `key=value` form: write for example critic.alpha=0.1")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"override {override!r}: the value is not valid YAML; quote it") from None
+    *parents, leaf = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise InputError(f"override {override!r}: {parent!r} is a value and holds no {leaf!r}: check the key")
+        node = child
+    node[leaf] = value
+
+
+def checked(values: Mapping[Any, Any], kind: type, root: type, prefix: str = "") -> dict[str, Any]:
+    """The values, with empty sections in place of headings that nothing stands below.
+
+    Args:
+        values: of one section.
+        kind: the section's dataclass.
+        root: the dataclass of the whole, searched for what an unknown key may have meant.
+        prefix: the section's dotted name and a dot.
+
+    Raises:
+        InputError: an unknown key, a value where a section is wanted, or what YAML made a yes or no of.
+    """
+    known, result = get_type_hints(kind), dict(values)
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in known:
+            raise InputError(f"unknown config key {name}: {_suggest(str(key), prefix, sorted(map(str, known)), root)}")
+        if dataclasses.is_dataclass(known[key]):
+            if not isinstance(value, Mapping | None):
+                raise InputError(f"config key {name} = {value!r} is a section: write {name}.key=value")
+            result[key] = checked(value or {}, known[key], root, f"{name}.")  # type: ignore[arg-type]
+        elif isinstance(value, list) and (entry := _listed_section(known[key])):
+            result[key] = [
+                checked(item, entry, root, f"{name}.{i}.") if isinstance(item, Mapping) else item
+                for i, item in enumerate(value)
+            ]
+        elif isinstance(value, bool) and known[key] is not bool:
+            raise InputError(f"{name} = {value!r} is not valid: it is no yes-or-no setting")
+    return result
+
+
+def _listed_section(hint: Any) -> type | None:
+    """The section that a list of sections holds; None for any other setting."""
+    entry = next(iter(get_args(hint)), None)
+    return entry if dataclasses.is_dataclass(entry) else None  # type: ignore[return-value]
+
+
+def _suggest(key: str, prefix: str, section_keys: list[str], root: type) -> str:
+    """The nearest key of the same section, else the same key in another section, else the section's keys."""
+    everywhere = list(all_keys(root))
+    near = difflib.get_close_matches(key, section_keys, n=1, cutoff=0.7)
+    if near:
+        return f"did you mean {prefix}{near[0]}?"
+    elsewhere = [k for k in everywhere if k.rsplit(".", 1)[-1] == key]
+    if not elsewhere:
+        elsewhere = difflib.get_close_matches(prefix + key, everywhere, n=1, cutoff=0.6)
+    if elsewhere:
+        return f"did you mean {elsewhere[0]}?"
+    return "the keys here are " + ", ".join(section_keys)
+
+
+def all_keys(kind: type, prefix: str = "") -> Iterable[str]:
+    """The dotted name of every setting below a dataclass."""
+    for name, hint in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from all_keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+        else:
+            yield prefix + name
+
+
+def merge(weak: Mapping[str, Any], strong: Mapping[str, Any]) -> dict[str, Any]:
+    """All of both; where both have a value, the strong one's."""
+    merged = deep_copy(weak)
+    for key, value in strong.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def deep_copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same mappings anew, so that an override changes nobody else's."""
+    return {k: deep_copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def one_sentence(error: ValidationError) -> str:
+    """Pydantic's findings as `field = value: what is wrong`, joined."""
+    parts = []
+    for item in error.errors():
+        field = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ").replace("tuple", "list")
+        what = message[0].lower() + message[1:]
+        parts.append(f"{field} = {item['input']!r} is not valid: {what}" if field else message)
+    return "; ".join(parts)
