@@ -3,7 +3,7 @@
     config.yaml        the config, as it was validated
     manifest.json      versions, machine, seed, commit, command line; one entry in `resumes` for each resume
     dirty.diff         only for a source tree with uncommitted changes: what they are
-    metrics.jsonl      one object a step
+    metrics.jsonl      one object a step, and one an evaluation (keys `eval/...`)
     completions.jsonl  sampled texts with their rewards
     faults.jsonl       reward calls that failed, and whatever else the run survived
 
@@ -80,7 +80,7 @@ class RunLog:
             self._events = event_writer(str(folder / "tensorboard"), purge_step=purge_step)
 
     def metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write the one row of `step`; 0-d tensors count as numbers."""
+        """Write one row of `step`, of its training or of its evaluation; 0-d tensors count as numbers."""
         self._append("metrics.jsonl", step, [metrics])
         if self._events is not None:
             for key, value in _plain(metrics).items():
