@@ -22,7 +22,7 @@ def test_the_committed_72_percent_are_within_one_point_on_10000_pairs_of_the_sta
 
 
 def test_every_committed_rate_agrees_with_what_is_promised() -> None:
-    # 99.9% each, exact: all of the fourteen agree in 98.6% of the seeds.
+    # 99.9% each, exact: right rates would all agree for 98.7% of the seeds.
     for name, row in json.loads(reward_noise.RESULT.read_text())["rows"].items():
         hits = round(row["measured"] * row["count"])
         assert binomtest(hits, row["count"], row["promised"]).pvalue > 1e-3, name
