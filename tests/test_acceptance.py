@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dvpo.algorithms import ALGORITHMS
 from dvpo.batch import Rollout
+from dvpo.collect import Collected
 from dvpo.config import TaskConfig
 from dvpo.runlog import read_rows
-from dvpo.sampling import Episode
 from dvpo.tasks import Task, make_task
 from dvpo.trainer import Trainer
 from runs import run_config
@@ -40,10 +40,10 @@ class Watched(Trainer):
         super().__init__(*given, **named)
         self.rollouts: list[Rollout] = []
 
-    def score(self, episodes: list[Episode]) -> Any:
-        rollout, faults = super().score(episodes)
+    def collect(self) -> tuple[Rollout, Collected]:
+        rollout, collected = super().collect()
         self.rollouts.append(rollout)
-        return rollout, faults
+        return rollout, collected
 
 
 def weights(module: torch.nn.Module | None) -> list[Tensor]:
