@@ -72,10 +72,6 @@ class OneTaskConfig:
     """files: regular expression of the final answer in a response, for `dvpo label`: its last match, or that match's
     first group; None: the whole response."""
 
-    def __post_init__(self) -> None:
-        if self.name == "files" and not self.path:
-            raise ValueError("task.path is empty: name the file with your prompts (task.path=my_prompts.jsonl)")
-
 
 @section
 class MixedTaskConfig(OneTaskConfig):
@@ -84,11 +80,6 @@ class MixedTaskConfig(OneTaskConfig):
     weight: Positive = 1.0
     """Prompts are drawn in proportion."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.name == "mix":
-            raise ValueError("a mix holds no mix: list all tasks in one task.mix")
-
 
 @section
 class TaskConfig(OneTaskConfig):
@@ -96,13 +87,6 @@ class TaskConfig(OneTaskConfig):
 
     mix: tuple[MixedTaskConfig, ...] = ()
     """mix: the tasks, with weights."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.mix and self.name != "mix":
-            raise ValueError(f"task.mix holds several tasks, but task.name = {self.name}: set it to mix")
-        if self.name == "mix" and not self.mix:
-            raise ValueError("task.mix is empty: list the tasks of the mix, each with its name and weight")
 
 
 @section
@@ -499,6 +483,7 @@ class Config:
                 f"reward.overlong = {self.reward.overlong} exceeds sampling.max_completion_length = "
                 f"{self.sampling.max_completion_length}: lower it"
             )
+        self._check_tasks()
         self._check_corrections()
         for key in ("truncation", "missing_reward"):
             if getattr(self.advantage, key) == "bootstrap" and not row.has_critic:
@@ -511,6 +496,18 @@ class Config:
                 f"advantage.delta_clip = {self.advantage.delta_clip:g} clips nothing in a rank, which is bounded: "
                 "set it to null, or take another advantage.law.functional"
             )
+
+    def _check_tasks(self) -> None:
+        """A task of files has a file, and a mix is a list of tasks."""
+        name, mix = self.task.name, self.task.mix
+        if any(task.name == "files" and not task.path for task in (self.task, *mix)):
+            raise ValueError("task.path is empty: name the file with your prompts (task.path=my_prompts.jsonl)")
+        if mix and name != "mix":
+            raise ValueError(f"task.mix holds several tasks, but task.name = {name}: set it to mix")
+        if name == "mix" and not mix:
+            raise ValueError("task.mix is empty: list the tasks of the mix, each with its name and weight")
+        if any(task.name == "mix" for task in mix):
+            raise ValueError("task.mix holds a mix: list all tasks in one task.mix")
 
     def _check_corrections(self) -> None:
         """Rates have to come from somewhere, and noise is taken out once, of rewards that are 0 or 1."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from dvpo.data import MixedPrompts, open_prompts
 from dvpo.errors import InputError
 from dvpo.evaluate import evaluate_checkpoint
 from dvpo.runlog import read_rows
+from dvpo.study_results import result_row
 from dvpo.tasks import Example, Reward, make_task
 from dvpo.tasks.dialogue import SlotFilling
 from dvpo.tasks.math import ChainArithmetic
@@ -115,9 +117,12 @@ def test_a_run_logs_and_evaluates_each_task_and_resumes_exactly(tmp_path: Path) 
     for row in rows(whole):
         both = [row["reward/true/math"], row["reward/true/dialogue"]]
         assert row["reward/true"] == pytest.approx(sum(both) / 2)  # one prompt of each a step
-    (first, *_) = read_rows(whole.folder / "metrics.jsonl")
+    first, *_, last = read_rows(whole.folder / "metrics.jsonl")
     assert {"eval/math/id/accuracy", "eval/math/ood/accuracy", "eval/dialogue/id/tcr"} <= first.keys()
     assert "eval/math/id/tcr" not in first
+    names = dict.fromkeys(("task", "noise", "algorithm", "seed", "config_hash"))
+    row = result_row(SimpleNamespace(folder=whole.folder, config=whole.config, **names))
+    assert row["id_true"] == (last["eval/math/id/accuracy"] + last["eval/dialogue/id/accuracy"]) / 2
     trained(tmp_path / "parts", *settings, "steps=2", task=task)
     parts = trained(tmp_path / "parts", *settings, "steps=4", task=task, resume=True)
     assert rows(parts) == rows(whole)
@@ -154,7 +159,7 @@ def test_a_checkpoint_of_a_mix_is_evaluated_task_by_task(tmp_path: Path, capsys:
     [
         ({"mix": [{"name": "math"}]}, r"task.mix holds several tasks, but task.name = math: set it to mix"),
         ({"name": "mix"}, r"task.mix is empty: list the tasks"),
-        ({"name": "mix", "mix": [{"name": "mix"}]}, r"a mix holds no mix"),
+        ({"name": "mix", "mix": [{"name": "mix"}]}, r"task.mix holds a mix: list all tasks in one"),
         ({"name": "mix", "mix": [{"name": "math", "weight": 0}]}, r"task.mix.0.weight = 0 is not valid"),
         ({"name": "mix", "mix": [{"name": "files"}]}, r"task.path is empty"),
         ({"name": "mix", "mix": [{"nam": "math"}]}, r"unknown config key task.mix.0.nam"),
