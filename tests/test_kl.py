@@ -58,8 +58,7 @@ def test_the_steered_coefficient_is_the_one_that_trains(tmp_path: Path, place: s
     fixed = trained(tmp_path / "fixed", *settings)
     steered = trained(tmp_path / "steered", *settings, *ADAPTIVE)
     assert farthest(weights(fixed), weights(steered)) > 0
-    # Without weight on it, 0 * (...) of the target's rule: what is off leaves no trace.
-    assert "actor/kl_coef" not in rows(fixed)[0]
+    assert "actor/kl_coef" not in rows(fixed)[0]  # what is off leaves no trace
 
 
 def test_its_state_is_in_the_checkpoint(tmp_path: Path) -> None:

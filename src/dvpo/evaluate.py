@@ -215,8 +215,8 @@ def evaluate_checkpoint(
 
 def _table(results: Mapping[str, Evaluation], title: str) -> Table:
     """A row a split, a column a figure that has an interval."""
-    figures = next(iter(results.values())).summary
-    names = [name for name in figures if f"{name}_low" in figures]
+    summaries = [result.summary for result in results.values()]  # the tasks of a mix have figures of their own
+    names = dict.fromkeys(name for figures in summaries for name in figures if f"{name}_low" in figures)
     table = Table(title=title)
     for column in ("split", "items", *(name.replace("accuracy", "greedy accuracy") for name in names)):
         table.add_column(column, justify="right")
