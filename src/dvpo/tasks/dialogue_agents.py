@@ -162,7 +162,7 @@ INVENTED_SHARE = 0.5
 
 
 def draw_demonstration(rng: random.Random) -> Demonstration:
-    """Draw a goal of a seen or an invented domain that is not held out, and the demonstrator's conversation about it."""
+    """Draw a goal of a seen or an invented domain that is not held out, and the demonstrator's conversation on it."""
     while True:
         invented = rng.random() < INVENTED_SHARE
         goal = draw_goal({"invented": invent_domain(rng)} if invented else SEEN, rng)
