@@ -1,4 +1,4 @@
-"""Runs that take milliseconds a step: a random two-layer model, and a task whose truth any text has."""
+"""Runs that take milliseconds a step: a random two-layer model, a task whose truth any text has; what they leave."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -11,7 +11,7 @@ from torch import Tensor
 from dvpo.batch import Rollout
 from dvpo.config import Config, load_config
 from dvpo.embedded import make_config, make_model, make_tokenizer
-from dvpo.runlog import TIME_PREFIX, read_rows
+from dvpo.runlog import STREAMS, TIME_PREFIX, read_rows
 from dvpo.tasks import Environment, Example, Prompt, Reward, SingleTurn, Step
 from dvpo.trainer import Trainer
 
@@ -123,3 +123,26 @@ def rollout_of(trainer: Trainer) -> Rollout:
     trainer.step += 1
     rollout, _ = trainer.collect()
     return rollout
+
+
+def left_behind(folder: Path) -> dict[str, Any]:
+    """Every row of the logs without wall-clock figures, and the bytes of the final weights."""
+    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    logs = {
+        name: [
+            {key: value for key, value in row.items() if not key.startswith(TIME_PREFIX)}
+            for row in read_rows(folder / name)
+        ]
+        for name in STREAMS
+    }
+    weights = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(last.rglob("*.safetensors"))}
+    assert {"policy", "critic"} <= {Path(name).parent.name for name in weights}
+    return {**logs, **weights}
+
+
+def assert_equal(folder: Path, uninterrupted: Path) -> None:
+    """Two runs ended alike: the same rows, the same bytes of the final weights."""
+    one, other = left_behind(folder), left_behind(uninterrupted)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name] == other[name], name

@@ -216,10 +216,10 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning_and_the_one_before_used(
 ) -> None:
     checkpointer = Checkpointer(tmp_path)
     previous, newest = save(checkpointer, 1), save(checkpointer, 2)
-    assert checkpointer.latest() == newest
+    assert latest_checkpoint(checkpointer.folder) == newest
     DAMAGES[damage](newest / file)
     with pytest.warns(UserWarning, match=r"checkpoint-2 is skipped: .* (missing|damaged)"):
-        assert checkpointer.latest() == previous
+        assert latest_checkpoint(checkpointer.folder) == previous
 
 
 def test_the_newest_is_by_number_and_other_folders_do_not_count(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_the_newest_is_by_number_and_other_folders_do_not_count(tmp_path: Path) 
         save(checkpointer, step)
     (tmp_path / "checkpoint-11-backup").mkdir()
     (tmp_path / "checkpoint-last").mkdir()
-    latest = checkpointer.latest()
+    latest = latest_checkpoint(checkpointer.folder)
     assert latest is not None
     assert checkpoint_step(latest) == 10
     with pytest.raises(InputError, match="name a folder called checkpoint-N"):
@@ -267,7 +267,7 @@ def test_a_failed_save_rotates_nothing_away(tmp_path: Path) -> None:
 def test_a_save_after_a_resume_from_further_back_is_the_latest(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path, keep=1)
     flip_one_bit(save(checkpointer, 20) / "state.json")
-    assert save(checkpointer, 15) == checkpointer.latest()
+    assert save(checkpointer, 15) == latest_checkpoint(checkpointer.folder)
     assert names(tmp_path) == ["checkpoint-15"]
 
 
@@ -381,7 +381,7 @@ def test_a_kill_at_any_point_of_a_save_leaves_only_whole_checkpoints(tmp_path: P
     outcomes = []
     for run in crashed:
         with warnings.catch_warnings(action="error"):
-            latest = Checkpointer(run, keep=1).latest()  # as the next start does
+            latest = latest_checkpoint(Checkpointer(run, keep=1).folder)  # as the next start does
         assert latest is not None
         assert all(find_fault(checkpoint) is None for checkpoint in run.iterdir())
         assert not [name for name in names(run) if name.startswith(".")]

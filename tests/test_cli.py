@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -166,13 +167,47 @@ def test_a_disk_full_amid_a_checkpoint_leaves_the_one_before_to_resume_from(
     assert (here / "run" / "checkpoint-2").is_dir()
 
 
-def test_an_interrupt_says_how_to_go_on(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_says_how_to_go_on_and_goes_on(
+    here: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
+):
     def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
 
-    monkeypatch.setattr("dvpo.trainer.Trainer.train_step", interrupted)
-    assert main(["train", "good.yaml"]) == 130
-    assert "--resume" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dvpo.trainer.Trainer.score", interrupted)
+        assert main(["train", "good.yaml"]) == 75
+    assert f"dvpo: interrupted by {number.name}; `dvpo train ... --resume` goes on" in capsys.readouterr().err
+    assert [path.name for path in (here / "run").glob("checkpoint-*")] == ["checkpoint-0"]
+    assert main(["train", "good.yaml", "--resume"]) == 0
+    assert (here / "run" / "checkpoint-1").is_dir()
+
+
+def test_what_is_interrupted_before_it_has_begun_is_not_called_resumable(here: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dvpo.trainer.make_task", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(["train", "good.yaml"]) == 143
+    assert not (here / "run").exists()
+
+
+def test_a_resume_may_differ_where_it_is_allowed_and_says_in_what(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "good.yaml"]) == 0
+    other = ["train", "good.yaml", "--resume", "steps=2", "update.microbatch_size=1", "critic_optimiser.lr=0.1"]
+    capsys.readouterr()
+    message = refusal(capsys, *other)
+    for said in (
+        "update.microbatch_size was 64 and is 1",
+        "critic_optimiser.lr was 0.001 and is 0.1",
+        "accept the break by --allow critic_optimiser.lr,update.microbatch_size",
+    ):
+        assert said in message
+    assert "microbatch_size" not in refusal(capsys, *other, "--allow", "update.microbatch_size").split("see")[0]
+    assert "--allow micro: there is no such setting" in refusal(capsys, *other, "--allow", "micro")
+    assert "add --resume" in refusal(capsys, "train", "good.yaml", "--allow", "update")
+    with pytest.warns(UserWarning, match=r"resume: .* was .* and is .*, as --allow says") as warned:
+        assert main([*other, "--allow", "update,critic_optimiser.lr"]) == 0
+    assert len([one for one in warned if "--allow" in str(one.message)]) == 2
+    assert "microbatch_size: 64" in (here / "run" / "config-1.yaml").read_text()
+    assert "microbatch_size: 1\n" in (here / "run" / "config.yaml").read_text()
 
 
 def test_a_fault_of_ours_is_not_passed_off_as_the_users(here: Path, monkeypatch: pytest.MonkeyPatch):

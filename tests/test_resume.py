@@ -8,16 +8,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from dvpo import checkpoint
 from dvpo.config import load_config, to_yaml
 from dvpo.errors import InputError
-from dvpo.runlog import STREAMS, TIME_PREFIX, read_rows
 from dvpo.trainer import Trainer
-from runs import Parity, run_config
+from runs import Parity, assert_equal, left_behind, run_config
 
 SETTINGS = [
     "steps=6",
@@ -31,28 +29,6 @@ SETTINGS = [
     "policy_optimiser.schedule=cosine",
     "log.completions=6",
 ]
-
-
-def left_behind(folder: Path) -> dict[str, Any]:
-    """Every row of the logs without wall-clock figures, and the bytes of the final weights."""
-    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
-    logs = {
-        name: [
-            {key: value for key, value in row.items() if not key.startswith(TIME_PREFIX)}
-            for row in read_rows(folder / name)
-        ]
-        for name in STREAMS
-    }
-    weights = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(last.rglob("*.safetensors"))}
-    assert {"policy", "critic"} <= {Path(name).parent.name for name in weights}
-    return {**logs, **weights}
-
-
-def assert_equal(folder: Path, uninterrupted: Path) -> None:
-    one, other = left_behind(folder), left_behind(uninterrupted)
-    assert one.keys() == other.keys()
-    for name in one:
-        assert one[name] == other[name], name
 
 
 def killed(action: Callable[[], object]) -> None:
@@ -147,14 +123,15 @@ def command(config: Path, *words: str) -> subprocess.Popen[bytes]:
     )
 
 
-def kill_after(run: subprocess.Popen[bytes], metrics: Path, lines: int) -> None:
+def kill_after(run: subprocess.Popen[bytes], metrics: Path, lines: int, number: int = signal.SIGKILL) -> int:
+    """Signal a run that has logged so many lines; its exit code."""
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= lines):
         assert run.poll() is None, run.stderr.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    run.kill()
-    assert run.wait() == -signal.SIGKILL
+    run.send_signal(number)
+    return run.wait(timeout=120)
 
 
 def by_command(folder: Path, *settings: str) -> Path:
@@ -170,10 +147,15 @@ def by_command(folder: Path, *settings: str) -> Path:
     return path
 
 
-def test_the_command_killed_in_the_middle_and_resumed_equals_a_run_in_another_process(tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow)]
+)
+def test_the_command_killed_in_the_middle_and_resumed_equals_a_run_in_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+):
     """The killed and the resumed run are processes of their own; the uninterrupted one is this process."""
     file = by_command(tmp_path, *SETTINGS)
-    kill_after(command(file), tmp_path / "run" / "metrics.jsonl", lines=4)
+    assert kill_after(command(file), tmp_path / "run" / "metrics.jsonl", 4, number) == code
     run = command(file, "--resume")
     _, errors = run.communicate(timeout=120)
     assert run.returncode == 0, errors.decode()
@@ -193,7 +175,7 @@ def test_the_command_killed_at_many_moments_and_resumed_equals_an_uninterrupted_
         folder = tmp_path / str(lines)
         folder.mkdir()
         file = by_command(folder, *settings)
-        kill_after(command(file), folder / "run" / "metrics.jsonl", lines)
+        assert kill_after(command(file), folder / "run" / "metrics.jsonl", lines) == -signal.SIGKILL
         assert command(file, "--resume").wait(timeout=120) == 0
         assert_equal(folder / "run", tmp_path / "whole" / "run")
 
@@ -263,3 +245,15 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(finished: Path
         trainer = Trainer(run_config(finished, *SETTINGS, "steps=4"), task=Parity(), resume=True)
     assert trainer.step == 2
     trainer.close()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_keeps_its_logs(finished: Path):
+    for state in finished.glob("checkpoint-*/state.json"):
+        state.write_bytes(b"")
+    before = everything(finished)
+    with (
+        pytest.warns(UserWarning, match="is skipped"),
+        pytest.raises(InputError, match=r"no sound checkpoint, every one is damaged \(checkpoint-2, checkpoint-4\)"),
+    ):
+        Trainer(run_config(finished, *SETTINGS, "steps=4"), task=Parity(), resume=True)
+    assert everything(finished) == before

@@ -1,5 +1,7 @@
 import errno
 import json
+import os
+import signal
 from dataclasses import asdict, replace
 
 import pytest
@@ -10,6 +12,7 @@ from dvpo import warmstart
 from dvpo.config import load_config
 from dvpo.embedded import make_model, make_tokenizer
 from dvpo.errors import InputError
+from dvpo.interrupt import Interrupted
 from dvpo.lessons import SOURCES, Demonstrated, question_and_answer
 from dvpo.policy import Policy
 from dvpo.tasks.math import ChainArithmetic
@@ -140,6 +143,13 @@ def test_an_interrupted_build_leaves_nothing_behind(tmp_path, monkeypatch, error
     monkeypatch.setattr(warmstart, "measure", fail)
     with pytest.raises(error):
         obtain(TINY, cache=tmp_path, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_build_that_is_ended_by_sigterm_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(warmstart, "train", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        warmstart.main(["--rebuild", "--out", str(tmp_path)])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -18,7 +18,7 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -62,13 +62,16 @@ class Checkpointer:
             folder.mkdir(parents=True, exist_ok=True)
         self._tidy()
 
-    def save(self, step: int, writers: Mapping[str, Writer], state: Mapping[str, Any]) -> Path:
+    def save(
+        self, step: int, writers: Mapping[str, Writer], state: Mapping[str, Any], spared: Collection[int] = ()
+    ) -> Path:
         """Write `checkpoint-<step>`; on a failure the earlier ones stand and nothing half-written is left.
 
         Args:
             step: steps done. Checkpoints of later steps, from a past that a resume gave up, are removed.
             writers: subfolder -> how to write it.
             state: name -> nested plain values and tensors, e.g. `state_of(parts)`; what `load_state` returns.
+            spared: steps whose checkpoints do not count among the newest `keep`, and stay.
 
         Returns:
             The checkpoint's folder.
@@ -90,12 +93,8 @@ class Checkpointer:
         except BaseException:
             self._tidy()
             raise
-        self._rotate(step)
+        self._rotate(step, spared)
         return target
-
-    def latest(self) -> Path | None:
-        """The newest sound checkpoint of the run; see `latest_checkpoint`."""
-        return latest_checkpoint(self.folder)
 
     def _publish(self, aside: Path, target: Path) -> None:
         replaced = target.with_name(f"{REPLACED}{target.name}")
@@ -106,10 +105,11 @@ class Checkpointer:
         if replaced.exists():
             _remove(replaced)
 
-    def _rotate(self, newest: int) -> None:
+    def _rotate(self, newest: int, spared: Collection[int]) -> None:
         """Remove old checkpoints, and those beyond `newest`, which would win over it at the next resume."""
         checkpoints = _steps(self.folder)
-        kept = sorted(step for step in checkpoints if step <= newest)[-self.keep :]
+        past = sorted(step for step in checkpoints if step <= newest)
+        kept = {*past[-self.keep :], *(step for step in spared if step <= newest)}
         for step, checkpoint in checkpoints.items():
             if step not in kept:
                 _remove(checkpoint)

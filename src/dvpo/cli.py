@@ -1,7 +1,8 @@
 """The command line: `dvpo demo | train | eval | study | label | reward-model | doctor`.
 
 Exit codes: 0 done, 1 a fault of ours (with its traceback) or a failed run of a study, 2 bad input (one sentence),
-130 interrupted.
+75 interrupted by SIGTERM or SIGINT, and the same command (`train` with `--resume`) goes on; 143 and 130 the same, but
+there is nothing to go on with.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from dvpo.errors import InputError
+from dvpo.interrupt import Interrupted, handled
 
 OVERRIDES = "settings that win over the file, for example critic.alpha=0.05"
 
@@ -27,13 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Reward functions, tasks and rows of the user's own are imported from where the command was given.
     sys.path.insert(0, os.getcwd())
     try:
-        code: int | None = arguments.run(arguments)
+        with handled():
+            code: int | None = arguments.run(arguments)
     except InputError as error:
         print(f"dvpo: {error}", file=sys.stderr)  # noqa: T201
         return 2
-    except KeyboardInterrupt:
-        print(f"dvpo: interrupted; {arguments.go_on}", file=sys.stderr)  # noqa: T201
-        return 130
+    except Interrupted as stop:
+        print(f"dvpo: interrupted by {stop}; {arguments.go_on}", file=sys.stderr)  # noqa: T201
+        return stop.exit_code
     return code or 0
 
 
@@ -57,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", metavar="CONFIG.yaml", help="settings of the run; configs/ has some to start from")
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
     train.add_argument("--resume", action="store_true", help="go on from the newest sound checkpoint in `output`")
+    train.add_argument(
+        "--allow", metavar="KEY,KEY", help="settings or sections in which a resumed run may differ from before"
+    )
     train.add_argument("--print-config", action="store_true", help="print the whole config as YAML and stop")
     train.set_defaults(run=_train)
 
@@ -128,14 +134,21 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.print_config:
         sys.stdout.write(to_yaml(config))
         return
-    from dvpo.progress import RunProgress
-    from dvpo.trainer import Trainer
+    if arguments.allow and not arguments.resume:
+        raise InputError("--allow names what a resumed run may change: add --resume")
+    try:
+        from dvpo.progress import RunProgress
+        from dvpo.trainer import Trainer
 
-    trainer = Trainer(config, resume=arguments.resume)
-    with RunProgress(config.algorithm, config.steps, start=trainer.step) as progress:
-        trainer.observer = progress
-        trainer.train()
-        progress.console.print(f"run folder: {trainer.folder}", soft_wrap=True)
+        allow = arguments.allow.split(",") if arguments.allow else ()
+        trainer = Trainer(config, resume=arguments.resume, allow=allow)
+        with RunProgress(config.algorithm, config.steps, start=trainer.step) as progress:
+            trainer.observer = progress
+            trainer.train()
+            progress.console.print(f"run folder: {trainer.folder}", soft_wrap=True)
+    except Interrupted as stop:
+        stop.resumable = os.path.exists(os.path.join(config.output, "config.yaml"))  # what a resume needs
+        raise
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -168,7 +181,11 @@ def _study(arguments: argparse.Namespace) -> int:
     from dvpo.study_run import run_study
 
     console = Console()
-    failed = run_study(study, arguments.processes, results, console)
+    try:
+        failed = run_study(study, arguments.processes, results, console)
+    except Interrupted as stop:
+        stop.resumable = True
+        raise
     if failed:
         console.print(f"{len(failed)} runs failed: the same command tries them again", soft_wrap=True)
     return 1 if failed else 0

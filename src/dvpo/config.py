@@ -414,6 +414,8 @@ class CheckpointConfig:
     """Steps between checkpoints (0 = only at the end)."""
     keep: Count = 2
     """So many of the newest stay on the disk."""
+    keep_best: bool = False
+    """Also write and keep the one with the highest `eval/id/reward`; best.json names it."""
 
 
 @section
@@ -484,6 +486,11 @@ class Config:
                 f"{self.sampling.max_completion_length}: lower it"
             )
         self._check_tasks()
+        if self.checkpoint.keep_best and not self.evaluation.every:
+            raise ValueError(
+                "checkpoint.keep_best = true chooses among evaluations, but evaluation.every = 0 makes none during "
+                "training: set it, to 10 say, or keep_best to false"
+            )
         self._check_corrections()
         for key in ("truncation", "missing_reward"):
             if getattr(self.advantage, key) == "bootstrap" and not row.has_critic:

@@ -1,40 +1,69 @@
 """From where a run goes on: the newest sound checkpoint of the same run."""
 
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 from dvpo.checkpoint import Checkpointer, checkpoint_step, latest_checkpoint
 from dvpo.config import Config, differences, load_config
 from dvpo.distributed import barrier, is_main
 from dvpo.errors import InputError
+from dvpo.nested import all_keys
 
-MAY_CHANGE = ("steps", "device", "evaluation.", "checkpoint.", "log.", "output")
-"""What a resumed run may set anew: nothing that has a say in the steps already done."""
+MAY_CHANGE = ("steps", "device", "evaluation", "checkpoint", "log", "output")
+"""What a resumed run may set anew: keys and sections that have no say in the steps already done."""
 
 
-def find_checkpoint(config: Config) -> Path | None:
+def find_checkpoint(config: Config, allow: Iterable[str] = ()) -> Path | None:
     """The newest sound checkpoint in `config.output`; None for a run that was killed before it wrote one.
 
+    Args:
+        config: of the resumed run.
+        allow: further keys or sections that may differ from the run's own config; each difference gives a warning.
+
     Raises:
-        InputError: no run there, a run of other settings, or one that is already past `config.steps`.
+        InputError: no run there, a run of other settings, none but damaged checkpoints, or one that is already past
+            `config.steps`.
     """
     folder = Path(config.output)
     written = folder / "config.yaml"
     if not written.exists():
         raise InputError(f"output = {folder} holds no run to resume: check the path, or start without --resume")
-    changed = [
-        f"{key} was {old!r} and is {new!r}"
-        for key, (old, new) in differences(load_config(written), config).items()
-        if not key.startswith(MAY_CHANGE)
-    ]
-    if changed:
-        raise InputError(
-            f"resume: {'; '.join(changed)} (see {written}): a resumed run must be the same run, so take the old "
-            "values, or start another output folder"
-        )
+    _refuse_another_run(written, config, list(allow))
     if is_main():
         Checkpointer(folder, config.checkpoint.keep)  # mends what a kill left half-done
     barrier()
     checkpoint = latest_checkpoint(folder)
+    if checkpoint is None and (damaged := sorted(path.name for path in folder.glob("checkpoint-*"))):
+        raise InputError(
+            f"output = {folder} holds no sound checkpoint, every one is damaged ({', '.join(damaged)}): bring one back "
+            "from a copy, or remove them, and the run begins again"
+        )
     if checkpoint is not None and checkpoint_step(checkpoint) > config.steps:
         raise InputError(f"steps = {config.steps} lies before {checkpoint}: raise it")
     return checkpoint
+
+
+def _refuse_another_run(written: Path, config: Config, allow: list[str]) -> None:
+    known = tuple(all_keys(Config))
+    if unknown := [key for key in allow if not any(_covers(key, name) for name in known)]:
+        raise InputError(f"--allow {unknown[0]}: there is no such setting or section; name one, such as update.epochs")
+    changed = {
+        key: f"{key} was {old!r} and is {new!r}"
+        for key, (old, new) in differences(load_config(written), config).items()
+        if not any(_covers(free, key) for free in MAY_CHANGE)
+    }
+    refused = [key for key in changed if not any(_covers(allowed, key) for allowed in allow)]
+    if refused:
+        raise InputError(
+            f"resume: {'; '.join(changed[key] for key in refused)} (see {written}): a resumed run must be the same "
+            f"run, so take the old values, start another output folder, or accept the break by --allow "
+            f"{','.join(refused)}"
+        )
+    for sentence in changed.values():
+        warnings.warn(f"resume: {sentence}, as --allow says", stacklevel=2)
+
+
+def _covers(name: str, key: str) -> bool:
+    """Whether a key or section holds a key."""
+    return key == name or key.startswith(f"{name}.")

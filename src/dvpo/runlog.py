@@ -1,6 +1,7 @@
 """What a run leaves behind: metrics, completions and faults line by line, and where they come from.
 
     config.yaml        the config, as it was validated
+    config-N.yaml      only if a resume at step N changed it: what it was before
     manifest.json      versions, machine, seed, commit, command line; one entry in `resumes` for each resume
     dirty.diff         only for a source tree with uncommitted changes: what they are
     metrics.jsonl      one object a step, and one an evaluation (keys `eval/...`)
@@ -178,6 +179,9 @@ def _resume(folder: Path, config: str, seed: int, device: str | torch.device, st
         path = folder / name
         if path.exists():
             write_atomically(path, (line for line, _ in _rows(path, step)))
+    before = (folder / "config.yaml").read_bytes()
+    if step >= 0 and before != config.encode():
+        write_atomically(folder / f"config-{step}.yaml", [before])
     session = _record_session(folder, config, seed, device, f"dirty-{step}.diff")
     manifest["resumes"].append({"step": step, **session})
     _write_json(folder / "manifest.json", manifest)

@@ -23,6 +23,7 @@ from rich.console import Console
 from dvpo.config import Config, TaskConfig, load_config
 from dvpo.durable import write_atomically
 from dvpo.errors import InputError
+from dvpo.interrupt import RESUMABLE, Interrupted, handled
 from dvpo.study import Cell, Study, result_hash
 from dvpo.study_results import ResultsFile, Row, finished_cells, locked, result_row
 from dvpo.tasks import make_task
@@ -156,7 +157,7 @@ def _train(config: Config) -> None:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
     # A process whose parent was killed may still be about to die: two must never write one run.
-    with locked(folder / LOCK):
+    with locked(folder / LOCK), handled():
         try:
             from dvpo.trainer import Trainer, starting_model
 
@@ -165,6 +166,8 @@ def _train(config: Config) -> None:
             Trainer(config, resume=(folder / "config.yaml").exists()).train()
         except InputError as error:
             _fail(folder, str(error))
+        except Interrupted as stop:
+            raise SystemExit(RESUMABLE) from stop
         except Exception:
             _fail(folder, traceback.format_exc())
 

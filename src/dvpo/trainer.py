@@ -7,7 +7,7 @@ All denominators are those of the optimiser step's whole batch, so nothing depen
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,7 +18,7 @@ from transformers import set_seed
 
 from dvpo.algorithms import find_algorithm
 from dvpo.batch import Estimates, Rollout
-from dvpo.checkpoint import Checkpointer, RNGState, load_state, restore, state_of
+from dvpo.checkpoint import RNGState, load_state, restore
 from dvpo.collect import Collected, Collector
 from dvpo.config import Config, to_yaml
 from dvpo.core.losses import aggregation_weights, kl_estimate
@@ -30,6 +30,8 @@ from dvpo.distributed import all_reduce_sum, barrier, init_from_env, is_main, wo
 from dvpo.errors import InputError
 from dvpo.estimates import Signals, overlong_penalties, shape_rewards
 from dvpo.evaluate import Evaluation, evaluate
+from dvpo.interrupt import Interrupted, check, deferred
+from dvpo.keeper import Keeper, refuse_without_judge
 from dvpo.kl import KLController
 from dvpo.metrics import Means, critic_figures, mean_of, reward_figures, rollout_figures, task_figures
 from dvpo.noise import make_noise
@@ -67,6 +69,7 @@ class Trainer:
         task: instead of the one that `config.task` names.
         reward: a reward function (TRL's signature) instead of the one that `config.reward.function` names.
         resume: go on from the newest sound checkpoint in `config.output`.
+        allow: settings or sections in which a resumed run may differ from its own config (`dvpo.resume`).
         observer: told about every step and evaluation.
 
     Raises:
@@ -80,6 +83,7 @@ class Trainer:
         task: Task | None = None,
         reward: Callable[..., Any] | None = None,
         resume: bool = False,
+        allow: Iterable[str] = (),
         observer: Observer | None = None,
     ) -> None:
         self.config, self.observer = config, observer
@@ -90,12 +94,13 @@ class Trainer:
             raise InputError(
                 f"WORLD_SIZE = {world_size()}: this version trains in one process; start it without torchrun"
             )
-        checkpoint = find_checkpoint(config) if resume else None
+        checkpoint = find_checkpoint(config, allow) if resume else None
         begun = resume and (self.folder / "manifest.json").exists()
         if not resume:
             refuse_used_folder(self.folder)  # now, not after minutes of loading a model
 
         self.task = make_task(config.task) if task is None else task
+        refuse_without_judge(config.checkpoint, self.task)
         train = self.task.split("train")
         self.reward = open_reward(config, self.task, reward)
         self.scorer = Scorer(self.task, self.reward, make_noise(config.noise, config.seed, train))
@@ -135,8 +140,10 @@ class Trainer:
             "replay": self.replay if config.critic.replay else None,
         }
         self.parts |= {name: part for name, part in optional.items() if part is not None}
+        self.keeper = Keeper(self.folder, config.checkpoint, self.parts, self.policy, self.critic)
         if checkpoint is not None:
             restore(self.parts, load_state(checkpoint))
+        self.keeper.mark(on_disk=checkpoint is not None)
 
         self.log = RunLog(
             self.folder,
@@ -155,22 +162,30 @@ class Trainer:
 
         Returns:
             Step -> figures of the evaluations made by this call: before training, every `evaluation.every`, at the end.
+
+        Raises:
+            Interrupted: by a signal that `dvpo.interrupt` handles; a checkpoint holds what was done.
         """
-        config = self.config
         evaluations = {}
         try:
-            if self.step == 0:
-                evaluations[0] = self.evaluate()
-            while self.step < config.steps:
-                self.train_step()
-                at_end = self.step == config.steps
-                if at_end or _due(self.step, config.evaluation.every):
+            while True:
+                check()
+                at_end = self.step == self.config.steps
+                if self.keeper.evaluation_due(self.step, self.config.evaluation.every, at_end):
                     evaluations[self.step] = self.evaluate()
-                if at_end or _due(self.step, config.checkpoint.every):
+                    check()
+                if self.keeper.checkpoint_due(self.step, at_end):
                     self.save()
+                    check()
+                if at_end:
+                    return evaluations
+                self.train_step()
+        except Interrupted:
+            if not self.keeper.on_disk:
+                self.save()
+            raise
         finally:
             self.close()
-        return evaluations
 
     def train_step(self) -> dict[str, float]:
         """One step: collect, estimate, update, log."""
@@ -181,27 +196,30 @@ class Trainer:
             refuse_broken_reward(collected.scored.faults, len(collected.sampled))
         scored = time.perf_counter()
         estimates, figures = self.estimate(rollout)
-        figures |= self.update(rollout, estimates) | self.update_from_replay()
-        self.kl.observe(figures.get("actor/kl_sampled", math.nan), len(rollout))
-        self.replay.add(rollout)
-        ended = time.perf_counter()
-        figures |= rollout_figures(rollout, len(collected.sampled), all_reduce_sum)
-        if isinstance(self.task, Mixture):
-            tasks = [episode.example.columns[COLUMN] for episode in collected.episodes]
-            figures |= task_figures(self.task.parts, tasks, rollout.true_B, all_reduce_sum)
-        figures |= {
-            "reward/faults": float(len(collected.scored.faults)),
-            "time/sample": collected.seconds,
-            "time/score": scored - started - collected.seconds,
-            "time/update": ended - scored,
-            "time/step": ended - started,
-            "time/tokens_per_second": figures["rollout/tokens"] / (ended - started),
-        }
-        self.log.metrics(self.step, figures)
-        self.log.completions(self.step, collected.completions(self.config.log.completions))
-        self.log.faults(self.step, collected.faults())
-        if self.observer:
-            self.observer.on_step(self.step, figures)
+        with deferred():  # weights change: a signal waits for the end of the step
+            figures |= self.update(rollout, estimates) | self.update_from_replay()
+            self.kl.observe(figures.get("actor/kl_sampled", math.nan), len(rollout))
+            self.replay.add(rollout)
+            ended = time.perf_counter()
+            figures |= rollout_figures(rollout, len(collected.sampled), all_reduce_sum)
+            if isinstance(self.task, Mixture):
+                tasks = [episode.example.columns[COLUMN] for episode in collected.episodes]
+                figures |= task_figures(self.task.parts, tasks, rollout.true_B, all_reduce_sum)
+            figures |= {
+                "reward/faults": float(len(collected.scored.faults)),
+                "time/sample": collected.seconds,
+                "time/score": scored - started - collected.seconds,
+                "time/update": ended - scored,
+                "time/step": ended - started,
+                "time/tokens_per_second": figures["rollout/tokens"] / (ended - started),
+            }
+            self.log.metrics(self.step, figures)
+            self.log.completions(self.step, collected.completions(self.config.log.completions))
+            self.log.faults(self.step, collected.faults())
+            if self.observer:
+                self.observer.on_step(self.step, figures)
+            self.keeper.judge_step(figures)
+            self.keeper.mark()
         return figures
 
     def close(self) -> None:
@@ -436,7 +454,10 @@ class Trainer:
         for split in held_out(self.task):
             summary = self.evaluate_split(split).summary
             figures |= {f"eval/{split}/{name}": value for name, value in summary.items()}
-        self.log.metrics(self.step, figures)
+        with deferred():
+            self.log.metrics(self.step, figures)
+            self.keeper.judge_evaluation(self.step, figures)
+            self.keeper.mark()
         if self.observer:
             self.observer.on_evaluation(self.step, figures)
         return figures
@@ -448,18 +469,12 @@ class Trainer:
         return evaluate(self.policy, self.task, examples, judge, config.sampling, samples, config.seed)
 
     def save(self) -> None:
-        """Write `checkpoint-<step>`, unless a weight is NaN or infinite: a sound one must not make room for it."""
-        modules = [self.policy.model, *([self.critic] if self.critic else [])]
-        if not all(bool(p.isfinite().all()) for module in modules for p in module.parameters()):
-            self.log.faults(self.step, [{"kind": "non_finite_weights", "message": "checkpoint not written"}])
-            return
-        writers: dict[str, Callable[[Path], object]] = {"policy": self.policy.save}
-        if self.critic is not None:
-            writers["critic"] = self.critic.save
-        self.log.sync()  # a resume from this checkpoint needs the rows up to it
-        if is_main():
-            Checkpointer(self.folder, self.config.checkpoint.keep).save(self.step, writers, state_of(self.parts))
-        barrier()
+        """Write the state between two steps, unless a weight is NaN or infinite: a sound one must not make room."""
+        with deferred():
+            self.log.sync()  # a resume from this checkpoint needs the rows up to it
+            if is_main() and self.keeper.save() is None:
+                self.log.faults(self.step, [{"kind": "non_finite_weights", "message": "checkpoint not written"}])
+            barrier()
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "policy_version": self.policy_version}
@@ -493,7 +508,3 @@ def starting_model(config: Config) -> str | Path:
 
 def _std(values: Tensor) -> float:
     return float(values.std(unbiased=False)) if len(values) else 0.0
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

@@ -41,6 +41,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 from dvpo.durable import disk_full_named, flush_file
 from dvpo.embedded import ROLES, make_model, make_tokenizer
 from dvpo.errors import InputError
+from dvpo.interrupt import handled
 from dvpo.lessons import SOURCES, Demonstrated
 from dvpo.policy import Policy
 from dvpo.verdicts import measure, verdict
@@ -284,7 +285,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder to hold the made model (default: the cache)")
     options = parser.parse_args(arguments)
     try:
-        folder = warm_start(options.task, options.checker, options.seed, rebuild=options.rebuild, cache=options.out)
+        with handled():  # what was half made is removed
+            folder = warm_start(options.task, options.checker, options.seed, rebuild=options.rebuild, cache=options.out)
     except InputError as error:
         parser.error(str(error))
     Console().print(f"{folder}\n{(folder / 'warmstart.json').read_text()}", highlight=False)
