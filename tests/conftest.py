@@ -1,12 +1,15 @@
 """One thread, and no test that quietly proves nothing: an unexpected skip fails the run."""
 
 import os
+import signal
 
 import pytest
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is first imported, here and in subprocesses
     os.environ[name] = "1"
 
+# A shell starts what runs in the background with SIGINT ignored, and runs respect that; the tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 EXPECTED_SKIPS: tuple[str, ...] = ()
 """Reasons for which a test may be skipped, word for word. Empty: everything runs everywhere, GPU or not."""

@@ -175,7 +175,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(
         os.kill(os.getpid(), number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dvpo.trainer.Trainer.score", interrupted)
+        patch.setattr("dvpo.trainer.Trainer.collect", interrupted)
         assert main(["train", "good.yaml"]) == 75
     assert f"dvpo: interrupted by {number.name}; `dvpo train ... --resume` goes on" in capsys.readouterr().err
     assert [path.name for path in (here / "run").glob("checkpoint-*")] == ["checkpoint-0"]
@@ -183,9 +183,12 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(
     assert (here / "run" / "checkpoint-1").is_dir()
 
 
-def test_what_is_interrupted_before_it_has_begun_is_not_called_resumable(here: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_is_interrupted_before_it_has_begun_is_not_called_resumable(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("dvpo.trainer.make_task", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert main(["train", "good.yaml"]) == 143
+    assert capsys.readouterr().err == "dvpo: interrupted by SIGTERM; nothing was written\n"
     assert not (here / "run").exists()
 
 

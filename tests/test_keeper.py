@@ -32,14 +32,14 @@ class Judged(Trainer):
 
     def evaluate_split(self, split: str):
         result = super().evaluate_split(split)
-        return result and dataclasses.replace(result, summary={**result.summary, "reward": self.scores[self.step]})
+        return dataclasses.replace(result, summary={**result.summary, "reward": self.scores[self.step]})
 
 
 def test_the_best_by_the_true_reward_of_held_out_prompts_stays_and_the_first_of_equals_counts(tmp_path: Path):
     Judged(run_config(tmp_path / "run", *BEST, "steps=5"), task=Parity()).train()
     assert kept(tmp_path / "run") == [1, 5]
     best = json.loads((tmp_path / "run" / "best.json").read_text())
-    assert best == {"checkpoint": "checkpoint-1", "eval/id/reward": 0.5}
+    assert best == {"checkpoint": "checkpoint-1", "id/reward": 0.5}
 
 
 def test_a_start_that_nothing_surpasses_is_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -116,9 +116,10 @@ class InterruptedIn(Trainer):
         if (name, self.step) == (self.method, self.at_step):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def score(self, episodes):
-        self._then_signal("score")
-        return super().score(episodes)
+    def collect(self):
+        collected = super().collect()
+        self._then_signal("collect")
+        return collected
 
     def evaluate_split(self, split: str):
         result = super().evaluate_split(split)
@@ -132,7 +133,7 @@ class InterruptedIn(Trainer):
 
 @pytest.mark.parametrize(
     ("method", "at_step", "checkpoint"),
-    [("evaluate_split", 0, 0), ("score", 1, 0), ("score", 3, 2), ("_update_actor", 3, 3), ("evaluate_split", 2, 2)],
+    [("evaluate_split", 0, 0), ("collect", 1, 0), ("collect", 3, 2), ("_update_actor", 3, 3), ("evaluate_split", 2, 2)],
 )
 def test_interrupted_anywhere_and_resumed_a_run_ends_the_same_and_no_evaluation_is_lost_or_made_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, at_step: int, checkpoint: int
@@ -153,7 +154,7 @@ def test_interrupted_anywhere_and_resumed_a_run_ends_the_same_and_no_evaluation_
 
 def test_the_state_at_the_end_of_an_interrupted_step_would_be_the_wrong_one(tmp_path: Path, monkeypatch):
     """Sampling has moved the data cursor: a checkpoint of the moment itself would skip prompts."""
-    monkeypatch.setattr(InterruptedIn, "method", "score")
+    monkeypatch.setattr(InterruptedIn, "method", "collect")
     monkeypatch.setattr(InterruptedIn, "at_step", 2)
     trainer = InterruptedIn(run_config(tmp_path / "run", "steps=4"), task=Parity())
     with handled(), pytest.raises(Interrupted):

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from harness import REFUSED, DiesAt, conclude, ended, forked, run, same_end
+from harness import REFUSED, DiesAt, ended, forked, run, same_end
+from outcome import conclude
 
 FLIPS = 3
 EVERY_TWO = "checkpoint.every=2"

@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import conclude, run
+from harness import run
+from outcome import conclude
 
 STEPS = 5000
 EVERY = 250

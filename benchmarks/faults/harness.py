@@ -1,10 +1,9 @@
-"""What the experiments share: tiny runs in forked processes, how they end, and where the results go.
+"""Tiny runs in forked processes: how they are started, watched, interrupted and compared.
 
 Importing torch takes seconds and a tiny run less than one, so every run is a fork of one warm process that has done
 nothing but the imports. The models, the task and the comparison of two ended runs are those of the tests.
 """
 
-import json
 import mmap
 import os
 import signal
@@ -15,18 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is first imported; and threads do not survive a fork
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+import outcome  # noqa: F401  one thread, since threads do not survive a fork; and the tests' tiny runs
 
-from dvpo import provenance  # noqa: E402
-from dvpo.errors import InputError  # noqa: E402
-from dvpo.interrupt import Interrupted, handled  # noqa: E402
-from dvpo.keeper import Keeper  # noqa: E402
-from dvpo.trainer import Trainer  # noqa: E402
-from runs import Parity, assert_equal, run_config  # noqa: E402
+from dvpo.errors import InputError
+from dvpo.interrupt import Interrupted, handled
+from dvpo.keeper import Keeper
+from dvpo.trainer import Trainer
+from runs import Parity, assert_equal, run_config
 
-RESULTS = ROOT / "benchmarks" / "results"
 REFUSED = 2
 BEGUN, DONE, SPENT = 0, 1, 2
 """Saves begun and done as a process counts them, and their seconds together."""
@@ -38,13 +33,18 @@ SETTINGS = [
     "update.epochs=2",
     "update.actor_warmup_steps=2",
     "critic.replay=2",
+    "sampling.resample_rounds=1",
+    "actor.kl.coef=0.05",
+    "actor.kl.target=0.01",
+    "actor.kl.horizon=100",
     "noise.kind=flip",
     "noise.rate=0.3",
     "reward.trusted=0.5",
     "policy_optimiser.schedule=cosine",
     "log.completions=6",
 ]
-"""A run with every kind of state: warm-up, replay, noise, estimated rates, schedules."""
+"""A run with every kind of state: warm-up, replay, dynamic sampling, a steered KL coefficient, noise, estimated rates,
+schedules."""
 
 
 def run(folder: Path, *settings: str, **given: Any) -> None:
@@ -130,28 +130,3 @@ class DiesAt:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def on_evaluation(self, step: int, figures: dict[str, float]) -> None: ...
-
-
-def conclude(name: str, began: float, passed: bool, figures: dict[str, Any]) -> None:
-    """Write results/faults_<name>.json, show it, and end with exit code 1 if the claim does not hold."""
-    source = provenance.source()
-    result = {
-        "commit": source.commit,
-        "machine": provenance.machine("cpu"),
-        "versions": provenance.versions(),
-        "seconds": round(time.monotonic() - began, 1),
-        "passed": passed,
-        **figures,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    text = "{\n" + ",\n".join(f" {json.dumps(key)}: {_as_json(value)}" for key, value in result.items()) + "\n}\n"
-    (RESULTS / f"faults_{name}.json").write_text(text)
-    print(text)
-    sys.exit(not passed)
-
-
-def _as_json(value: Any) -> str:
-    """A table has a line for each row."""
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
-    return json.dumps(value)

@@ -19,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import BEGUN, DONE, SPENT, Shared, conclude, counting_saves, ended, forked, run, same_end
+from harness import BEGUN, DONE, SPENT, Shared, counting_saves, ended, forked, run, same_end
+from outcome import conclude
 
 from dvpo.keeper import Keeper
 
@@ -131,10 +132,15 @@ def measure(place: Path, count: int = 50, in_saves: int = 25, stride: int = 1) -
         "touches_equal_to_uninterrupted": sum(kill["equal"] for kill in touches),
         "run_seconds": round(run_seconds, 3),
         "save_seconds": round(save_seconds, 3),
-        "each": kills,
-        "each_touch": touches,
+        "each": [_sentence(kill) for kill in kills],
+        "each_touch": [f"{kill['after']}: {'equal' if kill['equal'] else 'DIFFERENT'}" for kill in touches],
     }
     return all(kill["equal"] for kill in [*kills, *touches]), figures
+
+
+def _sentence(kill: dict[str, Any]) -> str:
+    where = "inside the next" if kill["inside_a_save"] else "outside"
+    return f"{kill['saves_done']} saves done, {where}: {'equal' if kill['equal'] else 'DIFFERENT'}"
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import DONE, SPENT, Shared, conclude, counting_saves, ended, forked, run, same_end
+from harness import DONE, SPENT, Shared, counting_saves, ended, forked, run, same_end
+from outcome import conclude
 
 from dvpo.checkpoint import Checkpointer, checkpoint_step, latest_checkpoint
 from dvpo.interrupt import RESUMABLE

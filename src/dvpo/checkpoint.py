@@ -48,7 +48,7 @@ class Stateful(Protocol):
 
 
 class Checkpointer:
-    """Writes the checkpoints of one run, from one process, and keeps the newest `keep` of them.
+    """Writes the checkpoints of one run, from one process, and keeps the newest `keep` of them and those to be spared.
 
     Making one clears away what a killed save left behind; to only read checkpoints, use `latest_checkpoint`.
     """
@@ -71,7 +71,7 @@ class Checkpointer:
             step: steps done. Checkpoints of later steps, from a past that a resume gave up, are removed.
             writers: subfolder -> how to write it.
             state: name -> nested plain values and tensors, e.g. `state_of(parts)`; what `load_state` returns.
-            spared: steps whose checkpoints do not count among the newest `keep`, and stay.
+            spared: steps whose checkpoints stay, however old.
 
         Returns:
             The checkpoint's folder.

@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dvpo", description="Train language models by reinforcement learning when rewards are noisy."
     )
-    parser.set_defaults(go_on="`dvpo train ... --resume` goes on from the last checkpoint")
+    parser.set_defaults(go_on="nothing was written")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="train a tiny model by dvpo and ppo under a noisy reward (minutes, CPU)")
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--output", help="folder of the runs (default: a new one under runs/)")
     demo.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=OVERRIDES)
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_demo, go_on="the run folders hold what was done")
 
     train = commands.add_parser("train", help="train as a YAML config says")
     train.add_argument("config", metavar="CONFIG.yaml", help="settings of the run; configs/ has some to start from")
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "--allow", metavar="KEY,KEY", help="settings or sections in which a resumed run may differ from before"
     )
     train.add_argument("--print-config", action="store_true", help="print the whole config as YAML and stop")
-    train.set_defaults(run=_train)
+    train.set_defaults(run=_train, go_on="`dvpo train ... --resume` goes on from the last checkpoint")
 
     evaluate = commands.add_parser("eval", help="evaluate a checkpoint on its task, one JSONL row an item")
     evaluate.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run folder (newest checkpoint) or one")
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     label.add_argument("--samples", type=int, default=8, help="answers a prompt (default: 8)")
     label.add_argument("--prompts", type=int, help="only so many of the first prompts (default: all)")
     label.add_argument("--output", default="labels.jsonl", metavar="FILE.jsonl", help="default: labels.jsonl")
-    label.set_defaults(run=_label, go_on="nothing was written")
+    label.set_defaults(run=_label)
 
     reward = commands.add_parser("reward-model", help="train a reward model on preference pairs, or make such pairs")
     reward.add_argument("pairs", metavar="PAIRS.jsonl", help='lines of {"prompt": ..., "chosen": ..., "rejected": ...}')
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--pairs", dest="count", type=int, default=2000, help="pairs to make (default: 2000)")
     made.add_argument("--wrong", type=float, default=0.0, help="share of them to be turned (default: 0)")
     made.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=OVERRIDES)
-    reward.set_defaults(run=_reward_model, go_on="nothing was written")
+    reward.set_defaults(run=_reward_model)
 
     doctor = commands.add_parser("doctor", help="what is installed; what a config will need in memory and time")
     doctor.add_argument("config", nargs="?", metavar="CONFIG.yaml")
@@ -148,6 +148,8 @@ def _train(arguments: argparse.Namespace) -> None:
             progress.console.print(f"run folder: {trainer.folder}", soft_wrap=True)
     except Interrupted as stop:
         stop.resumable = os.path.exists(os.path.join(config.output, "config.yaml"))  # what a resume needs
+        if not stop.resumable:
+            arguments.go_on = "nothing was written"
         raise
 
 

@@ -415,7 +415,8 @@ class CheckpointConfig:
     keep: Count = 2
     """So many of the newest stay on the disk."""
     keep_best: bool = False
-    """Also write and keep the one with the highest `eval/id/reward`; best.json names it."""
+    """Also write and keep the one with the highest `eval/id/reward` (mean over the tasks of a mix); best.json names
+    it."""
 
 
 @section

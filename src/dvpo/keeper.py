@@ -15,10 +15,12 @@ from dvpo.durable import write_atomically
 from dvpo.errors import InputError
 from dvpo.policy import Policy
 from dvpo.tasks import Task
+from dvpo.tasks.mixture import held_out
 
 BEST = "best.json"
-JUDGE = "eval/id/reward"
-"""By this figure a checkpoint is the best: the mean true reward of greedy answers to the held-out prompts."""
+JUDGES = "id/reward"
+"""By this figure, of a mix of tasks by its mean over them, a checkpoint is the best: the mean true reward of greedy
+answers to held-out prompts."""
 STATE = ("evaluated", "best", "healthy", "last_healthy")
 
 
@@ -87,7 +89,8 @@ class Keeper:
     def judge_evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         """Take note of an evaluation; of two that are equal the earlier stays the best."""
         self.evaluated = step
-        value = figures.get(JUDGE, math.nan)
+        judges = [value for name, value in figures.items() if name.endswith(f"/{JUDGES}")]
+        value = sum(judges) / len(judges) if judges else math.nan
         if self.settings.keep_best and value > (self.best[1] if self.best else -math.inf):
             self.best = (step, value)
 
@@ -102,7 +105,7 @@ class Keeper:
         spared = [kept for kept in (self.last_healthy, self.best and self.best[0]) if kept is not None]
         checkpoint = Checkpointer(self.folder, self.settings.keep).save(step, self._writers, state, spared)
         if self.best:
-            story = {"checkpoint": f"checkpoint-{self.best[0]}", JUDGE: self.best[1]}
+            story = {"checkpoint": f"checkpoint-{self.best[0]}", JUDGES: self.best[1]}
             write_atomically(self.folder / BEST, [json.dumps(story).encode() + b"\n"])
         self.on_disk = True
         return checkpoint
@@ -121,7 +124,7 @@ def refuse_without_judge(settings: CheckpointConfig, task: Task) -> None:
     Raises:
         InputError: the task has no held-out split `id`.
     """
-    if settings.keep_best and not task.split("id"):
+    if settings.keep_best and not any(split.endswith("id") for split in held_out(task)):
         raise InputError(
             f"checkpoint.keep_best = true judges by the held-out split id, which the task {task.name} lacks: "
             "give it one, or set keep_best to false"
