@@ -182,7 +182,7 @@ class Trainer:
             refuse_broken_reward(faults, len(episodes))
         scored = time.perf_counter()
         estimates, figures = self.estimate(rollout)
-        figures |= self.update(rollout, estimates) | self.update_from_replay()
+        figures |= self.scorer.figures(all_reduce_sum) | self.update(rollout, estimates) | self.update_from_replay()
         self.replay.add(rollout)
         ended = time.perf_counter()
         tokens = float(all_reduce_sum(rollout.mask_BT.sum()))
