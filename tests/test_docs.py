@@ -26,7 +26,7 @@ TINY = (
     "evaluation.prompts=2",
 )
 
-ASKED_FOR = ("actor.kl.coef=0.01", "evaluation.samples=2", "reward.overlong=8")
+ASKED_FOR = ("actor.kl.coef=0.01", "evaluation.samples=2", "reward.overlong=8", "reward.mix=[{function: task}]")
 """What is logged on request only."""
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -191,6 +191,7 @@ def test_the_glossary_explains_every_key_that_a_run_logs_and_no_other(tmp_path: 
         Trainer(load_config(None, [*TINY, *place, *ASKED_FOR, "steps=2", "critic.replay=1"])).train()
         logged |= {key for row in rows_of(tmp_path / name) for key in row}
     logged = {re.sub(r"^eval/\w+/", "eval/<split>/", key).replace("@2", "@k").replace("^2", "^k") for key in logged}
+    logged = {key.replace("reward/part/task", "reward/part/<name>") for key in logged}
     table = re.findall(r"^\| (`.*?`) \|", (DOCS / "metrics.md").read_text(), re.MULTILINE)
     assert {key for cell in table for key in re.findall(r"`([^`]+)`", cell)} == logged
 

@@ -209,11 +209,11 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_run_trains_on_it_and_is_evaluated_on_both_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dvpo.config.TASK_DEFAULTS", {})
-    names = ("task.name=reasoning_gym", "task.generators=[spell_backward]", "sampling.max_prompt_length=400")
+    names = ("task.name=reasoning_gym", "task.generators=[simple_equations]", "sampling.max_prompt_length=400")
     config = run_config(tmp_path / "run", "algorithm=dvpo", *names)
     task = make_task(config.task)
     assert len(task.split("train")) > 1000
-    trainer = Trainer(config, task=ReasoningGym(["spell_backward"], train=20, id=2, ood=2))
+    trainer = Trainer(config, task=ReasoningGym(["simple_equations"], train=20, id=2, ood=2))
     figures = trainer.train()[2]
     assert figures["eval/id/items"] == figures["eval/ood/items"] == 2
 

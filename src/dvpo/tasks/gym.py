@@ -121,12 +121,13 @@ def make_generator(name: str, seed: int = 0, size: int = 1, harder: bool = False
     gym = _reasoning_gym()
     if not harder:
         return gym.create_dataset(name, seed=seed, size=size)
+    factory = importlib.import_module("reasoning_gym.factory")
     base = importlib.import_module("reasoning_gym.coaching.base_curriculum")
-    curriculum = gym.create_curriculum(name)
+    curriculum = factory.create_curriculum(name)
     for attribute, definition in curriculum.attributes.items():
         curriculum.set_attr_level(attribute, len(definition.levels) - 1)
     context = base.DefaultCurriculumContext(mode=base.RangeAttributeMode.UPPER_BOUND)
-    kind, _ = importlib.import_module("reasoning_gym.factory").DATASETS[name]
+    kind, _ = factory.DATASETS[name]
     return kind(curriculum.generate_configuration({"seed": seed, "size": size}, context=context))
 
 
