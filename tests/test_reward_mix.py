@@ -182,6 +182,21 @@ def test_a_part_that_fails_costs_its_samples_their_reward_and_the_run_goes_on(tm
         assert row["reward/faults"] == 6 * row["reward/missing"]
 
 
+@pytest.mark.usefixtures("functions")
+def test_without_truth_the_mix_judges_evaluations_too_and_they_count_in_no_steps_figures(tmp_path: Path) -> None:
+    class Unknown(Parity):
+        knows_truth = False
+
+        def true_reward(self, prompts: Any, *rest: Any, **columns: Any) -> list[Reward]:
+            return [None] * len(prompts)
+
+    parts = mix_of("{function: 'mixed_rewards:length', weight: -1}")
+    trainer = Trainer(run_config(tmp_path / "run", "algorithm=ppo", parts, "noise.kind=random"), task=Unknown())
+    assert trainer.evaluate()["eval/id/reward"] <= -1  # without noise
+    assert trainer.scorer.figures(identity) == {}
+    trainer.close()
+
+
 # What the user can mend
 
 
