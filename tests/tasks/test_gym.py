@@ -207,8 +207,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 # A run
 
 
-def test_a_run_trains_on_it_and_is_evaluated_on_both_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dvpo.config.TASK_DEFAULTS", {})
+def test_a_run_trains_on_it_and_is_evaluated_on_both_splits(tmp_path: Path) -> None:
     names = ("task.name=reasoning_gym", "task.generators=[simple_equations]", "sampling.max_prompt_length=400")
     config = run_config(tmp_path / "run", "algorithm=dvpo", *names)
     task = make_task(config.task)
