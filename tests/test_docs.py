@@ -30,7 +30,13 @@ TINY = (
     "evaluation.prompts=2",
 )
 
-ASKED_FOR = ("actor.kl.coef=0.01", "actor.kl.target=0.1", "evaluation.samples=2", "reward.overlong=8")
+ASKED_FOR = (
+    "actor.kl.coef=0.01",
+    "actor.kl.target=0.1",
+    "evaluation.samples=2",
+    "reward.mix=[{function: task}]",
+    "reward.overlong=8",
+)
 """What is logged on request only."""
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -198,6 +204,7 @@ def test_the_glossary_explains_every_key_that_a_run_logs_and_no_other(tmp_path: 
         logged |= {key for row in rows_of(tmp_path / name) for key in row}
     logged = {re.sub(r"^eval/(\w+/)+", "eval/<split>/", key).replace("@2", "@k").replace("^2", "^k") for key in logged}
     logged = {re.sub(r"^reward/true/\w+", "reward/true/<task>", key) for key in logged}
+    logged = {key.replace("reward/part/task", "reward/part/<name>") for key in logged}
     table = re.findall(r"^\| (`.*?`) \|", (DOCS / "metrics.md").read_text(), re.MULTILINE)
     assert {key for cell in table for key in re.findall(r"`([^`]+)`", cell)} == logged
 

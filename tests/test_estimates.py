@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from dvpo.config import Config, RewardConfig, load_config
 from dvpo.core.masks import identity
 from dvpo.core.returns import gae, group_location_scale, group_rank
 from dvpo.core.risk import cvar, noise_corrected_value, rank_advantage, trimmed_mean, tv_worst_case
-from dvpo.estimates import Signals, correct_rewards, last_token, overlong_penalties, shape_rewards
+from dvpo.estimates import Signals, correct_rewards, forward_weights, last_token, overlong_penalties, shape_rewards
 from dvpo.rates import NO_RATES, Rates
 from dvpo.trainer import Trainer
 from runs import Parity, run_config
@@ -260,6 +261,103 @@ def test_a_correction_is_unbiased_for_the_true_reward_and_leaves_a_missing_one_a
     assert (1 - NOISE.false_negative) * said + NOISE.false_negative * unsaid == pytest.approx(1)
     assert NOISE.false_positive * said + (1 - NOISE.false_positive) * unsaid == pytest.approx(0, abs=1e-6)
     assert missing == 0
+
+
+# Forward and backward correction: the expected gradient, every response and every verdict enumerated
+
+
+def gradients(
+    truth_PR: Tensor, rates_P: list[Rates], weigh: Callable[[Tensor, Rates], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The true gradient of the mean reward and the expected one, with respect to the logits of a small policy.
+
+    Two tokens of three a prompt, so nine responses; for each of them both verdicts, with their probabilities.
+    """
+    draw = torch.Generator().manual_seed(5)
+    first_PV = torch.randn(len(truth_PR), 3, generator=draw, dtype=torch.float64, requires_grad=True)
+    second_PVV = torch.randn(len(truth_PR), 3, 3, generator=draw, dtype=torch.float64, requires_grad=True)
+    logp_PVV = first_PV.log_softmax(-1).unsqueeze(-1) + second_PVV.log_softmax(-1)
+    logp_PR = logp_PVV.flatten(1)
+    clean = (logp_PR.exp() * truth_PR).sum()
+    expected = torch.zeros((), dtype=torch.float64)
+    for logp_R, truth_R, rates in zip(logp_PR, truth_PR, rates_P, strict=True):
+        said_R = torch.where(truth_R > 0, 1 - rates.false_negative, rates.false_positive)
+        for verdict, probability_R in ((1.0, said_R), (0.0, 1 - said_R)):
+            weights_R = weigh(torch.full_like(truth_R, verdict), rates)
+            expected = expected + (logp_R.exp().detach() * probability_R * weights_R * logp_R).sum()
+    parameters = (first_PV, second_PVV)
+    return tuple(  # type: ignore[return-value]
+        torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters, retain_graph=True)])
+        for value in (clean, expected)
+    )
+
+
+def by(correction: Callable[..., Tensor], believed: Rates | None = None) -> Callable[[Tensor, Rates], Tensor]:
+    """The weight of each response under a correction, by the true rates or by others."""
+
+    def weigh(returns_R: Tensor, rates: Rates) -> Tensor:
+        ones_R1 = torch.ones(len(returns_R), 1, dtype=torch.bool)
+        return correction(returns_R.unsqueeze(-1), ones_R1, ones_R1[:, 0], believed or rates).squeeze(-1)
+
+    return weigh
+
+
+TRUTH_1R = torch.tensor([[1.0, 0, 0, 1, 0, 0, 0, 0, 1]], dtype=torch.float64)
+TRUTH_2R = torch.cat([TRUTH_1R, 1 - TRUTH_1R])
+
+
+@pytest.mark.parametrize("rates", [NOISE, Rates(0.0, 0.5), Rates(0.4, 0.0), NO_RATES])
+def test_the_forward_gradient_is_the_true_one_times_1_less_p_less_q_and_the_backward_one_is_the_true_one(
+    rates: Rates,
+) -> None:
+    for truth in (TRUTH_1R, TRUTH_2R):
+        clean, forward = gradients(truth, [rates] * len(truth), by(forward_weights))
+        torch.testing.assert_close(forward, (1 - rates.false_positive - rates.false_negative) * clean)
+        _, backward = gradients(truth, [rates] * len(truth), by(correct_rewards))
+        torch.testing.assert_close(backward, clean)
+
+
+def test_the_forward_direction_needs_no_false_positive_rate_and_the_backward_length_does() -> None:
+    half_known = Rates(0.0, NOISE.false_negative)
+    clean, forward = gradients(TRUTH_2R, [NOISE] * 2, by(forward_weights, half_known))
+    torch.testing.assert_close(forward, 0.6 * clean)
+    _, backward = gradients(TRUTH_2R, [NOISE] * 2, by(correct_rewards, half_known))
+    torch.testing.assert_close(backward, 0.6 / 0.7 * clean)
+
+
+def test_where_rates_differ_between_prompts_backward_keeps_the_direction_and_forward_does_not() -> None:
+    rates = [Rates(0.0, 0.1), Rates(0.3, 0.4)]
+    clean, backward = gradients(TRUTH_2R, rates, by(correct_rewards))
+    torch.testing.assert_close(backward, clean)
+    _, forward = gradients(TRUTH_2R, rates, by(forward_weights))
+    assert torch.cosine_similarity(forward, clean, dim=0) < 0.98  # the true factors are .9 and .3
+    # And with one pair of rates believed of both, as is estimated here, neither does.
+    _, mistaken = gradients(TRUTH_2R, rates, by(correct_rewards, Rates(0.15, 0.25)))
+    assert torch.cosine_similarity(mistaken, clean, dim=0) < 0.98
+
+
+def test_what_is_particular_to_forward_weights_is_that_a_right_response_gets_0_on_average() -> None:
+    """Any constant taken from the reward leaves the expected direction; this one makes right responses pay nothing."""
+    p, q = NOISE
+    said, unsaid = by(forward_weights)(torch.tensor([1.0, 0.0], dtype=torch.float64), NOISE).tolist()
+    assert (said, unsaid) == pytest.approx((q, q - 1))
+    assert (1 - q) * said + q * unsaid == pytest.approx(0)
+    assert p * said + (1 - p) * unsaid == pytest.approx(-(1 - p - q))
+    assert (1 - q) * 1 + q * 0 != pytest.approx(0)  # the reward as it is does not
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo"])
+def test_a_row_that_takes_the_groups_mean_does_not_see_forward_weights(name: str) -> None:
+    given = signals()
+    weighed = dataclasses.replace(given, rewards_BT=shape("none", correction="forward", rates=NOISE) * given.mask_BT)
+    torch.testing.assert_close(estimate(name, weighed)[0], estimate(name, given)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_without_a_baseline_does() -> None:
+    given = signals()
+    weighed = dataclasses.replace(given, rewards_BT=shape("none", correction="forward", rates=NOISE) * given.mask_BT)
+    difference_BT = estimate("reinforce_pp", weighed)[0] - estimate("reinforce_pp", given)[0]
+    torch.testing.assert_close(difference_BT, -0.7 * given.mask_BT.float())
 
 
 def test_rewards_of_several_turns_are_corrected_as_their_sum() -> None:

@@ -1,7 +1,8 @@
-"""Rates of false rewards: counted on trusted prompts, never told; what a correction may make of them."""
+"""Rates of false rewards: counted on trusted prompts, or known to the user; what a correction may make of them."""
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,47 @@ def test_trusted_prompts_of_a_task_without_truth_are_an_input_error(tmp_path: Pa
         Trainer(config, task=task, reward=lambda prompts, completions, **_: [0.0] * len(prompts))
 
 
+@pytest.mark.parametrize(
+    ("setting", "rates", "mean"),
+    [
+        ("reward.correction=backward", {"false_positive": 0.1, "false_negative": 0.3}, lambda r: (r - 0.1) / 0.6),
+        ("reward.correction=forward", {"false_negative": 0.3}, lambda r: r - 0.7),
+        ("advantage.law.functional=denoised", {"false_positive": 0.1, "false_negative": 0.3}, lambda r: r),
+    ],
+)
+def test_known_rates_are_used_from_the_first_step_on_and_nobody_is_trusted(
+    tmp_path: Path, setting: str, rates: dict[str, float], mean: Callable[[float], float]
+) -> None:
+    known = f"reward.rates={json.dumps(rates)}"
+    trainer = Trainer(run_config(tmp_path / "run", "algorithm=ppo", setting, known), task=Parity())
+    rollout, _ = trainer.score(trainer.sample())
+    _, figures = trainer.estimate(rollout)
+    trainer.close()
+    assert trainer.rates.rates() == (rates.get("false_positive", 0), 0.3)
+    assert figures["noise/correction"] == pytest.approx(1 / (1 - sum(rates.values())))
+    assert "noise/trusted" not in figures
+    # Undiscounted, so each token's return is that of its response.
+    weights_B = rollout.mask_BT.sum(dim=-1) / rollout.mask_BT.sum()
+    expected = (weights_B * torch.tensor([mean(r) for r in rollout.observed_B.tolist()])).sum()
+    assert figures["critic/return_mean"] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_known_rates_need_no_truth_and_survive_a_resume(tmp_path: Path) -> None:
+    task = Parity()
+    task.knows_truth = False  # type: ignore[attr-defined]
+
+    def reward(prompts: list[str], completion_ids: list[list[int]], **_: object) -> list[float]:
+        return [float(len(ids) % 2) for ids in completion_ids]
+
+    known = ("reward.correction=backward", "reward.rates={false_positive: 0.2, false_negative: 0.1}")
+    settings = ("algorithm=ppo", "reward.function=examples.no_such:function", "checkpoint.every=1", *known)
+    Trainer(run_config(tmp_path / "run", *settings, "steps=1"), task=task, reward=reward).train()
+    resumed = Trainer(run_config(tmp_path / "run", *settings, "steps=2"), task=task, reward=reward, resume=True)
+    assert resumed.step == 1
+    assert resumed.train_step()["noise/correction"] == pytest.approx(1 / 0.7)
+    resumed.close()
+
+
 def test_estimating_changes_nothing_but_the_log(tmp_path: Path) -> None:
     rows = {}
     for trusted in (0, 1):
@@ -156,8 +198,26 @@ def test_estimating_changes_nothing_but_the_log(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["reward.correction=backward"], "reward.correction = backward needs estimated rates: set reward.trusted"),
-        (["advantage.law.functional=denoised"], "advantage.law.functional = denoised needs estimated rates"),
+        (["reward.correction=backward"], "reward.correction = backward needs rates: set reward.trusted, to 0.05 say"),
+        (["advantage.law.functional=denoised"], "advantage.law.functional = denoised needs rates: set reward.trusted"),
+        (["reward.rates.false_negative=0.2"], "reward.rates are used by nothing: set reward.correction, or drop them"),
+        (
+            ["reward.correction=backward", "reward.rates.false_negative=0.2"],
+            "reward.correction = backward needs reward.rates.false_positive too: set it, to 0",
+        ),
+        (
+            ["reward.correction=forward", "reward.rates.false_positive=0.2"],
+            "reward.correction = forward needs reward.rates.false_negative too",
+        ),
+        (
+            ["reward.correction=backward", "reward.rates={false_positive: 0.4, false_negative: 0.6}"],
+            "reward.rates.false_positive + reward.rates.false_negative = 1 leaves no signal",
+        ),
+        (
+            ["algorithm=ppo_corrected", "reward.rates={false_positive: 0.1, false_negative: 0.2}"],
+            "reward.trusted = 0.05 would estimate them: set reward.trusted to 0, or drop reward.rates",
+        ),
+        (["reward.rates.false_negative=1"], "reward.rates.false_negative = 1 is not valid"),
         (
             ["reward.trusted=0.1", "reward.correction=backward", "advantage.law.functional=denoised"],
             "both take the noise out",

@@ -12,8 +12,8 @@ from dvpo.errors import InputError
 from dvpo.noise import make_noise
 from dvpo.rewards import Fault
 from dvpo.sampling import Episode
-from dvpo.scoring import Scored, Scorer, join, open_reward, place, total
-from dvpo.tasks import Example, Reward
+from dvpo.scoring import Scored, Scorer, join, open_reward, place
+from dvpo.tasks import Example, Reward, total
 
 NOTHING = make_noise(NoiseConfig(), seed=0)
 ALL_WRONG = make_noise(NoiseConfig(kind="flip", rate=1.0), seed=0)

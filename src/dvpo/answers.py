@@ -9,9 +9,9 @@ from dvpo.config import Config
 from dvpo.errors import InputError
 from dvpo.policy import choose_device, open_policy
 from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, fit_prompts, play
-from dvpo.scoring import Scorer, total
+from dvpo.scoring import Scorer
 from dvpo.seeding import derive_seed
-from dvpo.tasks import Example, Task
+from dvpo.tasks import Example, Task, total
 from dvpo.trainer import starting_model
 
 

@@ -7,6 +7,7 @@ algorithm's row, the YAML file, `key.sub=value` overrides of the command line.
 import dataclasses
 import difflib
 import functools
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
@@ -21,6 +22,7 @@ from dvpo.nested import all_keys, checked, deep_copy, merge, one_sentence, read_
 from dvpo.noise import PARAMETERS
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
 Tail = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -39,8 +41,9 @@ def _noise_kind(kind: str) -> str:
 
 TASK_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "dialogue": {"sampling": {"max_prompt_length": 128, "max_completion_length": 256}},
+    "reasoning_gym": {"sampling": {"max_prompt_length": 1024, "max_completion_length": 1024}},
 }
-"""Embedded tasks that the defaults below do not fit: a conversation is longer than an answer."""
+"""Tasks that the defaults below do not fit: a conversation is longer than an answer."""
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -54,8 +57,8 @@ class OneTaskConfig:
     """One task."""
 
     name: str = "math"
-    """`math`, `science`, `dialogue` (embedded), `files` (your own data), or `my_module:make_task`, called with this
-    section."""
+    """`math`, `science`, `dialogue` (embedded), `files` (your own data), `reasoning_gym`, or `my_module:make_task`,
+    called with this section."""
     path: str | None = None
     """files: training data, a .jsonl or .parquet file or a folder saved by `datasets`."""
     id_path: str | None = None
@@ -71,6 +74,10 @@ class OneTaskConfig:
     answer_pattern: str | None = None
     """files: regular expression of the final answer in a response, for `dvpo label`: its last match, or that match's
     first group; None: the whole response."""
+    generators: tuple[str, ...] = ()
+    """reasoning_gym: what `train` and `id` are drawn from; docs/tasks.md has the list."""
+    ood_generators: tuple[str, ...] = ()
+    """reasoning_gym: what `ood` is drawn from; none: `generators` at the top of their curriculum."""
 
 
 @section
@@ -138,12 +145,52 @@ class SamplingConfig:
 
 
 @section
+class RatesConfig:
+    """Rates of false rewards that you know: then nothing is estimated."""
+
+    false_positive: Rate | None = None
+    """Probability that a wrong response is taken for a right one."""
+    false_negative: Rate | None = None
+    """Probability that a right response is taken for a wrong one; `reward.correction: forward` needs no other."""
+
+    @property
+    def given(self) -> bool:
+        return (self.false_positive, self.false_negative) != (None, None)
+
+    def __post_init__(self) -> None:
+        p, q = self.false_positive or 0.0, self.false_negative or 0.0
+        if p + q >= 1:
+            raise ValueError(
+                f"reward.rates.false_positive + reward.rates.false_negative = {p + q:g} leaves no signal: "
+                "their sum must be below 1"
+            )
+
+
+@section
+class RewardPartConfig:
+    """One of several rewards that are added up."""
+
+    function: str
+    """As `reward.function`."""
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """What the part is multiplied by; a penalty has a negative one."""
+    name: str = ""
+    """In the log; empty: the function's own name, or the folder's."""
+
+    @property
+    def label(self) -> str:
+        return self.name or re.split(r"[:/.]", self.function.rstrip("/"))[-1]
+
+
+@section
 class RewardConfig:
     """Where the observed reward comes from."""
 
     function: str = "task"
-    """`task` (the task's own verifier), `my_module:my_function` with TRL's signature, or `path:FOLDER`, a reward
-    model."""
+    """`task` (the task's own verifier), `math_verify` (one boxed answer, compared with the column `answer`),
+    `my_module:my_function` with TRL's signature, or `path:FOLDER`, a reward model."""
+    mix: tuple[RewardPartConfig, ...] = ()
+    """Instead of one function several, whose rewards are multiplied by their weights and added up."""
     timeout: Positive = 30.0
     """Seconds that one call may take before its worker process is killed."""
     norm: Literal["none", "group", "group_robust", "batch"] = "none"
@@ -156,9 +203,27 @@ class RewardConfig:
     `sampling.max_completion_length`, in proportion (DAPO's soft punishment); 0 = off."""
     trusted: Share = 0.0
     """Share of the training prompts whose true reward the estimator of the noise's rates sees; 0 = off."""
-    correction: Literal["none", "backward"] = "none"
-    """`backward`: a binary return r becomes (r - p) / (1 - p - q), with the estimated rates of false positives and
-    false negatives; before `norm` and `clip`."""
+    rates: RatesConfig = RatesConfig()
+    """Instead of estimated rates those that you know."""
+    correction: Literal["none", "backward", "forward"] = "none"
+    """A binary return r becomes (r - p) / (1 - p - q), or `forward` r - (1 - q), with the rates of false positives p
+    and false negatives q; before `norm` and `clip`."""
+
+    def __post_init__(self) -> None:
+        if self.mix and self.function != "task":
+            raise ValueError(
+                f"reward.function = {self.function} stands beside reward.mix: make it a part of the mix, or drop one"
+            )
+        labels = [part.label for part in self.mix]
+        if double := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"reward.mix has two parts named {double[0]}: give each a name of its own")
+        if bad := [label for label in labels if not re.fullmatch(r"[\w-]+", label)]:
+            raise ValueError(f"reward.mix: {bad[0]!r} is no name for the log: set name to letters and digits")
+        if self.rates.given and self.trusted:
+            raise ValueError(
+                f"reward.rates are given and reward.trusted = {self.trusted:g} would estimate them: "
+                "set reward.trusted to 0, or drop reward.rates"
+            )
 
 
 @section
@@ -519,16 +584,24 @@ class Config:
 
     def _check_corrections(self) -> None:
         """Rates have to come from somewhere, and noise is taken out once, of rewards that are 0 or 1."""
-        reward = self.reward
+        reward, rates = self.reward, self.reward.rates
         denoised = self.advantage.law.functional == "denoised"
         if reward.correction != "none" and denoised:
             raise ValueError(
                 f"reward.correction = {reward.correction} and advantage.law.functional = denoised both take the noise "
                 "out: keep one of them"
             )
-        if (reward.correction != "none" or denoised) and not reward.trusted:
-            what = "advantage.law.functional = denoised" if denoised else f"reward.correction = {reward.correction}"
-            raise ValueError(f"{what} needs estimated rates: set reward.trusted, to 0.05 say")
+        what = "advantage.law.functional = denoised" if denoised else f"reward.correction = {reward.correction}"
+        corrected = denoised or reward.correction != "none"
+        if corrected and not (reward.trusted or rates.given):
+            raise ValueError(
+                f"{what} needs rates: set reward.trusted, to 0.05 say, and they are estimated, or give reward.rates"
+            )
+        if rates.given and not corrected:
+            raise ValueError("reward.rates are used by nothing: set reward.correction, or drop them")
+        wanted = ("false_negative",) if reward.correction == "forward" else ("false_positive", "false_negative")
+        if rates.given and (unknown := [name for name in wanted if getattr(rates, name) is None]):
+            raise ValueError(f"{what} needs reward.rates.{unknown[0]} too: set it, to 0 if there are none")
         if not denoised:
             return
         shaped = {

@@ -27,6 +27,7 @@ EXTRAS = {
     "wandb": "track",
     "trackio": "track",
     "datasets": "data",
+    "reasoning-gym": "gym",
 }
 TRIAL_STEPS = 2
 MIB = 1 << 20

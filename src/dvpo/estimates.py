@@ -63,13 +63,15 @@ def shape_rewards(
 ) -> Tensor:
     """Correct, lower, normalise and clip observed rewards before any critic or baseline sees them.
 
-        r -> (r - p) / (1 - p - q), then r - penalty, then (r - location) / scale of its group or of the global batch,
-        then clipped to [-clip, clip]
+        r -> (r - p) / (1 - p - q) or r - (1 - q), then r - penalty, then (r - location) / scale of its group or of the
+        global batch, then clipped to [-clip, clip]
 
     Missing rewards stay 0 and count in nothing.
     """
     if settings.correction == "backward":
         rewards_BT = correct_rewards(rewards_BT, mask_BT, rewarded_B, rates)
+    elif settings.correction == "forward":
+        rewards_BT = forward_weights(rewards_BT, mask_BT, rewarded_B, rates)
     if penalties_B is not None:
         rewards_BT = _map_returns(rewards_BT, mask_BT, rewarded_B, penalties_B, torch.ones_like(penalties_B))
     if settings.norm != "none":
@@ -100,6 +102,20 @@ def correct_rewards(rewards_BT: Tensor, mask_BT: Tensor, rewarded_B: Tensor, rat
     ones_B = rewards_BT.new_ones(len(rewards_BT))
     p, q = rates
     return _map_returns(rewards_BT, mask_BT, rewarded_B, p * ones_B, (1 - p - q) * ones_B)
+
+
+def forward_weights(rewards_BT: Tensor, mask_BT: Tensor, rewarded_B: Tensor, rates: Rates) -> Tensor:
+    """Turn binary returns R into weights of the score function that are 0 on average for a right response, R - (1 - q).
+
+        w(1) = q, w(0) = -(1 - q):   E[w | right] = (1 - q) q - q (1 - q) = 0,   E[w | wrong] = -(1 - p - q)
+
+    So E[w | truth] = (1 - p - q) (truth - 1), and E[w grad log pi] = (1 - p - q) grad E[truth], for the score has mean
+    0: the direction is right, its length is not, and p need not be known.
+
+    Source: the "forward correction" of arXiv 2510.00915.
+    """
+    ones_B = rewards_BT.new_ones(len(rewards_BT))
+    return _map_returns(rewards_BT, mask_BT, rewarded_B, (1 - rates.false_negative) * ones_B, ones_B)
 
 
 def _map_returns(

@@ -19,10 +19,10 @@ from dvpo.durable import write_atomically
 from dvpo.errors import InputError
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, play
-from dvpo.scoring import Scorer, open_reward, total
+from dvpo.scoring import Scorer, open_reward
 from dvpo.seeding import derive_seed
 from dvpo.stats import bootstrap_interval, wilson_interval
-from dvpo.tasks import Environment, Example, Reward, Task, make_task
+from dvpo.tasks import Environment, Example, Reward, Task, make_task, total
 from dvpo.tasks.mixture import held_out
 
 Judge = Callable[[Sequence[Episode]], list[Reward]]

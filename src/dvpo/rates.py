@@ -1,4 +1,4 @@
-"""How often a binary reward is wrong, estimated on prompts whose truth is known: nobody tells the rates."""
+"""How often a binary reward is wrong: estimated on prompts whose truth is known, or known to the user."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -117,13 +117,42 @@ class RateEstimator:
         self.false_negatives = Tally(*state["false_negatives"])
 
 
-def open_rates(config: "Config", task: Task, examples: Iterable[Example]) -> RateEstimator | None:
-    """The estimator that `reward.trusted` asks for; None if it is 0.
+class KnownRates:
+    """Rates that the user gives: nothing is counted, and nothing is held back.
+
+    Args:
+        rates: p and q, p + q < 1.
+    """
+
+    def __init__(self, rates: Rates) -> None:
+        self._rates = rates
+
+    def observe(self, prompt_ids: Sequence[str], observed_B: Tensor, true_B: Tensor, reduce: Reduce) -> None:
+        """Look away."""
+
+    def rates(self) -> Rates:
+        return self._rates
+
+    def figures(self) -> dict[str, float]:
+        """The factor of a correction."""
+        return {"noise/correction": 1 / (1 - sum(self._rates))}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The config has it all."""
+
+
+def open_rates(config: "Config", task: Task, examples: Iterable[Example]) -> RateEstimator | KnownRates | None:
+    """The estimator that `reward.trusted` asks for, or the rates in `reward.rates`; None where there is neither.
 
     Raises:
-        InputError: the task knows no truth.
+        InputError: the task knows no truth to estimate from.
     """
-    share = config.reward.trusted
+    share, known = config.reward.trusted, config.reward.rates
+    if known.given:
+        return KnownRates(Rates(known.false_positive or 0.0, known.false_negative or 0.0))
     if not share:
         return None
     if not getattr(task, "knows_truth", True):

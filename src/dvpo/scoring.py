@@ -1,5 +1,6 @@
 """From finished episodes to rewards: the truth where it is known, what was observed, and where each lands."""
 
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,15 +13,19 @@ from torch.nn.functional import pad
 
 from dvpo.config import Config
 from dvpo.errors import InputError
+from dvpo.metrics import Reduce
 from dvpo.noise import NO_NOISE, Columns, Noise
 from dvpo.policy import choose_device
+from dvpo.reward_mix import Part, RewardMix
 from dvpo.reward_model import ModelReward, open_reward_model
-from dvpo.rewards import Fault, GuardedReward, RewardSource
+from dvpo.rewards import Fault, GuardedReward, RewardSource, Scores
 from dvpo.sampling import Episode, pad_right
-from dvpo.tasks import Completion, Reward, Task
+from dvpo.tasks import Completion, Reward, Task, total
 
 MODEL_PREFIX = "path:"
 """Behind it `reward.function` names the folder of a reward model."""
+MATH_VERIFY = "dvpo.math_answers:math_verify"
+"""What `reward.function: math_verify` is."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,9 @@ def join(parts: Sequence[Scored]) -> Scored:
 
 
 class Scorer:
-    """Truth from the task, observation from the user's reward function or the task, noise on top."""
+    """Truth from the task, observation from the user's reward functions or the task, noise on top."""
 
-    def __init__(self, task: Task, reward: RewardSource | None, noise: Noise = NO_NOISE) -> None:
+    def __init__(self, task: Task, reward: RewardSource | RewardMix | None, noise: Noise = NO_NOISE) -> None:
         self.task, self.reward, self.noise = task, reward, noise
 
     def __call__(self, episodes: Sequence[Episode]) -> Scored:
@@ -104,27 +109,47 @@ class Scorer:
         columns = _columns(episodes)
         truth = self.true_rewards(episodes, columns)
         unknown = all(math.isnan(total(reward)) for reward in truth)
-        return self._ask(self.reward, episodes, columns)[0] if unknown and self.reward is not None else truth
+        if not unknown or self.reward is None:
+            return truth
+        if isinstance(self.reward, RewardMix):
+            return self.reward(self._parts(self.reward, episodes, truth, columns)).rewards
+        return self._ask(self.reward, episodes, columns).rewards
+
+    def figures(self, reduce: Reduce) -> dict[str, float]:
+        """What is to be logged of a mix's parts since the last call; nothing of a single reward."""
+        return self.reward.figures(reduce) if isinstance(self.reward, RewardMix) else {}
 
     def _judged(
         self, episodes: Sequence[Episode], truth: list[Reward], columns: Columns, believed: Columns
     ) -> tuple[list[Reward], list[Fault]]:
         """The rewards as whoever observes them would give them by the columns that are believed."""
-        if self.reward is not None:
-            return self._ask(self.reward, episodes, believed)
-        return (truth if believed is columns else self.true_rewards(episodes, believed)), []
+        if self.reward is not None and not isinstance(self.reward, RewardMix):
+            scores = self._ask(self.reward, episodes, believed)
+            return scores.rewards, list(scores.faults)
+        by_the_task = truth if believed is columns else self.true_rewards(episodes, believed)
+        if self.reward is None:
+            return by_the_task, []
+        parts = self._parts(self.reward, episodes, by_the_task, believed)
+        self.reward.observe(parts)
+        mixed = self.reward(parts)
+        return mixed.rewards, mixed.faults
 
-    def _ask(
-        self, reward: RewardSource, episodes: Sequence[Episode], columns: Columns
-    ) -> tuple[list[Reward], list[Fault]]:
+    def _parts(
+        self, mix: RewardMix, episodes: Sequence[Episode], by_the_task: list[Reward], columns: Columns
+    ) -> list[Scores]:
+        return [
+            Scores(by_the_task, []) if part.source is None else self._ask(part.source, episodes, columns)
+            for part in mix.parts
+        ]
+
+    def _ask(self, reward: RewardSource, episodes: Sequence[Episode], columns: Columns) -> Scores:
         completions: list[Completion] = [e.text if isinstance(e.example.prompt, str) else e.messages for e in episodes]
-        scores = reward(
+        return reward(
             [e.example.prompt for e in episodes],
             completions,
             [e.tokens for e in episodes],
             columns,
         )
-        return scores.rewards, list(scores.faults)
 
     def true_rewards(self, episodes: Sequence[Episode], columns: Columns) -> list[Reward]:
         """The task's verdict on the final text, together with what the environment gave turn by turn."""
@@ -137,8 +162,10 @@ class Scorer:
         return [_with_turns(reward, episode) for reward, episode in zip(final, episodes, strict=True)]
 
 
-def open_reward(config: Config, task: Task, function: Callable[..., Any] | None = None) -> RewardSource | None:
-    """The reward function or reward model of a run, opened and checked; None where the task itself judges.
+def open_reward(
+    config: Config, task: Task, function: Callable[..., Any] | None = None
+) -> RewardSource | RewardMix | None:
+    """The reward function, reward model or mix of a run, opened and checked; None where the task itself judges.
 
     Args:
         config: names it under `reward`.
@@ -148,10 +175,31 @@ def open_reward(config: Config, task: Task, function: Callable[..., Any] | None 
     Raises:
         InputError: it cannot be opened or called with the columns, or nobody knows a reward.
     """
-    name = config.reward.function if function is None else function
-    examples = task.split("train")
-    if not examples:
+    if not task.split("train"):
         raise InputError(f"task.name = {config.task.name}: its training split is empty, give it at least one example")
+    if not config.reward.mix:
+        name = config.reward.function if function is None else function
+        return _open_source(config, task, name, "reward.function")
+    if function is not None:
+        raise InputError("reward.mix and a reward function given in Python exclude each other: keep one of them")
+    parts: list[Part] = []
+    try:
+        for place, part in enumerate(config.reward.mix):
+            source = _open_source(config, task, part.function, f"reward.mix.{place}.function")
+            parts.append(Part(part.label, part.weight, source))
+    except InputError:
+        RewardMix(parts).close()
+        raise
+    return RewardMix(parts)
+
+
+def _open_source(config: Config, task: Task, name: str | Callable[..., Any], field: str) -> RewardSource | None:
+    """Whoever observes one reward; None: the task."""
+    examples = task.split("train")
+    if name == "math_verify":
+        if importlib.util.find_spec("math_verify") is None:
+            raise InputError(f"{field} = math_verify needs the extra math: pip install 'dvpo[math]'")
+        name = MATH_VERIFY
     if isinstance(name, str) and name.startswith(MODEL_PREFIX):
         device = torch.device(choose_device(config.device))
         model = open_reward_model(name.removeprefix(MODEL_PREFIX), device, config.model.dtype)
@@ -159,11 +207,11 @@ def open_reward(config: Config, task: Task, function: Callable[..., Any] | None 
         return ModelReward(model)
     if name != "task":
         columns = {column for example in examples for column in example.columns}
-        return GuardedReward(name, timeout=config.reward.timeout, columns=sorted(columns))
+        return GuardedReward(name, timeout=config.reward.timeout, columns=sorted(columns), field=field)
     # A probe would not tell: a verifier may well have no opinion of an empty answer.
     if not getattr(task, "knows_truth", True):
         raise InputError(
-            f"reward.function = task, but the task {task.name} cannot judge an answer: set reward.function to "
+            f"{field} = task, but the task {task.name} cannot judge an answer: set {field} to "
             "my_module:my_function or path:FOLDER of a reward model"
         )
     return None
@@ -178,7 +226,7 @@ def refuse_broken_reward(faults: list[Fault], batch: int) -> None:
         InputError: with the first fault.
     """
     form = [fault for fault in faults if fault.kind in ("wrong_length", "wrong_type", "non_finite")]
-    if len(form) == batch:
+    if len({fault.index for fault in form}) == batch:
         raise InputError(
             f"reward.function: every reward of the first step is unusable, {form[0].message}: "
             "return one finite number (or None, or a list) for each completion"
@@ -218,12 +266,6 @@ def place(reward: Reward, episode: Episode) -> list[float] | str | None:
             f"nor the {len(episode.tokens)} tokens of the response"
         )
     return out
-
-
-def total(reward: Reward) -> float:
-    """The return of a whole response; NaN where unknown."""
-    values = reward if isinstance(reward, list) else [reward]
-    return sum(math.nan if v is None else v for v in values)
 
 
 def _with_turns(final: Reward, episode: Episode) -> Reward:

@@ -196,6 +196,7 @@ class Trainer:
             refuse_broken_reward(collected.scored.faults, len(collected.sampled))
         scored = time.perf_counter()
         estimates, figures = self.estimate(rollout)
+        figures |= self.scorer.figures(all_reduce_sum)
         with deferred():  # weights change: a signal waits for the end of the step
             figures |= self.update(rollout, estimates) | self.update_from_replay()
             self.kl.observe(figures.get("actor/kl_sampled", math.nan), len(rollout))

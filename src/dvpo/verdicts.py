@@ -12,8 +12,8 @@ from dvpo.embedded import BAD, GOOD
 from dvpo.evaluate import CORRECT, own_figures, take
 from dvpo.policy import Policy
 from dvpo.sampling import Episode, pad_right
-from dvpo.scoring import Scorer, total
-from dvpo.tasks import Task
+from dvpo.scoring import Scorer
+from dvpo.tasks import Task, total
 
 SEED = 0
 """Of the samples that are measured."""

@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import nan
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from dvpo.errors import InputError
@@ -15,6 +16,13 @@ Prompt = str | Sequence[Message]
 
 Reward = float | None | list[float | None]
 """A scalar for the whole response; None or NaN for "no opinion"; or one entry a turn, or one a token."""
+
+
+def total(reward: Reward) -> float:
+    """The return of a whole response; NaN where an entry is missing."""
+    values = reward if isinstance(reward, list) else [reward]
+    return sum(nan if v is None else v for v in values)
+
 
 Completion = str | Sequence[Message]
 """What the policy wrote: a text, or a conversation's messages behind the prompt, those of the environment included."""
@@ -129,6 +137,10 @@ def make_task(settings: Any) -> Task:
         from dvpo.tasks.mixture import Mixture
 
         return Mixture([make_task(part) for part in settings.mix], [part.weight for part in settings.mix])
+    if settings.name == "reasoning_gym":
+        from dvpo.tasks.gym import ReasoningGym
+
+        return ReasoningGym(settings.generators, settings.ood_generators)
     if settings.name == "files":
         from dvpo.tasks.files import FilesTask
 
@@ -144,7 +156,8 @@ def make_task(settings: Any) -> Task:
     module, colon, attribute = settings.name.partition(":")
     if not colon:
         raise InputError(
-            f"task.name = {settings.name} is unknown: take math, science, dialogue, files, mix, or my_module:make_task"
+            f"task.name = {settings.name} is unknown: take math, science, dialogue, files, reasoning_gym, mix, or "
+            "my_module:make_task"
         )
     try:
         task = getattr(importlib.import_module(module), attribute)(settings)
