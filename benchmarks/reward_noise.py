@@ -23,8 +23,8 @@ from dvpo.config import NoiseConfig, SamplingConfig
 from dvpo.evaluate import take
 from dvpo.noise import make_noise
 from dvpo.policy import open_policy
-from dvpo.scoring import total
 from dvpo.stats import wilson_interval
+from dvpo.tasks import total
 from dvpo.tasks.math import ChainArithmetic
 from dvpo.warmstart import warm_start
 
