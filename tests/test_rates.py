@@ -154,7 +154,7 @@ def test_known_rates_are_used_from_the_first_step_on_and_nobody_is_trusted(
 ) -> None:
     known = f"reward.rates={json.dumps(rates)}"
     trainer = Trainer(run_config(tmp_path / "run", "algorithm=ppo", setting, known), task=Parity())
-    rollout, _ = trainer.score(trainer.sample())
+    rollout, _ = trainer.collect()
     _, figures = trainer.estimate(rollout)
     trainer.close()
     assert trainer.rates.rates() == (rates.get("false_positive", 0), 0.3)

@@ -161,7 +161,7 @@ def test_noise_acts_on_the_sum(tmp_path: Path) -> None:
     parts = mix_of("{function: task}", "{function: task, name: again, weight: 2}")
     noise = ("noise.kind=flip", "noise.rate=1", "noise.high=3", "sampling.prompts_per_step=8")
     trainer = Trainer(run_config(tmp_path / "run", "algorithm=ppo", parts, *noise), task=Parity())
-    rollout, _ = trainer.score(trainer.sample())
+    rollout, _ = trainer.collect()
     trainer.close()
     assert rollout.observed_B.tolist() == (3 - 3 * rollout.true_B).tolist()
     assert 0 < rollout.true_B.mean() < 1
