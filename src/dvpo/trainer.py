@@ -43,6 +43,7 @@ from dvpo.rates import NO_RATES, open_rates
 from dvpo.replay import Replay
 from dvpo.resume import find_checkpoint
 from dvpo.rewards import Fault
+from dvpo.risk_control import matched_to_noise, risk_figures
 from dvpo.runlog import RunLog, refuse_used_folder
 from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, collate, fit_prompts, play
 from dvpo.scoring import Scorer, open_reward, refuse_broken_reward
@@ -290,7 +291,7 @@ class Trainer:
         figures = reward_figures(rollout.observed_B, rollout.true_B, rollout.rewarded_B, groups_B, all_reduce_sum)
         figures["actor/advantage_std"] = spread
         if self.rates:
-            figures |= self.rates.figures()
+            figures |= self.rates.figures() | risk_figures(self.config, rates)
         if penalties_B is not None:
             means = Means()
             means.add("reward/overlong", penalties_B)
@@ -370,12 +371,14 @@ class Trainer:
         assert self.critic_optimiser is not None
         assert self.row.critic_loss is not None
         self.critic.learn_verdict_alone(self.step <= self.config.critic.verdict_only_steps)
+        self.critic.draw_levels(self.config.seed, self.step)
+        config = matched_to_noise(self.config, self.rates.rates()) if self.rates else self.config
         count = token_count(estimates.mask_BT[rows], all_reduce_sum)
         for micro, at, mask_BT in self._microbatches(rollout, estimates, rows):
             states_KD = self.critic.states(micro, self.policy)[:, :-1][mask_BT]
             predictions_KNM = self.critic.predictions(states_KD, micro.response_BT[mask_BT])
             before_KNM, targets_KL = estimates.values_BTNM[at][mask_BT], estimates.targets_BTL[at][mask_BT]
-            terms = self.row.critic_loss(predictions_KNM, before_KNM, targets_KL, self.config)
+            terms = self.row.critic_loss(predictions_KNM, before_KNM, targets_KL, config)
             (terms["loss"].sum() / count).backward()
             for name, term_K in terms.items():
                 means.add(f"critic/{name}", term_K)
