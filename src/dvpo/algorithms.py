@@ -179,9 +179,9 @@ def histogram_critic_loss(
     """Cross-entropy of the bins' logits (in place of M) to the smoothed target, which is clipped to the support."""
     del before_KNM
     support = config.critic.histogram
-    centres_H = histogram_centres(support.bins, support.low, support.high, support.sigma).to(predictions_KNM)
+    centres_R = histogram_centres(support.bins, support.low, support.high, support.sigma).to(predictions_KNM)
     inside_KL = targets_KL.clamp(support.low, support.high)
-    loss_K = histogram_loss(predictions_KNM, inside_KL, centres_H, support.sigma)
+    loss_K = histogram_loss(predictions_KNM, inside_KL, centres_R, support.sigma)
     return {"loss": loss_K, "outside": (inside_KL != targets_KL).float().mean(dim=-1)}
 
 

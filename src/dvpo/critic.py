@@ -185,7 +185,7 @@ def make_critic(kind: Kind, config: CriticConfig, policy: Policy) -> Critic:
     Raises:
         InputError: `critic.verdict_tokens` that are no tokens.
     """
-    centres_H = histogram_centres(**asdict(config.histogram))
+    centres_R = histogram_centres(**asdict(config.histogram))
     shape = CriticShape(
         kind=kind,
         trunk=config.trunk,
@@ -197,12 +197,12 @@ def make_critic(kind: Kind, config: CriticConfig, policy: Policy) -> Critic:
         vocabulary=policy.vocabulary if kind == "vocabulary" else 0,
         start=config.start,
         features=config.features,
-        bins=len(centres_H) if kind == "categorical" else 0,
+        bins=len(centres_R) if kind == "categorical" else 0,
     )
     trunk = None if config.trunk == "shared" else copy.deepcopy(policy.trunk)
     critic = Critic(shape, trunk, policy.dtype)
     if isinstance(critic.heads, CategoricalHeads):
-        critic.heads.centres_H.copy_(centres_H)
+        critic.heads.centres_R.copy_(centres_R)
     critic.to(policy.device).train(policy.model.training)
     if critic.verdict is not None:
         critic.verdict.read_off(policy, config.verdict_tokens)

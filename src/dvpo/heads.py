@@ -56,23 +56,23 @@ class CategoricalHeads(nn.Module):
         hidden_size: D.
         num_heads: N.
         num_atoms: M.
-        centres_H: where the bins stand, in units of the reward, increasing.
+        centres_R: where the bins stand, in units of the reward, increasing.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, num_atoms: int, centres_H: Tensor) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, num_atoms: int, centres_R: Tensor) -> None:
         super().__init__()
         self.num_heads, self.num_atoms = num_heads, num_atoms
-        self.linear = nn.Linear(hidden_size, num_heads * len(centres_H), dtype=torch.float32)
+        self.linear = nn.Linear(hidden_size, num_heads * len(centres_R), dtype=torch.float32)
         nn.init.normal_(self.linear.weight, std=0.01 / math.sqrt(hidden_size))
         nn.init.zeros_(self.linear.bias)
-        self.register_buffer("centres_H", centres_H.float())
-        self.centres_H: Tensor
+        self.register_buffer("centres_R", centres_R.float())
+        self.centres_R: Tensor
 
     def forward(self, hidden_D: Tensor) -> Tensor:
-        return categorical_atoms(self.logits(hidden_D).softmax(dim=-1), self.centres_H, self.num_atoms)
+        return categorical_atoms(self.logits(hidden_D).softmax(dim=-1), self.centres_R, self.num_atoms)
 
     def logits(self, hidden_D: Tensor) -> Tensor:
-        """Unnormalised log-probabilities of the bins: [..., N, H]."""
+        """Unnormalised log-probabilities of the bins: [..., N, R]."""
         with torch.autocast(hidden_D.device.type, enabled=False):
             return self.linear(hidden_D.float()).unflatten(-1, (self.num_heads, -1))
 

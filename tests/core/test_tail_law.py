@@ -86,7 +86,7 @@ def rest(weights: dict[str, float], tail_targets: str) -> Tensor:
 
 @pytest.mark.parametrize(
     ("names", "biased"),
-    [(("cvar",), 0.42), (("gain",), 0.12), (("shift",), 1.0), (TERMS, 0.34)],
+    [((), 0.31), (("cvar",), 0.42), (("gain",), 0.12), (("shift",), 1.0), (TERMS, 0.34)],
 )
 def test_on_bernoulli_returns_the_law_keeps_mean_and_tails_where_the_sample_does_not(names, biased: float):
     weights = dict.fromkeys(names, 1.0)

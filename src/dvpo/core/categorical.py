@@ -15,7 +15,7 @@ REACH = 4.0
 def histogram_centres(bins: int, low: float, high: float, sigma: float) -> Tensor:
     """Return where the bins stand: `bins` of them from low to high, and beyond either end room for the smoothing.
 
-        z_h = low + w (h - m),   w = (high - low) / (bins - 1),   m = ceil(4 sigma),   h = 0 ... bins - 1 + 2m
+        z_r = low + w (r - m),   w = (high - low) / (bins - 1),   m = ceil(4 sigma),   r = 0 ... bins - 1 + 2m
 
     Without that room a target at an end would be smoothed to one side only and its mean move inwards.
 
@@ -26,7 +26,7 @@ def histogram_centres(bins: int, low: float, high: float, sigma: float) -> Tenso
         sigma: deviation of the smoothing in widths of a bin, > 0.
 
     Returns:
-        [H], float64, increasing; H = bins + 2 ceil(4 sigma).
+        [R], float64, increasing; R = bins + 2 ceil(4 sigma).
 
     Raises:
         ValueError: an argument is out of range.
@@ -41,17 +41,17 @@ def histogram_centres(bins: int, low: float, high: float, sigma: float) -> Tenso
 def gaussian_histogram(targets: Tensor, centres: Tensor, sigma: float) -> Tensor:
     """Return the bins' shares of a law whose atoms are smoothed by a Gaussian.
 
-        p_h = mean_k [ Phi((z_h + w/2 - G_k) / (sigma w)) - Phi((z_h - w/2 - G_k) / (sigma w)) ] / Z_k
+        p_r = mean_k [ Phi((z_r + w/2 - G_k) / (sigma w)) - Phi((z_r - w/2 - G_k) / (sigma w)) ] / Z_k
 
     Z_k is what of atom k's Gaussian falls between the outermost edges.
 
     Args:
         targets: G, [..., L] in units of the reward, between the ends of the support.
-        centres: z, [H], evenly spaced, H >= 2.
+        centres: z, [R], evenly spaced, R >= 2.
         sigma: deviation in widths of a bin, > 0.
 
     Returns:
-        [..., H], summing to 1, without gradient; O(H) memory a token.
+        [..., R], summing to 1, without gradient; O(R) memory a token.
 
     Raises:
         ValueError: shapes or sigma are out of range.
@@ -60,7 +60,7 @@ def gaussian_histogram(targets: Tensor, centres: Tensor, sigma: float) -> Tensor
     """
     if targets.ndim < 1 or targets.shape[-1] < 1 or centres.ndim != 1 or len(centres) < 2:
         shapes = f"{tuple(targets.shape)} and {tuple(centres.shape)}"
-        raise ValueError(f"targets must be [..., L] and centres [H] with H >= 2, got {shapes}")
+        raise ValueError(f"targets must be [..., L] and centres [R] with R >= 2, got {shapes}")
     if not 0 < sigma < math.inf:
         raise ValueError(f"sigma must be finite and above 0, got {sigma}")
     targets = at_least_float32(targets).detach()
@@ -77,12 +77,12 @@ def gaussian_histogram(targets: Tensor, centres: Tensor, sigma: float) -> Tensor
 def histogram_loss(logits: Tensor, targets: Tensor, centres: Tensor, sigma: float) -> Tensor:
     """Return each token's cross-entropy to the smoothed target (HL-Gauss), the mean over heads.
 
-        loss = - mean_i sum_h p_h log softmax(x_i)_h,   p of `gaussian_histogram`
+        loss = - mean_i sum_r p_r log softmax(x_i)_r,   p of `gaussian_histogram`
 
     Args:
-        logits: x, [..., N, H]; the gradient flows here only: (softmax(x_i) - p) / N.
+        logits: x, [..., N, R]; the gradient flows here only: (softmax(x_i) - p) / N.
         targets: G, [..., L] in units of the reward, between the ends of the support.
-        centres: z, [H].
+        centres: z, [R].
         sigma: deviation in widths of a bin, > 0.
 
     Returns:
@@ -95,7 +95,7 @@ def histogram_loss(logits: Tensor, targets: Tensor, centres: Tensor, sigma: floa
     """
     if logits.ndim < 2 or logits.shape[-1:] != centres.shape or logits.shape[:-2] != targets.shape[:-1]:
         shapes = f"{tuple(logits.shape)}, {tuple(targets.shape)}, {tuple(centres.shape)}"
-        raise ValueError(f"logits must be [..., N, H], targets [..., L] and centres [H], got {shapes}")
+        raise ValueError(f"logits must be [..., N, R], targets [..., L] and centres [R], got {shapes}")
     shares = gaussian_histogram(targets, centres, sigma).unsqueeze(-2)
     return -(shares * at_least_float32(logits).log_softmax(dim=-1)).sum(dim=-1).mean(dim=-1)
 
@@ -109,8 +109,8 @@ def categorical_atoms(probabilities: Tensor, centres: Tensor, num_atoms: int) ->
     quantiles at midpoint levels would only approximate.
 
     Args:
-        probabilities: [..., H], >= 0, summing to 1.
-        centres: z, [H], increasing, in units of the reward.
+        probabilities: [..., R], >= 0, summing to 1.
+        centres: z, [R], increasing, in units of the reward.
         num_atoms: M >= 1.
 
     Returns:
@@ -121,7 +121,7 @@ def categorical_atoms(probabilities: Tensor, centres: Tensor, num_atoms: int) ->
     """
     if probabilities.ndim < 1 or probabilities.shape[-1:] != centres.shape:
         shapes = f"{tuple(probabilities.shape)} and {tuple(centres.shape)}"
-        raise ValueError(f"probabilities must be [..., H] and centres [H], got {shapes}")
+        raise ValueError(f"probabilities must be [..., R] and centres [R], got {shapes}")
     if num_atoms < 1:
         raise ValueError(f"num_atoms must be at least 1, got {num_atoms}")
     # In float64: an atom is M times a difference of prefix sums.
