@@ -18,9 +18,9 @@ def matched_to_noise(config: "Config", rates: Rates) -> "Config":
         alpha_t = max(q, 1/M),   beta_t = max(p, 1/M),   weight_t = weight * min(1, (p + q) / (alpha + beta))
 
     False negatives put the mass q at the bottom of a state's law, false positives the mass p at its top: these are the
-    tails that the terms are meant for. The terms pay for their robustness with bias, so that without noise they cost
-    nothing, and with as much as the configured tails hold they have their configured weights. Until enough responses
-    are counted all stays as configured.
+    tails that the terms are meant for. The terms pay for their robustness with bias: without noise they fade, and with
+    as much as the configured tails hold they have their configured weights. Until enough responses are counted all
+    stays as configured.
 
     Args:
         config: of the run.
