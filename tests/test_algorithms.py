@@ -11,6 +11,7 @@ from torch import Tensor
 from dvpo.algorithms import ALGORITHMS, Algorithm, Signals, distributional_estimate, find_algorithm, scalar_estimate
 from dvpo.config import Config, load_config
 from dvpo.core.quantiles import quantile_huber_loss, quantile_levels
+from dvpo.core.tail_law import law_tail_terms
 from dvpo.errors import InputError
 from dvpo.trainer import Trainer
 from runs import Parity, run_config
@@ -131,6 +132,17 @@ def test_each_weight_adds_its_own_term_times_itself(term: str):
     terms = DVPO.critic_loss(*given, load_config(None, [*OFF, f"critic.weights.{term}=0.7"]))
     torch.testing.assert_close(terms["loss"], terms["qr"] + 0.7 * terms[term])
     assert terms[term].abs().max() > 0
+
+
+def test_tails_against_the_law_change_the_four_terms_that_compare_with_a_return_and_no_other():
+    given = predictions(3, 32, 32)
+    sample, law = (DVPO.critic_loss(*given, load_config(None, [f"critic.tail_targets={t}"])) for t in ("sample", "law"))
+    assert list(sample) == list(law)
+    changed = {name for name in law if not torch.equal(sample[name], law[name])}
+    assert changed == {"loss", "cvar", "gain", "shift", "shape"}
+    torch.testing.assert_close(law["loss"], law["qr"] + 0.1 * sum(law[term] for term in TERMS))
+    for term, expected in law_tail_terms(given[0], given[2], 0.1, 0.1).items():
+        assert torch.equal(law[term], expected)
 
 
 def test_one_head_one_quantile_and_a_wide_huber_zone_are_half_of_ppos_squared_error_up_to_scale():

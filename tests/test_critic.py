@@ -8,8 +8,9 @@ from torch import Tensor
 
 from dvpo.batch import Rollout
 from dvpo.config import CriticConfig
-from dvpo.critic import Critic, QuantileHeads, Verdict, load_critic, make_critic
+from dvpo.critic import Critic, load_critic, make_critic
 from dvpo.errors import InputError
+from dvpo.heads import QuantileHeads, Verdict
 from dvpo.policy import Policy
 from dvpo.sampling import Episode, collate
 from dvpo.tasks import Example

@@ -10,8 +10,9 @@ from dvpo import policy as policy_module
 from dvpo.algorithms import ALGORITHMS
 from dvpo.batch import Rollout
 from dvpo.config import CriticConfig, load_config
-from dvpo.critic import Critic, VocabularyHead, load_critic, make_critic
+from dvpo.critic import Critic, load_critic, make_critic
 from dvpo.errors import InputError
+from dvpo.heads import VocabularyHead
 from dvpo.trainer import Trainer
 from largest_tensor import LargestTensor
 from runs import Parity, run_config

@@ -197,9 +197,11 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def test_the_glossary_explains_every_key_that_a_run_logs_and_no_other(tmp_path: Path, tiny_model: Path) -> None:
     logged = set()
     mix = Mixture([ChainArithmetic(8, 2, 2), Science(8, 2, 2)], [1, 1])
-    for name in ("dvpo", "ppo_corrected", "cql_ppo"):
+    followed = ["critic.adaptive_risk=true", "reward.trusted=0.5"]
+    for name in ("dvpo", "ppo_corrected", "cql_ppo", "ppo_hl_gauss"):
+        asked_for = [*ASKED_FOR, *(followed if name == "dvpo" else ())]
         place = [f"algorithm={name}", f"model.path={tiny_model}", f"output={tmp_path / name}"]
-        config = load_config(None, [*TINY, *place, *ASKED_FOR, "steps=2", "critic.replay=1"])
+        config = load_config(None, [*TINY, *place, *asked_for, "steps=2", "critic.replay=1"])
         Trainer(config, task=mix if name == "cql_ppo" else None).train()
         logged |= {key for row in rows_of(tmp_path / name) for key in row}
     logged = {re.sub(r"^eval/(\w+/)+", "eval/<split>/", key).replace("@2", "@k").replace("^2", "^k") for key in logged}

@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from dvpo.core.categorical import histogram_centres, histogram_loss
 from dvpo.core.losses import clipped_surrogate, huber_value_loss, value_loss
 from dvpo.core.quantiles import quantile_levels
 from dvpo.core.returns import group_mean_baseline, group_normalise, group_rank, leave_one_out
 from dvpo.core.risk import critic_terms
+from dvpo.core.tail_law import law_tail_terms
 from dvpo.errors import InputError
 from dvpo.estimates import (
     Signals,
     distributional_estimate,
     group_estimate,
+    mean_target_estimate,
     pessimistic_estimate,
     return_to_go_estimate,
     scalar_estimate,
@@ -38,8 +41,10 @@ class Algorithm:
     Attributes:
         name: as in the config.
         paper: where it comes from.
-        critic: `none`, `scalar` (N heads x 1), `quantile` (N heads x M), or `vocabulary` (Q of every token; the value
-            is its expectation under the policy, and predictions are the pair Q(taken), logsumexp_a Q: N = 1, M = 2).
+        critic: `none`, `scalar` (N heads x 1), `quantile` (N heads x M), `implicit` (the same at levels drawn anew for
+            every update; predictions have the levels as one head more), `categorical` (a histogram, its values M atoms
+            of equal mass; predictions are the logits of its bins), or `vocabulary` (Q of every token; the value is its
+            expectation under the policy, and predictions are the pair Q(taken), logsumexp_a Q: N = 1, M = 2).
         estimate: (signals, config) -> (advantages_BT, targets_BTL), both detached, L = 0 without a critic.
         actor_loss: (logprobs_K, old_logprobs_K, advantages_K, config) -> (per-token loss, per-token clipped 0/1).
         critic_loss: (predictions_KNM, before_KNM, targets_KL, config) -> per-token terms; `loss` is minimised, all
@@ -50,7 +55,7 @@ class Algorithm:
 
     name: str
     paper: str
-    critic: Literal["none", "scalar", "quantile", "vocabulary"]
+    critic: Literal["none", "scalar", "quantile", "implicit", "categorical", "vocabulary"]
     estimate: Callable[[Signals, "Config"], tuple[Tensor, Tensor]]
     actor_loss: Callable[[Tensor, Tensor, Tensor, "Config"], tuple[Tensor, Tensor]]
     critic_loss: Callable[[Tensor, Tensor, Tensor, "Config"], dict[str, Tensor]] | None = None
@@ -67,7 +72,12 @@ class Algorithm:
     @property
     def uses_critic_terms(self) -> bool:
         """Whether `critic.weights` mean anything to this row."""
-        return self.critic == "quantile"
+        return self.critic in ("quantile", "implicit")
+
+    @property
+    def has_law(self) -> bool:
+        """Whether its critic's values are atoms of a law, of which `advantage.law` makes a number."""
+        return self.uses_critic_terms or self.critic == "categorical"
 
 
 def find_algorithm(name: str) -> Algorithm:
@@ -140,11 +150,39 @@ def distributional_critic_loss(
 ) -> dict[str, Tensor]:
     """Quantile regression and the asymmetric tail terms, L = QR + sum_x weight_x * x."""
     del before_KNM
+    levels_M = quantile_levels(config.critic.num_quantiles, config.critic.levels).to(predictions_KNM)
+    return _quantile_terms(predictions_KNM, targets_KL, levels_M, config)
+
+
+def implicit_critic_loss(
+    predictions_KNM: Tensor, before_KNM: Tensor, targets_KL: Tensor, config: "Config"
+) -> dict[str, Tensor]:
+    """The same at the levels that were drawn, which come as the last head."""
+    del before_KNM
+    return _quantile_terms(predictions_KNM[:, :-1], targets_KL, predictions_KNM[0, -1], config)
+
+
+def _quantile_terms(
+    predictions_KNM: Tensor, targets_KL: Tensor, levels_M: Tensor, config: "Config"
+) -> dict[str, Tensor]:
     critic = config.critic
-    levels_M = quantile_levels(critic.num_quantiles, critic.levels).to(predictions_KNM)
     terms = critic_terms(predictions_KNM, targets_KL, levels_M, critic.kappa, critic.eta, critic.alpha, critic.beta)
+    if critic.tail_targets == "law":
+        terms |= law_tail_terms(predictions_KNM, targets_KL, critic.alpha, critic.beta)
     weighted = [getattr(critic.weights, name) * term for name, term in terms.items() if name != "qr"]
     return {"loss": terms["qr"] + torch.stack(weighted).sum(dim=0), **terms}
+
+
+def histogram_critic_loss(
+    predictions_KNM: Tensor, before_KNM: Tensor, targets_KL: Tensor, config: "Config"
+) -> dict[str, Tensor]:
+    """Cross-entropy of the bins' logits (in place of M) to the smoothed target, which is clipped to the support."""
+    del before_KNM
+    support = config.critic.histogram
+    centres_R = histogram_centres(support.bins, support.low, support.high, support.sigma).to(predictions_KNM)
+    inside_KL = targets_KL.clamp(support.low, support.high)
+    loss_K = histogram_loss(predictions_KNM, inside_KL, centres_R, support.sigma)
+    return {"loss": loss_K, "outside": (inside_KL != targets_KL).float().mean(dim=-1)}
 
 
 # Rows. Those of one family differ in a few settings, which is what `replace` says.
@@ -167,6 +205,8 @@ _PAPER: dict[str, Any] = {
         "eta": 2.0,
         "alpha": 0.1,
         "beta": 0.1,
+        "tail_targets": "sample",
+        "adaptive_risk": False,
         **_weights(*TERMS)["critic"],
     },
     "advantage": {
@@ -253,6 +293,13 @@ ROWS = (
         defaults={**_weights(), "advantage": {"law": {"functional": "tv_worst_case"}}},
     ),
     replace(
+        _DVPO_PLAIN,
+        name="dvpo_iqn",
+        paper="implicit quantile networks, Dabney et al. 2018, arXiv 1806.06923",
+        critic="implicit",
+        critic_loss=implicit_critic_loss,
+    ),
+    replace(
         _PPO, name="ppo_ensemble", paper="ours: what an ensemble alone gives", defaults={"critic": {"num_heads": 3}}
     ),
     replace(
@@ -281,6 +328,14 @@ ROWS = (
         name="ppo_corrected",
         paper="Natarajan et al. 2013; Imperfect Verifiers, arXiv 2510.00915; the rates estimated",
         defaults={"critic": {"num_heads": 1}, **_CORRECTED},
+    ),
+    replace(
+        _PPO,
+        name="ppo_hl_gauss",
+        paper="Stop Regressing, Farebrother et al. 2024, arXiv 2403.03950",
+        critic="categorical",
+        estimate=mean_target_estimate,
+        critic_loss=histogram_critic_loss,
     ),
     replace(
         _PPO,

@@ -6,6 +6,7 @@
     S  P + T, the whole sequence          V  vocabulary
     D  hidden size                        K  policy tokens, flattened over B and T
     H  positions of the padded hint       U  T + 1, the states of a response, its end included
+    R  bins of a categorical critic
 
 A tensor's letters stand at the end of its name: `mask_BT` is [B, T].
 

@@ -350,6 +350,27 @@ class TermWeights:
 
 
 @section
+class HistogramConfig:
+    """The support of a categorical critic's law."""
+
+    bins: Annotated[int, Field(ge=2)] = 51
+    """Bins from `low` to `high`; a few more on either side make room for the smoothing."""
+    low: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    """Least return in units of the reward; targets outside are clipped, and counted in `critic/outside`."""
+    high: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """Greatest return."""
+    sigma: Positive = 0.75
+    """Deviation of the smoothing in widths of a bin."""
+
+    def __post_init__(self) -> None:
+        if self.low >= self.high:
+            raise ValueError(
+                f"critic.histogram.low = {self.low:g} is not below critic.histogram.high = {self.high:g}: "
+                "give the least and the greatest return"
+            )
+
+
+@section
 class CriticConfig:
     """The value model."""
 
@@ -367,6 +388,13 @@ class CriticConfig:
     beta: Tail = 0.1
     """Mass of the upper tail."""
     weights: TermWeights = TermWeights()
+    tail_targets: Literal["sample", "law"] = "sample"
+    """What cvar, gain, shift and shape compare with: the sampled return (the paper's), or the law that it comes from
+    (docs/method.md, section 4)."""
+    adaptive_risk: bool = False
+    """alpha, beta and the terms' weights follow the estimated rates of false rewards; until there are any, they stay
+    as they are set here."""
+    histogram: HistogramConfig = HistogramConfig()
     value_clip: Positive | None = 0.5
     """Clip range of scalar value losses in units of the reward; None = off. Quantile losses are not clipped."""
     cql_weight: Weight = 0.1
@@ -526,10 +554,16 @@ class Config:
                 f"critic.num_quantiles = {self.critic.num_quantiles} is too few for tail terms: "
                 "take at least 3, or set the tail weights under critic.weights to 0"
             )
-        if row.critic == "vocabulary" and self.critic.start == "verdict":
+        learns = {"vocabulary": "one of tokens", "categorical": "a histogram"}.get(row.critic)
+        if learns and self.critic.start == "verdict":
             raise ValueError(
-                f"critic.start = verdict is a value of states, and algorithm = {self.algorithm} learns one of tokens: "
+                f"critic.start = verdict is a value of states, and algorithm = {self.algorithm} learns {learns}: "
                 "set it to random"
+            )
+        if self.critic.adaptive_risk and not row.uses_critic_terms:
+            raise ValueError(
+                f"critic.adaptive_risk = true moves the tail terms, which algorithm = {self.algorithm} does not have: "
+                "set it to false"
             )
         batch = self.sampling.prompts_per_step * self.sampling.samples_per_prompt
         if batch < self.update.minibatches:
@@ -564,7 +598,7 @@ class Config:
                     f"advantage.{key} = bootstrap asks a critic, but algorithm = {self.algorithm} has none: "
                     "set it to mask"
                 )
-        if self.advantage.delta_clip is not None and row.uses_critic_terms and self.advantage.law.functional == "rank":
+        if self.advantage.delta_clip is not None and row.has_law and self.advantage.law.functional == "rank":
             raise ValueError(
                 f"advantage.delta_clip = {self.advantage.delta_clip:g} clips nothing in a rank, which is bounded: "
                 "set it to null, or take another advantage.law.functional"
@@ -591,17 +625,25 @@ class Config:
                 f"reward.correction = {reward.correction} and advantage.law.functional = denoised both take the noise "
                 "out: keep one of them"
             )
-        what = "advantage.law.functional = denoised" if denoised else f"reward.correction = {reward.correction}"
-        corrected = denoised or reward.correction != "none"
-        if corrected and not (reward.trusted or rates.given):
+        users = {
+            "advantage.law.functional = denoised": denoised,
+            f"reward.correction = {reward.correction}": reward.correction != "none",
+            "critic.adaptive_risk = true": self.critic.adaptive_risk,
+        }
+        using = [setting for setting, on in users.items() if on]
+        if using and not (reward.trusted or rates.given):
             raise ValueError(
-                f"{what} needs rates: set reward.trusted, to 0.05 say, and they are estimated, or give reward.rates"
+                f"{using[0]} needs rates: set reward.trusted, to 0.05 say, and they are estimated, or give reward.rates"
             )
-        if rates.given and not corrected:
-            raise ValueError("reward.rates are used by nothing: set reward.correction, or drop them")
-        wanted = ("false_negative",) if reward.correction == "forward" else ("false_positive", "false_negative")
+        if rates.given and not using:
+            raise ValueError(
+                "reward.rates are used by nothing: set reward.correction, advantage.law.functional or "
+                "critic.adaptive_risk, or drop them"
+            )
+        forward_alone = using == ["reward.correction = forward"]
+        wanted = ("false_negative",) if forward_alone else ("false_positive", "false_negative")
         if rates.given and (unknown := [name for name in wanted if getattr(rates, name) is None]):
-            raise ValueError(f"{what} needs reward.rates.{unknown[0]} too: set it, to 0 if there are none")
+            raise ValueError(f"{using[0]} needs reward.rates.{unknown[0]} too: set it, to 0 if there are none")
         if not denoised:
             return
         shaped = {

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,125 +16,13 @@ from transformers import AutoConfig, AutoModel
 
 from dvpo.batch import Rollout
 from dvpo.config import CriticConfig
+from dvpo.core.categorical import histogram_centres
+from dvpo.core.quantiles import quantile_levels
 from dvpo.errors import InputError
-from dvpo.policy import Policy, compute_type, hidden_states, in_chunks
+from dvpo.heads import CategoricalHeads, ImplicitHeads, QuantileHeads, Verdict, VocabularyHead
+from dvpo.policy import Policy, compute_type, hidden_states
 
-Kind = Literal["scalar", "quantile", "vocabulary"]
-
-
-class QuantileHeads(nn.Module):
-    """N independent linear heads of M quantiles: hidden states [..., D] -> [..., N, M], float32.
-
-    `monotone`: non-crossing by construction (cf. Zhou et al. 2020),
-
-        theta_j = base + (c_j - mean_j c_j) / M,   c_j = sum_{k <= j} softplus(x_k)
-
-    so that `base` is the head's mean and x its shape. At the start base = 0 and the quantiles are spread evenly over
-    one unit of reward; a plain head starts at 0 everywhere. With M = 1 both are a scalar head.
-    """
-
-    def __init__(self, hidden_size: int, num_heads: int, num_quantiles: int, monotone: bool) -> None:
-        super().__init__()
-        self.num_heads, self.num_quantiles = num_heads, num_quantiles
-        self.monotone = monotone and num_quantiles > 1
-        outputs = num_quantiles + self.monotone
-        self.linear = nn.Linear(hidden_size, num_heads * outputs, dtype=torch.float32)
-        # Small, not zero: heads must differ from each other for their disagreement to mean anything.
-        nn.init.normal_(self.linear.weight, std=0.01 / math.sqrt(hidden_size))
-        nn.init.zeros_(self.linear.bias)
-        if self.monotone:
-            with torch.no_grad():
-                self.linear.bias.view(num_heads, outputs)[:, 1:] = math.log(math.e - 1)  # softplus = 1
-
-    def forward(self, hidden_D: Tensor) -> Tensor:
-        with torch.autocast(hidden_D.device.type, enabled=False):
-            out = self.linear(hidden_D.float()).unflatten(-1, (self.num_heads, -1))
-            if not self.monotone:
-                return out
-            base, shape = out[..., :1], out[..., 1:]
-            steps = F.softplus(shape).cumsum(dim=-1) / self.num_quantiles
-            return base + steps - steps.mean(dim=-1, keepdim=True)
-
-
-class VocabularyHead(nn.Module):
-    """Q(s, a) for every token a of the vocabulary: hidden states [..., D] -> [..., V], float32.
-
-    Nobody needs all of it at once, so what is read off is computed in chunks and no [B, T, V] tensor is made.
-    """
-
-    def __init__(self, hidden_size: int, vocabulary: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(hidden_size, vocabulary, dtype=torch.float32)
-        nn.init.normal_(self.linear.weight, std=0.01 / math.sqrt(hidden_size))
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, hidden_D: Tensor) -> Tensor:
-        with torch.autocast(hidden_D.device.type, enabled=False):
-            actions_V: Tensor = self.linear(hidden_D.float())
-            return actions_V
-
-    def taken_and_soft_maximum(self, hidden_KD: Tensor, tokens_K: Tensor) -> Tensor:
-        """Q(s, a) of the token that was taken, and logsumexp_a Q(s, a): [K, 2]."""
-
-        def one(hidden_CD: Tensor, tokens_C: Tensor) -> tuple[Tensor, Tensor]:
-            actions_CV = self(hidden_CD)
-            return actions_CV.gather(-1, tokens_C.unsqueeze(-1)).squeeze(-1), actions_CV.logsumexp(dim=-1)
-
-        return torch.stack(in_chunks(one, self.linear.out_features, hidden_KD, tokens_K), dim=-1)
-
-    @torch.no_grad()
-    def expected(self, hidden_KD: Tensor, policy_KD: Tensor, policy: Policy, temperature: float) -> Tensor:
-        """V(s) = sum_a pi(a|s) Q(s, a), from the head's and the policy's hidden states: [K], without gradient."""
-
-        def one(hidden_CD: Tensor, policy_CD: Tensor) -> tuple[Tensor]:
-            chances_CV = (policy.logits(policy_CD) / temperature).softmax(dim=-1)
-            return ((chances_CV * self(hidden_CD)).sum(dim=-1),)
-
-        return in_chunks(one, self.linear.out_features, hidden_KD, policy_KD)[0]
-
-
-class Verdict(nn.Module):
-    """The starting model's own opinion as a value: hidden states [..., D] -> [..., N, 1], float32.
-
-        V = bias + scale * sigmoid(w h + c),   w h + c = logit of success - logit of failure
-
-    Scale and bias stand outside the sigmoid, since noise acts there: under false positives p and false negatives q a
-    true success probability v is observed as p + (1 - p - q) v. They learn first and alone, the direction w later.
-    """
-
-    REACH = 30.0
-    """AdamW moves a weight by its learning rate a step, whatever the gradient; scale and bias have farther to go."""
-
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
-        super().__init__()
-        self.direction = nn.Parameter(torch.zeros(hidden_size, dtype=torch.float32))
-        self.register_buffer("offset", torch.zeros(()))
-        self.moved = nn.Parameter(torch.zeros(2, num_heads, dtype=torch.float32))
-        self.offset: Tensor
-
-    def forward(self, hidden_D: Tensor) -> Tensor:
-        with torch.autocast(hidden_D.device.type, enabled=False):
-            opinion = torch.sigmoid(hidden_D.float() @ self.direction + self.offset)
-            scale_N, bias_N = 1 + self.REACH * self.moved[0], self.REACH * self.moved[1]
-            return (bias_N + scale_N * opinion.unsqueeze(-1)).unsqueeze(-1)
-
-    @torch.no_grad()
-    def read_off(self, policy: Policy, tokens: tuple[str, str]) -> None:
-        """Take the direction from the policy's language-model head (a cap behind it is left out).
-
-        Raises:
-            InputError: a text that is not one token.
-        """
-        ids = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in tokens]
-        for text, pieces in zip(tokens, ids, strict=True):
-            if len(pieces) != 1:
-                raise InputError(
-                    f"critic.verdict_tokens: {text!r} is {len(pieces)} tokens of this model: take a text that is one"
-                )
-        head, ((good,), (bad,)) = policy.model.get_output_embeddings(), ids
-        self.direction.copy_(policy.logit_scale * (head.weight[good] - head.weight[bad]))
-        if getattr(head, "bias", None) is not None:
-            self.offset.copy_(policy.logit_scale * (head.bias[good] - head.bias[bad]))
+Kind = Literal["scalar", "quantile", "implicit", "categorical", "vocabulary"]
 
 
 @dataclass(frozen=True)
@@ -153,6 +40,8 @@ class CriticShape:
     """Of a vocabulary critic; it has one head, and M = 1."""
     start: Literal["random", "verdict"] = "random"
     features: bool = False
+    bins: int = 0
+    """Of a categorical critic; where they stand is kept with the weights."""
 
 
 FEATURES = 2
@@ -174,16 +63,14 @@ class Critic(nn.Module):
         if trunk is not None and shape.trunk == "frozen":
             trunk.requires_grad_(False)
         inputs = shape.hidden_size + FEATURES * shape.features
-        self.heads: QuantileHeads | VocabularyHead
-        if shape.kind == "vocabulary":
-            self.heads = VocabularyHead(inputs, shape.vocabulary)
-        else:
-            self.heads = QuantileHeads(inputs, shape.num_heads, shape.num_quantiles, shape.monotone)
+        self.heads = _make_heads(shape, inputs)
         self.verdict = Verdict(shape.hidden_size, shape.num_heads) if shape.start == "verdict" else None
 
     def forward(self, states_D: Tensor) -> Tensor:
         """Predictions [..., N, M] from what `states` gives: the heads', around the verdict where there is one."""
-        theta_NM: Tensor = self.heads(states_D)
+        return self._around_verdict(self.heads(states_D), states_D)
+
+    def _around_verdict(self, theta_NM: Tensor, states_D: Tensor) -> Tensor:
         return theta_NM if self.verdict is None else theta_NM + self.verdict(states_D[..., : self.shape.hidden_size])
 
     def values(self, states_BUD: Tensor, rollout: Rollout, policy: Policy, temperature: float) -> Tensor:
@@ -195,7 +82,7 @@ class Critic(nn.Module):
             policy: whose next token the value of a vocabulary critic expects.
             temperature: as at sampling.
         """
-        if isinstance(self.heads, QuantileHeads):
+        if not isinstance(self.heads, VocabularyHead):
             values_BUNM: Tensor = self(states_BUD)
             return values_BUNM
         policy_BSD = policy.hidden_states(rollout.tokens_BS, rollout.attention_BS)
@@ -206,10 +93,18 @@ class Critic(nn.Module):
     def predictions(self, states_KD: Tensor, tokens_K: Tensor) -> Tensor:
         """What the critic's loss is about, from the states before the tokens: [K, N, M].
 
-        These are the values, or the pair Q(taken), logsumexp_a Q in place of M for a vocabulary critic.
+        These are the values; or, in place of M, the pair Q(taken), logsumexp_a Q of a vocabulary critic or the logits
+        of a categorical one's bins; or the quantiles at the levels last drawn of an implicit critic, with these levels
+        as one head more.
         """
         if isinstance(self.heads, VocabularyHead):
             return self.heads.taken_and_soft_maximum(states_KD, tokens_K).unsqueeze(-2)
+        if isinstance(self.heads, CategoricalHeads):
+            return self.heads.logits(states_KD)
+        if isinstance(self.heads, ImplicitHeads):
+            drawn_M = self.heads.drawn_M
+            theta_KNM = self._around_verdict(self.heads(states_KD, drawn_M), states_KD)
+            return torch.cat([theta_KNM, drawn_M.expand(len(theta_KNM), 1, -1)], dim=1)
         predictions_KNM: Tensor = self(states_KD)
         return predictions_KNM
 
@@ -230,6 +125,11 @@ class Critic(nn.Module):
         features_BT2 = torch.stack([rollout.sampler_logprobs_BT, rollout.entropies_BT], dim=-1)
         # Shifted by one: what is known of token t is known in the state that follows it.
         return torch.cat([states_BUD.float(), F.pad(features_BT2, (0, 0, 1, 0))], dim=-1)
+
+    def draw_levels(self, *key: str | int) -> None:
+        """Draw the levels that an implicit critic is trained at; of other critics they are fixed."""
+        if isinstance(self.heads, ImplicitHeads):
+            self.heads.draw(*key)
 
     def learn_verdict_alone(self, alone: bool) -> None:
         """Let the verdict's scale and bias learn and nothing else, or all the rest and not them."""
@@ -267,26 +167,43 @@ class Critic(nn.Module):
             trunk.config.save_pretrained(folder)
 
 
+def _make_heads(shape: CriticShape, inputs: int) -> nn.Module:
+    match shape.kind:
+        case "vocabulary":
+            return VocabularyHead(inputs, shape.vocabulary)
+        case "categorical":
+            return CategoricalHeads(inputs, shape.num_heads, shape.num_quantiles, torch.zeros(shape.bins))
+        case "implicit":
+            return ImplicitHeads(inputs, shape.num_heads, quantile_levels(shape.num_quantiles, shape.levels))
+        case "scalar" | "quantile":
+            return QuantileHeads(inputs, shape.num_heads, shape.num_quantiles, shape.monotone)
+
+
 def make_critic(kind: Kind, config: CriticConfig, policy: Policy) -> Critic:
     """A fresh critic around a copy of the policy's trunk; draws its heads from torch's global generator.
 
     Raises:
         InputError: `critic.verdict_tokens` that are no tokens.
     """
+    centres_R = histogram_centres(**asdict(config.histogram))
     shape = CriticShape(
         kind=kind,
         trunk=config.trunk,
         hidden_size=policy.model.get_output_embeddings().weight.shape[1],
         num_heads=1 if kind == "vocabulary" else config.num_heads,
-        num_quantiles=config.num_quantiles if kind == "quantile" else 1,
+        num_quantiles=1 if kind in ("scalar", "vocabulary") else config.num_quantiles,
         levels=config.levels,
         monotone=config.monotone,
         vocabulary=policy.vocabulary if kind == "vocabulary" else 0,
         start=config.start,
         features=config.features,
+        bins=len(centres_R) if kind == "categorical" else 0,
     )
     trunk = None if config.trunk == "shared" else copy.deepcopy(policy.trunk)
-    critic = Critic(shape, trunk, policy.dtype).to(policy.device).train(policy.model.training)
+    critic = Critic(shape, trunk, policy.dtype)
+    if isinstance(critic.heads, CategoricalHeads):
+        critic.heads.centres_R.copy_(centres_R)
+    critic.to(policy.device).train(policy.model.training)
     if critic.verdict is not None:
         critic.verdict.read_off(policy, config.verdict_tokens)
     return critic

@@ -220,6 +220,12 @@ def distributional_estimate(signals: Signals, config: "Config") -> tuple[Tensor,
     return advantages_BT, targets_BTL
 
 
+def mean_target_estimate(signals: Signals, config: "Config") -> tuple[Tensor, Tensor]:
+    """Advantages as above; the critic's target is the mean of the target law, which is the scalar lambda-return."""
+    advantages_BT, targets_BTL = distributional_estimate(signals, config)
+    return advantages_BT, targets_BTL.mean(dim=-1, keepdim=True)
+
+
 def law_weights(law: "LawConfig", num_atoms: int, rates: Rates = NO_RATES) -> Tensor:
     """The weights [M] of the sorted atoms for a functional that is one; `rank` is none."""
     match law.functional:

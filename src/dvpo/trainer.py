@@ -41,6 +41,7 @@ from dvpo.privilege import open_privilege
 from dvpo.rates import NO_RATES, open_rates
 from dvpo.replay import Replay
 from dvpo.resume import find_checkpoint
+from dvpo.risk_control import matched_to_noise, risk_figures
 from dvpo.runlog import RunLog, refuse_used_folder
 from dvpo.sampling import ChatEncoder, HuggingFaceSampler, collate, fit_prompts
 from dvpo.scoring import Scorer, open_reward, refuse_broken_reward
@@ -296,7 +297,7 @@ class Trainer:
             gaps_K = kl_estimate(rollout.sampler_logprobs_BT[mask_BT], reference_BT[mask_BT], "k3")
             figures |= {"actor/kl_sampled": mean_of(gaps_K, all_reduce_sum), "actor/kl_coef": self.kl.coef}
         if self.rates:
-            figures |= self.rates.figures()
+            figures |= self.rates.figures() | risk_figures(self.config, rates)
         if penalties_B is not None:
             figures["reward/overlong"] = mean_of(penalties_B, all_reduce_sum)
         if self.critic is not None:
@@ -374,12 +375,14 @@ class Trainer:
         assert self.critic_optimiser is not None
         assert self.row.critic_loss is not None
         self.critic.learn_verdict_alone(self.step <= self.config.critic.verdict_only_steps)
+        self.critic.draw_levels(self.config.seed, self.step)
+        config = matched_to_noise(self.config, self.rates.rates()) if self.rates else self.config
         count = token_count(estimates.mask_BT[rows], all_reduce_sum)
         for micro, at, mask_BT in self._microbatches(rollout, estimates, rows):
             states_KD = self.critic.states(micro, self.policy)[:, :-1][mask_BT]
             predictions_KNM = self.critic.predictions(states_KD, micro.response_BT[mask_BT])
             before_KNM, targets_KL = estimates.values_BTNM[at][mask_BT], estimates.targets_BTL[at][mask_BT]
-            terms = self.row.critic_loss(predictions_KNM, before_KNM, targets_KL, self.config)
+            terms = self.row.critic_loss(predictions_KNM, before_KNM, targets_KL, config)
             (terms["loss"].sum() / count).backward()
             for name, term_K in terms.items():
                 means.add(f"critic/{name}", term_K)

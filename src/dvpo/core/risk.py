@@ -89,8 +89,12 @@ def critic_terms(
 def _tails(atoms: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
     """The first ceil(alpha n) and the last ceil(beta n) of n sorted atoms, at least one of each."""
     size = atoms.shape[-1]
-    num_low, num_up = (max(1, math.ceil(share * size - 1e-9)) for share in (alpha, beta))
-    return atoms[..., :num_low], atoms[..., size - num_up :]
+    return atoms[..., : tail_size(alpha, size)], atoms[..., size - tail_size(beta, size) :]
+
+
+def tail_size(share: float, size: int) -> int:
+    """How many whole atoms the tail of a law of `size` atoms has: ceil(share * size), at least one."""
+    return max(1, math.ceil(share * size - 1e-9))
 
 
 def _variance(atoms: Tensor) -> Tensor:
