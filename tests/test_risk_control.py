@@ -101,7 +101,7 @@ def test_a_resumed_run_goes_on_with_the_counts_it_had_bit_for_bit(tmp_path: Path
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["critic.adaptive_risk=true"], "critic.adaptive_risk = true needs estimated rates: set reward.trusted"),
+        (["critic.adaptive_risk=true"], "critic.adaptive_risk = true needs rates: set reward.trusted"),
         (
             ["algorithm=ppo", *ADAPTIVE],
             "critic.adaptive_risk = true moves the tail terms, which algorithm = ppo does not have: set it to false",
