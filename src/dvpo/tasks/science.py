@@ -10,9 +10,10 @@ What is held out are *compositions*, not facts, for nobody can guess a fact neve
 | `law`        | `gas n=2 T=3e2 V=1e-2 P?`, in SI | all target variables but one       | the other one   |
 | `order`      | `Fe,Al by density?`              | pairs                              | triples         |
 
-The answer is short (numbers within 1%), or the letter of one of four options (`7ft to cm? 2.13e3:A 2.13e2:B ...`),
-each wrong one being where one mistaken fact leads; the working then ends in the option chosen, `...cm;2.13e2:B#B`.
-Formulae are drawn, not looked up: most exist in no bottle, but each has a molar mass.
+The answer is short (numbers within 1%), or one of four options (`7ft to cm? 2.13e3|2.13e2|1.07e2|4.26e2`), each wrong
+one being where one mistaken fact leads. Options have no letters: the starting model was never able to find which letter
+stands beside its result (docs/log.md). Formulae are drawn, not looked up: most exist in no bottle, but each has a molar
+mass.
 
 As in `dvpo.tasks.math`, the demonstrator is wrong in a *systematic* way: some facts are mislearnt, each with its own
 wrong value and its own frequency. So imitation errs, yet knows the right value, and a repaired fact is repaired in
@@ -48,7 +49,7 @@ EXACT_KINDS = ("element", "order")
 KINDS_WITHOUT_OPTIONS = ("order",)
 """Two elements have two orders only."""
 
-LETTERS = "ABCD"
+OPTIONS = 4
 ANSWER = re.compile(r"[^#]*#([A-Za-z0-9.<+-]{1,24})")
 NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,8})(\.[0-9]{1,12})?(e[+-]?[0-9]{1,2})?")
 
@@ -83,14 +84,11 @@ class Question:
 
     @property
     def text(self) -> str:
-        # The letter stands behind its option, so that to find the one is to read the other: small models never learn
-        # to look ahead of a match for what stands before it.
-        labelled = zip(LETTERS, self.options, strict=False)
-        return self.problem.text + "".join(f" {option}:{letter}" for letter, option in labelled)
+        return self.problem.text + (" " + "|".join(self.options) if self.options else "")
 
     @property
     def answer(self) -> str:
-        """The right answer: a letter if there are options, else a number to six digits or the very text."""
+        """The right answer: one of the options if there are any, else a number to six digits or the very text."""
         return self.choose(self.problem.work(oracle).result) if self.options else self.problem.answer
 
     @property
@@ -104,9 +102,8 @@ class Question:
         return derive_uniform("science held out", self.text) < HELD_OUT_SHARE
 
     def choose(self, result: str) -> str:
-        """The letter of the option that agrees with a result; the first where none does."""
-        agreeing = (agrees(result, option, self.problem.kind) for option in self.options)
-        return next((letter for letter, fits in zip(LETTERS, agreeing, strict=True) if fits), LETTERS[0])
+        """The option that agrees with a result; the first where none does."""
+        return next((option for option in self.options if agrees(result, option, self.problem.kind)), self.options[0])
 
     @classmethod
     def draw(cls, rng: random.Random, ood: bool = False) -> "Question":
@@ -140,9 +137,9 @@ def draw_options(problem: Problem, rng: random.Random) -> tuple[str, ...]:
             wrong.append(result)
     smaller = [result for result in wrong if size(result) < size(right)]
     larger = [result for result in wrong if result not in smaller]
-    rank = rng.randrange(len(LETTERS))
-    preferred = dict.fromkeys(smaller[:rank] + larger[: len(LETTERS) - 1 - rank] + wrong)
-    options = [right, *preferred][: len(LETTERS)]
+    rank = rng.randrange(OPTIONS)
+    preferred = dict.fromkeys(smaller[:rank] + larger[: OPTIONS - 1 - rank] + wrong)
+    options = [right, *preferred][:OPTIONS]
     rng.shuffle(options)
     return tuple(options)
 
@@ -188,10 +185,7 @@ class Demonstration(NamedTuple):
 def solve(question: Question, recall: Recall) -> str:
     """Write out the solution of somebody who recalls facts in this way."""
     steps, result = question.problem.work(recall)
-    if not question.options:
-        return f"{steps}#{result}"
-    letter = question.choose(result)
-    return f"{steps}{question.options[LETTERS.index(letter)]}:{letter}#{letter}"
+    return f"{steps}#{question.choose(result) if question.options else result}"
 
 
 def demonstrate(question: Question, rng: random.Random) -> Demonstration:
@@ -224,7 +218,7 @@ class Science:
     """
 
     name = "science"
-    max_completion_length = 64
+    max_completion_length = 56
     """Tokens that the longest right solution needs, end token included."""
 
     def __init__(self, train: int = 4096, id: int = 256, ood: int = 256, seed: int = 0) -> None:
