@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 from dvpo.core.masks import at_least_float32, zero_masked
+from dvpo.core.scan import PolicyRows, discounted_scan_
 
 GROUP_STD_EPS = 1e-4
+
+# Quantiles worked on at a time, in whole sequences: the temporaries stay in the cache.
+_CHUNK = 2**19
 
 
 def gae(
@@ -110,25 +114,53 @@ def distributional_gae(
     """
     quantiles_BTM, keep_BT = at_least_float32(quantiles), mask.bool()
     _check(rewards, quantiles_BTM, keep_BT, gamma, lam, bootstrap, zero_last_delta)
-    num_sequences, length, num_quantiles = quantiles_BTM.shape
-    rewards_BT = rewards.to(quantiles_BTM.dtype)
-    advantages_BTM = torch.zeros_like(quantiles_BTM)
-    # What follows, as seen from the position the loop has reached: A_{t+1}, theta(s_{t+1}), and whether the
-    # last policy token is still to come in a sequence whose final reward is missing.
-    advantage_BM = quantiles_BTM.new_zeros(num_sequences, num_quantiles)
-    next_BM = advantage_BM if bootstrap is None else bootstrap.to(quantiles_BTM.dtype)
-    unrewarded_B = keep_BT.new_zeros(num_sequences) if zero_last_delta is None else zero_last_delta.bool()
-    for t in reversed(range(length)):
-        policy_B1 = keep_BT[:, t, None]
-        delta_BM = rewards_BT[:, t, None] + gamma * next_BM - quantiles_BTM[:, t]
-        delta_BM = torch.where(unrewarded_B[:, None], 0.0, delta_BM)
-        if delta_clip is not None:
-            delta_BM = delta_BM.clamp(-delta_clip, delta_clip)
-        advantage_BM = torch.where(policy_B1, delta_BM + gamma * lam * advantage_BM, advantage_BM)
-        advantages_BTM[:, t] = torch.where(policy_B1, advantage_BM, 0.0)
-        next_BM = torch.where(policy_B1, quantiles_BTM[:, t], next_BM)
-        unrewarded_B = unrewarded_B & ~keep_BT[:, t]
-    return advantages_BTM, zero_masked(quantiles_BTM + advantages_BTM, mask)
+    advantages_BTM, targets_BTM = torch.empty_like(quantiles_BTM), torch.empty_like(quantiles_BTM)
+    last_is_end_B = keep_BT.new_zeros(len(keep_BT)) if zero_last_delta is None else zero_last_delta.bool()
+    ends_BM = quantiles_BTM.new_zeros(len(keep_BT), quantiles_BTM.shape[-1]) if bootstrap is None else bootstrap
+    batch = (rewards.to(quantiles_BTM), quantiles_BTM, ends_BM.to(quantiles_BTM), keep_BT, last_is_end_B)
+    sequences = max(1, _CHUNK // max(1, quantiles_BTM[:1].numel()))
+    chunks = (tensor.split(sequences) for tensor in (*batch, advantages_BTM, targets_BTM))
+    for *given, advantages_CTM, targets_CTM in zip(*chunks, strict=True):
+        _gae_of_chunk(*given, gamma, lam, delta_clip, out=(advantages_CTM, targets_CTM))
+    return advantages_BTM, targets_BTM
+
+
+def _gae_of_chunk(
+    rewards_BT: Tensor,
+    quantiles_BTM: Tensor,
+    ends_BM: Tensor,
+    keep_BT: Tensor,
+    last_is_end_B: Tensor,
+    gamma: float,
+    lam: float,
+    delta_clip: float | None,
+    out: tuple[Tensor, Tensor],
+) -> None:
+    """Pack the policy tokens, scan them, and put advantages and targets back where the tokens stand.
+
+    A last token without a reward adds nothing: its state takes the place of the end, and is its own target.
+    """
+    rows = PolicyRows.of(keep_BT, last_is_end_B)
+    states_BRM = rows.pack(quantiles_BTM)
+    states_BRM[:, -1] = torch.where(rows.is_end_B[:, None], states_BRM[:, -1], ends_BM)
+    now_BSM, next_BSM = states_BRM[:, :-1], states_BRM[:, 1:]
+    rewards_BS1 = rewards_BT.gather(1, rows.source_BR[:, :-1]).unsqueeze(-1)
+    packed_BQM = states_BRM.new_zeros(len(states_BRM), states_BRM.shape[1] + 1, states_BRM.shape[2])  # masked: 0
+    targets_BRM = packed_BQM[:, :-1]
+    targets_BRM[:, -1] = states_BRM[:, -1]
+    if delta_clip is None:
+        # Only convex combinations: targets that are equal, as all are at lam = 1, come out equal to the last digit.
+        terms_BSM = torch.add(rewards_BS1, next_BSM, alpha=gamma * (1 - lam), out=targets_BRM[:, :-1])
+        if gamma * lam > 0:
+            discounted_scan_(terms_BSM, states_BRM[:, -1], gamma * lam)
+    else:
+        delta_BSM = torch.add(rewards_BS1, next_BSM, alpha=gamma).sub_(now_BSM).clamp_(-delta_clip, delta_clip)
+        discounted_scan_(delta_BSM, torch.zeros_like(ends_BM), gamma * lam)
+        torch.add(now_BSM, delta_BSM, out=targets_BRM[:, :-1])
+    advantages_BTM, targets_BTM = out
+    rows.unpack(packed_BQM, out=targets_BTM)
+    targets_BRM.sub_(states_BRM)
+    rows.unpack(packed_BQM, out=advantages_BTM)
 
 
 @torch.no_grad()

@@ -1,0 +1,86 @@
+"""Discounted sums over time without a loop over time, and the policy tokens of a batch set side by side for them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_BLOCK = 16
+
+
+def discounted_scan_(terms_BSM: Tensor, end_BM: Tensor, decay: float) -> Tensor:
+    """Turn terms into discounted sums of the terms still to come, in place.
+
+        x_t = d_t + decay x_{t+1},    x_S = end
+
+    All blocks of 16 positions are scanned at once, then what each receives from the next block is added. That is the
+    same scan over the blocks' first positions with decay^16, so that S positions take some 16 log_16 S steps. Powers
+    are multiplied with, never divided by: one that underflows is a 0 that belongs there. Blocks are counted from the
+    end, so that what stands before a position does not change its rounding.
+
+    Args:
+        terms_BSM: d, overwritten by x.
+        end_BM: x_S.
+        decay: in [0, 1].
+
+    Returns:
+        `terms_BSM`.
+    """
+    length = terms_BSM.shape[1]
+    head = length % _BLOCK if length > _BLOCK else length
+    if head < length:
+        blocks_BCPM = terms_BSM[:, head:].unflatten(1, (-1, _BLOCK))
+        for position in reversed(range(_BLOCK - 1)):
+            blocks_BCPM[:, :, position].add_(blocks_BCPM[:, :, position + 1], alpha=decay)
+        firsts_BCM = discounted_scan_(blocks_BCPM[:, :, 0].contiguous(), end_BM, decay**_BLOCK)
+        after_BCM = torch.cat([firsts_BCM[:, 1:], end_BM[:, None]], dim=1)
+        powers_P1 = decay ** torch.arange(_BLOCK, 0, -1, dtype=terms_BSM.dtype, device=terms_BSM.device)[:, None]
+        blocks_BCPM.addcmul_(powers_P1, after_BCM[:, :, None])
+        end_BM = firsts_BCM[:, 0]
+    for position in reversed(range(head)):
+        end_BM = terms_BSM[:, position].add_(end_BM, alpha=decay)
+    return terms_BSM
+
+
+@dataclass(frozen=True)
+class PolicyRows:
+    """Where the policy tokens of a batch go when each sequence's are packed against its end.
+
+    A packed sequence has S + 1 rows: the policy tokens, the last in row S - 1, then the end in row S. Of a sequence
+    whose last token counts as its end, that token stands in row S. Rows before the first policy token hold anything.
+    """
+
+    source_BR: Tensor
+    """Row r of a packed sequence, R = S + 1, comes from this position."""
+    row_BT: Tensor
+    """Position t goes to this row; R at masked positions."""
+    is_end_B: Tensor
+    """Whether row S holds a policy token."""
+
+    @classmethod
+    def of(cls, keep_BT: Tensor, last_is_end_B: Tensor) -> "PolicyRows":
+        later_BT = keep_BT.flip(1).cumsum(dim=1).flip(1) - keep_BT.long()  # policy tokens after t
+        num_rows = int(keep_BT.sum(dim=1).max()) + 1 if keep_BT.numel() else 1
+        is_end_B = last_is_end_B & keep_BT.any(dim=1)
+        row_BT = torch.where(keep_BT, num_rows - 2 - later_BT + is_end_B[:, None].long(), num_rows)
+        position_BT = torch.arange(keep_BT.shape[1], device=keep_BT.device).expand_as(row_BT)
+        source_BR = row_BT.new_zeros(len(row_BT), num_rows + 1).scatter_(1, row_BT, position_BT)[:, :num_rows]
+        return cls(source_BR, row_BT, is_end_B)
+
+    def pack(self, values_BTM: Tensor) -> Tensor:
+        """[B, R, M]; row S holds anything where it holds no policy token."""
+        return _take_rows(values_BTM, self.source_BR)
+
+    def unpack(self, packed_BRM: Tensor, out: Tensor) -> None:
+        """Write [B, T, M] into `out`; masked positions get the further row R that `packed_BRM` must have."""
+        _take_rows(packed_BRM, self.row_BT, out=out)
+
+
+def _take_rows(values_BTM: Tensor, index_BR: Tensor, out: Tensor | None = None) -> Tensor:
+    """Whole rows, copied: an index of rows is read once, not once for every quantile."""
+    num_sequences, length, num_quantiles = values_BTM.shape
+    first_B1 = torch.arange(num_sequences, device=index_BR.device)[:, None] * length
+    rows = values_BTM.reshape(-1, num_quantiles)
+    out = values_BTM.new_empty(*index_BR.shape, num_quantiles) if out is None else out
+    torch.index_select(rows, 0, (index_BR + first_B1).flatten(), out=out.view(-1, num_quantiles))
+    return out
