@@ -24,6 +24,7 @@ test-all: $(READY) lint
 
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quantile_loss.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gae.py
 
 # Does it learn? Five seeds, two algorithms, two settings of the checker dial; about half an hour on 2 cores.
 learns: $(READY)

@@ -11,7 +11,7 @@ from dvpo.core import risk
 from dvpo.core.masks import masked_mean, masked_variance, zero_masked
 from dvpo.core.returns import (
     GROUP_STD_EPS,
-    distributional_gae,
+    distributional_targets,
     gae,
     group_location_scale,
     mixture_targets,
@@ -190,7 +190,7 @@ def distributional_estimate(signals: Signals, config: "Config") -> tuple[Tensor,
         missing_B = signals.zero_last_delta_B
         if settings.target == "mixture":
             return mixture_targets(*given, settings.target_atoms, signals.seed, bootstrap_BM, zero_last_delta=missing_B)
-        return distributional_gae(*given, bootstrap_BM, zero_last_delta=missing_B)[1]
+        return distributional_targets(*given, bootstrap_BM, zero_last_delta=missing_B)
 
     targets_BTL = targets_at(critic_lam(settings))
     if settings.law.functional == "rank":

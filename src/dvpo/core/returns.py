@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from dvpo.core.masks import at_least_float32, zero_masked
-from dvpo.core.scan import PolicyRows, discounted_scan_
+from dvpo.core.scan import PolicyRows, discounted_scan_, take_rows
 
 GROUP_STD_EPS = 1e-4
 
-# Quantiles worked on at a time, in whole sequences: the temporaries stay in the cache.
-_CHUNK = 2**19
+# Quantiles worked on at a time, in whole sequences: on a CPU the temporaries stay in the cache; elsewhere each chunk
+# costs some hundred launches.
+_CHUNK_CPU, _CHUNK_ELSEWHERE = 2**19, 2**26
 
 
 def gae(
@@ -112,55 +113,87 @@ def distributional_gae(
 
     Source: DVPO, arXiv 2512.03847.
     """
-    quantiles_BTM, keep_BT = at_least_float32(quantiles), mask.bool()
-    _check(rewards, quantiles_BTM, keep_BT, gamma, lam, bootstrap, zero_last_delta)
-    advantages_BTM, targets_BTM = torch.empty_like(quantiles_BTM), torch.empty_like(quantiles_BTM)
-    last_is_end_B = keep_BT.new_zeros(len(keep_BT)) if zero_last_delta is None else zero_last_delta.bool()
-    ends_BM = quantiles_BTM.new_zeros(len(keep_BT), quantiles_BTM.shape[-1]) if bootstrap is None else bootstrap
-    batch = (rewards.to(quantiles_BTM), quantiles_BTM, ends_BM.to(quantiles_BTM), keep_BT, last_is_end_B)
-    sequences = max(1, _CHUNK // max(1, quantiles_BTM[:1].numel()))
-    chunks = (tensor.split(sequences) for tensor in (*batch, advantages_BTM, targets_BTM))
-    for *given, advantages_CTM, targets_CTM in zip(*chunks, strict=True):
-        _gae_of_chunk(*given, gamma, lam, delta_clip, out=(advantages_CTM, targets_CTM))
+    dtype = at_least_float32(quantiles.new_empty(0)).dtype
+    advantages_BTM = torch.empty_like(quantiles, dtype=dtype, memory_format=torch.contiguous_format)
+    targets_BTM = _lambda_targets(
+        rewards, quantiles, mask, gamma, lam, bootstrap, zero_last_delta, delta_clip, advantages_BTM
+    )
     return advantages_BTM, targets_BTM
 
 
-def _gae_of_chunk(
-    rewards_BT: Tensor,
-    quantiles_BTM: Tensor,
-    ends_BM: Tensor,
-    keep_BT: Tensor,
-    last_is_end_B: Tensor,
+@torch.no_grad()
+def distributional_targets(
+    rewards: Tensor,
+    quantiles: Tensor,
+    mask: Tensor,
     gamma: float,
     lam: float,
-    delta_clip: float | None,
-    out: tuple[Tensor, Tensor],
-) -> None:
-    """Pack the policy tokens, scan them, and put advantages and targets back where the tokens stand.
+    bootstrap: Tensor | None = None,
+    *,
+    zero_last_delta: Tensor | None = None,
+) -> Tensor:
+    """The targets of `distributional_gae`, whose arguments these are, without the memory of its advantages."""
+    return _lambda_targets(rewards, quantiles, mask, gamma, lam, bootstrap, zero_last_delta)
+
+
+def _lambda_targets(
+    rewards: Tensor,
+    quantiles: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float,
+    bootstrap: Tensor | None,
+    zero_last_delta: Tensor | None,
+    delta_clip: float | None = None,
+    advantages_BTM: Tensor | None = None,
+) -> Tensor:
+    """Return the targets, and write the advantages where they are wanted: a few sequences at a time.
 
     A last token without a reward adds nothing: its state takes the place of the end, and is its own target.
     """
-    rows = PolicyRows.of(keep_BT, last_is_end_B)
-    states_BRM = rows.pack(quantiles_BTM)
-    states_BRM[:, -1] = torch.where(rows.is_end_B[:, None], states_BRM[:, -1], ends_BM)
-    now_BSM, next_BSM = states_BRM[:, :-1], states_BRM[:, 1:]
-    rewards_BS1 = rewards_BT.gather(1, rows.source_BR[:, :-1]).unsqueeze(-1)
-    packed_BQM = states_BRM.new_zeros(len(states_BRM), states_BRM.shape[1] + 1, states_BRM.shape[2])  # masked: 0
-    targets_BRM = packed_BQM[:, :-1]
-    targets_BRM[:, -1] = states_BRM[:, -1]
+    quantiles_BTM, keep_BT = at_least_float32(quantiles), mask.bool()
+    _check(rewards, quantiles_BTM, keep_BT, gamma, lam, bootstrap, zero_last_delta)
+    targets_BTM = torch.empty_like(quantiles_BTM, memory_format=torch.contiguous_format)
+    if targets_BTM.numel() == 0:
+        return targets_BTM
+    rows = PolicyRows.of(keep_BT, zero_last_delta)
+    rewards_BS1 = rewards.to(quantiles_BTM).gather(1, rows.source_BR[:, :-1]).unsqueeze(-1)
+    ends_BM = torch.zeros_like(quantiles_BTM[:, 0]) if bootstrap is None else bootstrap.to(quantiles_BTM)
+    chunk_size = _CHUNK_CPU if quantiles.device.type == "cpu" else _CHUNK_ELSEWHERE
+    sequences = max(1, chunk_size // quantiles_BTM[0].numel())
+    num_rows, num_quantiles = rows.source_BR.shape[1], quantiles_BTM.shape[-1]
+    # Reused by all chunks; the last row of `packed` is the 0 of masked positions.
+    states = quantiles_BTM.new_empty(min(sequences, len(keep_BT)), num_rows, num_quantiles)
+    packed = quantiles_BTM.new_zeros(len(states), num_rows + 1, num_quantiles)
+    for start in range(0, len(keep_BT), sequences):
+        chunk = slice(start, start + sequences)
+        size = len(keep_BT[chunk])
+        states_CRM, packed_CQM = states[:size], packed[:size]
+        take_rows(quantiles_BTM[chunk], rows.source_BR[chunk], out=states_CRM)
+        states_CRM[:, -1] = torch.where(rows.is_end_B[chunk, None], states_CRM[:, -1], ends_BM[chunk])
+        _packed_targets(states_CRM, rewards_BS1[chunk], gamma, lam, delta_clip, out=packed_CQM[:, :-1])
+        take_rows(packed_CQM, rows.row_BT[chunk], out=targets_BTM[chunk])
+        if advantages_BTM is not None:
+            packed_CQM[:, :-1].sub_(states_CRM)
+            take_rows(packed_CQM, rows.row_BT[chunk], out=advantages_BTM[chunk])
+    return targets_BTM
+
+
+def _packed_targets(
+    states_BRM: Tensor, rewards_BS1: Tensor, gamma: float, lam: float, delta_clip: float | None, out: Tensor
+) -> None:
+    """The targets [B,R,M] of R - 1 = S states and of the end, which is its own."""
+    now_BSM, next_BSM, end_BM = states_BRM[:, :-1], states_BRM[:, 1:], states_BRM[:, -1]
+    out[:, -1] = end_BM
     if delta_clip is None:
         # Only convex combinations: targets that are equal, as all are at lam = 1, come out equal to the last digit.
-        terms_BSM = torch.add(rewards_BS1, next_BSM, alpha=gamma * (1 - lam), out=targets_BRM[:, :-1])
+        terms_BSM = torch.add(rewards_BS1, next_BSM, alpha=gamma * (1 - lam), out=out[:, :-1])
         if gamma * lam > 0:
-            discounted_scan_(terms_BSM, states_BRM[:, -1], gamma * lam)
+            discounted_scan_(terms_BSM, end_BM, gamma * lam)
     else:
-        delta_BSM = torch.add(rewards_BS1, next_BSM, alpha=gamma).sub_(now_BSM).clamp_(-delta_clip, delta_clip)
-        discounted_scan_(delta_BSM, torch.zeros_like(ends_BM), gamma * lam)
-        torch.add(now_BSM, delta_BSM, out=targets_BRM[:, :-1])
-    advantages_BTM, targets_BTM = out
-    rows.unpack(packed_BQM, out=targets_BTM)
-    targets_BRM.sub_(states_BRM)
-    rows.unpack(packed_BQM, out=advantages_BTM)
+        deltas_BSM = torch.add(rewards_BS1, next_BSM, alpha=gamma).sub_(now_BSM).clamp_(-delta_clip, delta_clip)
+        discounted_scan_(deltas_BSM, torch.zeros_like(end_BM), gamma * lam)
+        torch.add(now_BSM, deltas_BSM, out=out[:, :-1])
 
 
 @torch.no_grad()

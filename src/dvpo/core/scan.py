@@ -32,7 +32,7 @@ def discounted_scan_(terms_BSM: Tensor, end_BM: Tensor, decay: float) -> Tensor:
         blocks_BCPM = terms_BSM[:, head:].unflatten(1, (-1, _BLOCK))
         for position in reversed(range(_BLOCK - 1)):
             blocks_BCPM[:, :, position].add_(blocks_BCPM[:, :, position + 1], alpha=decay)
-        firsts_BCM = discounted_scan_(blocks_BCPM[:, :, 0].contiguous(), end_BM, decay**_BLOCK)
+        firsts_BCM = discounted_scan_(blocks_BCPM[:, :, 0].clone(), end_BM, decay**_BLOCK)
         after_BCM = torch.cat([firsts_BCM[:, 1:], end_BM[:, None]], dim=1)
         powers_P1 = decay ** torch.arange(_BLOCK, 0, -1, dtype=terms_BSM.dtype, device=terms_BSM.device)[:, None]
         blocks_BCPM.addcmul_(powers_P1, after_BCM[:, :, None])
@@ -58,29 +58,20 @@ class PolicyRows:
     """Whether row S holds a policy token."""
 
     @classmethod
-    def of(cls, keep_BT: Tensor, last_is_end_B: Tensor) -> "PolicyRows":
+    def of(cls, keep_BT: Tensor, last_is_end: Tensor | None = None) -> "PolicyRows":
+        """From the mask and, [B], whose last policy token counts as the end."""
         later_BT = keep_BT.flip(1).cumsum(dim=1).flip(1) - keep_BT.long()  # policy tokens after t
-        num_rows = int(keep_BT.sum(dim=1).max()) + 1 if keep_BT.numel() else 1
-        is_end_B = last_is_end_B & keep_BT.any(dim=1)
-        row_BT = torch.where(keep_BT, num_rows - 2 - later_BT + is_end_B[:, None].long(), num_rows)
+        is_end_B = keep_BT.any(dim=1) & (False if last_is_end is None else last_is_end.bool())
+        num_rows = int(keep_BT.sum(dim=1).max()) + 1
+        row_BT = torch.where(keep_BT, num_rows - 2 + is_end_B.long()[:, None] - later_BT, num_rows)
         position_BT = torch.arange(keep_BT.shape[1], device=keep_BT.device).expand_as(row_BT)
         source_BR = row_BT.new_zeros(len(row_BT), num_rows + 1).scatter_(1, row_BT, position_BT)[:, :num_rows]
         return cls(source_BR, row_BT, is_end_B)
 
-    def pack(self, values_BTM: Tensor) -> Tensor:
-        """[B, R, M]; row S holds anything where it holds no policy token."""
-        return _take_rows(values_BTM, self.source_BR)
 
-    def unpack(self, packed_BRM: Tensor, out: Tensor) -> None:
-        """Write [B, T, M] into `out`; masked positions get the further row R that `packed_BRM` must have."""
-        _take_rows(packed_BRM, self.row_BT, out=out)
-
-
-def _take_rows(values_BTM: Tensor, index_BR: Tensor, out: Tensor | None = None) -> Tensor:
-    """Whole rows, copied: an index of rows is read once, not once for every quantile."""
+def take_rows(values_BTM: Tensor, index_BR: Tensor, out: Tensor) -> None:
+    """Copy whole rows, out[b, r] = values[b, index[b, r]]; `out` is contiguous."""
     num_sequences, length, num_quantiles = values_BTM.shape
     first_B1 = torch.arange(num_sequences, device=index_BR.device)[:, None] * length
     rows = values_BTM.reshape(-1, num_quantiles)
-    out = values_BTM.new_empty(*index_BR.shape, num_quantiles) if out is None else out
     torch.index_select(rows, 0, (index_BR + first_B1).flatten(), out=out.view(-1, num_quantiles))
-    return out

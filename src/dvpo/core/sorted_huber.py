@@ -38,7 +38,7 @@ def huber_sums(theta_KNM: Tensor, atoms_KL: Tensor, levels_M: Tensor, kappa: flo
     Returns:
         (losses_KM, slopes_KNM) in the predictions' dtype, without gradient.
     """
-    num_heads, num_quantiles = theta_KNM.shape[1:]
+    num_heads = theta_KNM.shape[1]
     losses_KM, slopes_KNM = torch.empty_like(theta_KNM[:, 0]), torch.empty_like(theta_KNM)
     tau_X = levels_M.double().repeat(num_heads)
     chunk = _CHUNK_CPU if theta_KNM.device.type == "cpu" else _CHUNK_ELSEWHERE
@@ -65,10 +65,8 @@ def sorted_atoms(atoms: Tensor) -> Tensor:
 
 
 def _is_point_mass(atoms_CL: Tensor) -> bool:
-    """Whether every token has one target, as at lam = 1. Asked on a CPU only: elsewhere the answer would be waited for."""
-    return atoms_CL.shape[-1] == 1 or (
-        atoms_CL.device.type == "cpu" and torch.equal(atoms_CL[:, 0], atoms_CL[:, -1])
-    )
+    """Whether every token has one target, as at lam = 1. Not asked off the CPU, where the answer would be waited for."""
+    return atoms_CL.shape[-1] == 1 or (atoms_CL.device.type == "cpu" and torch.equal(atoms_CL[:, 0], atoms_CL[:, -1]))
 
 
 def _of_point_mass(theta_CX: Tensor, atoms_CL: Tensor, tau_X: Tensor, kappa: float) -> tuple[Tensor, Tensor]:

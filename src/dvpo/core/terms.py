@@ -90,8 +90,10 @@ class _CriticTerms(torch.autograd.Function):
             by_level_KM += risk_K[:, None] * (weights_M / num_quantiles)
         ranked_KM = torch.zeros_like(by_level_KM)
         for grad_K, pieces in zip(ensemble_grads, ctx.pieces, strict=True):
-            for piece in pieces if grad_K is not None else ():
-                ranked_KM.narrow(-1, piece.start, piece.slope_Kn.shape[-1]).addcmul_(grad_K[:, None], piece.slope_Kn)
+            if grad_K is not None:
+                for piece in pieces:
+                    size = piece.slope_Kn.shape[-1]
+                    ranked_KM.narrow(-1, piece.start, size).addcmul_(grad_K[:, None], piece.slope_Kn)
         shared_KM = torch.empty_like(ranked_KM).scatter_(-1, order_KM, ranked_KM.div_(num_heads))
         grad_KNM = torch.addcmul(shared_KM[:, None], slopes_KNM, by_level_KM[:, None])
         if consistency_K is not None and num_heads > 1:
