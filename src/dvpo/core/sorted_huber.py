@@ -65,7 +65,7 @@ def sorted_atoms(atoms: Tensor) -> Tensor:
 
 
 def _is_point_mass(atoms_CL: Tensor) -> bool:
-    """Whether every token has one target, as at lam = 1. Not asked off the CPU, where the answer would be waited for."""
+    """Whether every token has one target, as at lam = 1. Asked on a CPU only: other devices would be waited for."""
     return atoms_CL.shape[-1] == 1 or (atoms_CL.device.type == "cpu" and torch.equal(atoms_CL[:, 0], atoms_CL[:, -1]))
 
 
