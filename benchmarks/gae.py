@@ -3,7 +3,8 @@
 `dvpo.core.returns.distributional_gae`, the loop over tokens that the tests use as the reference, and the floor: what
 any form must do, which is to read the quantiles and to write advantages and targets into fresh memory. They take
 turns on one thread; every ratio is the median over the rounds, with a 95% bootstrap interval. `targets` is
-`distributional_targets`, which is what a training step calls: the targets alone.
+`distributional_targets`, the targets alone, and `in place` the same written over the quantiles, as a training step
+does.
 """
 
 import argparse
@@ -76,8 +77,11 @@ def floor(rewards_BT: Tensor, quantiles_BTM: Tensor, *rest: Any) -> tuple[Tensor
 def compare(given: tuple[Any, ...], rounds: int) -> dict[str, Any]:
     functions = {"scan": distributional_gae, "loop": looped_gae, "targets": distributional_targets, "floor": floor}
     forms = {name: lambda function=function: function(*given) for name, function in functions.items()}
+    rewards_BT, quantiles_BTM, *rest = given
+    own_BTM = quantiles_BTM.clone()
+    forms["in place"] = lambda: distributional_targets(rewards_BT, own_BTM, *rest, out=own_BTM)
     seconds = take_turns(forms, rounds, {})
-    against = {"scan": "loop", "targets": "loop", "floor": "scan"}
+    against = {"scan": "loop", "targets": "loop", "in place": "loop", "floor": "scan"}
     return {
         "ratios": {
             clock: {f"{slow} / {fast}": ratios(turns[slow], turns[fast]) for fast, slow in against.items()}

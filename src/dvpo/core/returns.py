@@ -131,9 +131,24 @@ def distributional_targets(
     bootstrap: Tensor | None = None,
     *,
     zero_last_delta: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The targets of `distributional_gae`, whose arguments these are, without the memory of its advantages."""
-    return _lambda_targets(rewards, quantiles, mask, gamma, lam, bootstrap, zero_last_delta)
+    """The targets of `distributional_gae`, without its advantages.
+
+    Args:
+        rewards, quantiles, mask, gamma, lam, bootstrap, zero_last_delta: as there.
+        out: [B,T,M], contiguous, float32 or float64 as computed; may be `quantiles` itself, which are then overwritten.
+            Fresh memory costs several times what the computation does.
+
+    Returns:
+        targets, [B,T,M] without gradient, 0 at masked positions; `out` if given.
+
+    Raises:
+        ValueError: as there, or `out` does not fit.
+    """
+    if out is not None and not (out.is_contiguous() and out.shape == quantiles.shape):
+        raise ValueError(f"out must be contiguous {tuple(quantiles.shape)}, got {tuple(out.shape)}")
+    return _lambda_targets(rewards, quantiles, mask, gamma, lam, bootstrap, zero_last_delta, out=out)
 
 
 def _lambda_targets(
@@ -146,6 +161,7 @@ def _lambda_targets(
     zero_last_delta: Tensor | None,
     delta_clip: float | None = None,
     advantages_BTM: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Return the targets, and write the advantages where they are wanted: a few sequences at a time.
 
@@ -153,7 +169,7 @@ def _lambda_targets(
     """
     quantiles_BTM, keep_BT = at_least_float32(quantiles), mask.bool()
     _check(rewards, quantiles_BTM, keep_BT, gamma, lam, bootstrap, zero_last_delta)
-    targets_BTM = torch.empty_like(quantiles_BTM, memory_format=torch.contiguous_format)
+    targets_BTM = torch.empty_like(quantiles_BTM, memory_format=torch.contiguous_format) if out is None else out
     if targets_BTM.numel() == 0:
         return targets_BTM
     rows = PolicyRows.of(keep_BT, zero_last_delta)

@@ -13,10 +13,9 @@ def discounted_scan_(terms_BSM: Tensor, end_BM: Tensor, decay: float) -> Tensor:
 
         x_t = d_t + decay x_{t+1},    x_S = end
 
-    All blocks of 16 positions are scanned at once, then what each receives from the next block is added. That is the
-    same scan over the blocks' first positions with decay^16, so that S positions take some 16 log_16 S steps. Powers
-    are multiplied with, never divided by: one that underflows is a 0 that belongs there. Blocks are counted from the
-    end, so that what stands before a position does not change its rounding.
+    All blocks of 16 positions are summed at once; what stands at their first positions is then the same scan over the
+    blocks, with decay^16; and from there every block is filled in, all at once again. S positions take some
+    32 log_16 S steps. Powers are multiplied with, never divided by: one that underflows is a 0 that belongs there.
 
     Args:
         terms_BSM: d, overwritten by x.
@@ -30,13 +29,14 @@ def discounted_scan_(terms_BSM: Tensor, end_BM: Tensor, decay: float) -> Tensor:
     head = length % _BLOCK if length > _BLOCK else length
     if head < length:
         blocks_BCPM = terms_BSM[:, head:].unflatten(1, (-1, _BLOCK))
+        sums_BCM = blocks_BCPM[:, :, -1].clone()
         for position in reversed(range(_BLOCK - 1)):
-            blocks_BCPM[:, :, position].add_(blocks_BCPM[:, :, position + 1], alpha=decay)
-        firsts_BCM = discounted_scan_(blocks_BCPM[:, :, 0].clone(), end_BM, decay**_BLOCK)
+            torch.add(blocks_BCPM[:, :, position], sums_BCM, alpha=decay, out=sums_BCM)
+        firsts_BCM = discounted_scan_(sums_BCM, end_BM, decay**_BLOCK)
         after_BCM = torch.cat([firsts_BCM[:, 1:], end_BM[:, None]], dim=1)
-        powers_P1 = decay ** torch.arange(_BLOCK, 0, -1, dtype=terms_BSM.dtype, device=terms_BSM.device)[:, None]
-        blocks_BCPM.addcmul_(powers_P1, after_BCM[:, :, None])
-        end_BM = firsts_BCM[:, 0]
+        for position in reversed(range(_BLOCK)):
+            after_BCM = blocks_BCPM[:, :, position].add_(after_BCM, alpha=decay)
+        end_BM = terms_BSM[:, head]
     for position in reversed(range(head)):
         end_BM = terms_BSM[:, position].add_(end_BM, alpha=decay)
     return terms_BSM
