@@ -24,6 +24,7 @@ test-all: $(READY) lint
 
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quantile_loss.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gae.py
 
 # What a run survives, experiment by experiment; some minutes each on 2 cores (docs/faults.md).
 faults: $(READY)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
 from dvpo.core.categorical import histogram_centres, histogram_loss
@@ -169,8 +168,12 @@ def _quantile_terms(
     terms = critic_terms(predictions_KNM, targets_KL, levels_M, critic.kappa, critic.eta, critic.alpha, critic.beta)
     if critic.tail_targets == "law":
         terms |= law_tail_terms(predictions_KNM, targets_KL, critic.alpha, critic.beta)
-    weighted = [getattr(critic.weights, name) * term for name, term in terms.items() if name != "qr"]
-    return {"loss": terms["qr"] + torch.stack(weighted).sum(dim=0), **terms}
+    loss_K = terms["qr"]
+    for name in TERMS:
+        # All terms are logged; one of weight 0 stays out of the graph, so that its gradient is not worked out.
+        if (weight := getattr(critic.weights, name)) != 0:
+            loss_K = loss_K + weight * terms[name]
+    return {"loss": loss_K, **terms}
 
 
 def histogram_critic_loss(

@@ -11,7 +11,7 @@ from dvpo.core import risk
 from dvpo.core.masks import masked_mean, masked_variance, zero_masked
 from dvpo.core.returns import (
     GROUP_STD_EPS,
-    distributional_gae,
+    distributional_targets,
     gae,
     group_location_scale,
     mixture_targets,
@@ -201,15 +201,15 @@ def distributional_estimate(signals: Signals, config: "Config") -> tuple[Tensor,
     theta_BTM = signals.values_BTNM.mean(dim=-2).sort(dim=-1).values
     bootstrap_BM = signals.bootstrap_BNM.mean(dim=-2).sort(dim=-1).values
 
-    def targets_at(lam: float) -> Tensor:
+    def targets_at(lam: float, out: Tensor | None = None) -> Tensor:
         given = (signals.rewards_BT, theta_BTM, signals.mask_BT, settings.gamma, lam)
         missing_B = signals.zero_last_delta_B
         if settings.target == "mixture":
             return mixture_targets(*given, settings.target_atoms, signals.seed, bootstrap_BM, zero_last_delta=missing_B)
-        return distributional_gae(*given, bootstrap_BM, zero_last_delta=missing_B)[1]
+        return distributional_targets(*given, bootstrap_BM, zero_last_delta=missing_B, out=out)
 
-    targets_BTL = targets_at(critic_lam(settings))
     if settings.law.functional == "rank":
+        targets_BTL = targets_at(critic_lam(settings))
         compared_BTL = targets_BTL if critic_lam(settings) == settings.lam else targets_at(settings.lam)
         advantages_BT = risk.rank_advantage(compared_BTL, theta_BTM, settings.law.width)
         return zero_masked(advantages_BT, signals.mask_BT), targets_BTL
@@ -217,7 +217,7 @@ def distributional_estimate(signals: Signals, config: "Config") -> tuple[Tensor,
     values_BT, bootstrap_B = (risk.spectral_value(atoms, weights_M) for atoms in (theta_BTM, bootstrap_BM))
     acting = _corrected(signals) if settings.law.functional == "denoised" else signals
     advantages_BT, _ = _gae(acting, values_BT, bootstrap_B, settings, settings.lam, settings.delta_clip)
-    return advantages_BT, targets_BTL
+    return advantages_BT, targets_at(critic_lam(settings), out=theta_BTM)  # theta has served
 
 
 def mean_target_estimate(signals: Signals, config: "Config") -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dvpo.core import quantiles
+from dvpo.core import sorted_huber
 from dvpo.core.quantiles import (
     crossing_share,
     quantile_huber_by_level,
@@ -224,7 +224,7 @@ def test_no_tensor_is_larger_than_the_three_edges_of_each_prediction():
 def test_tokens_are_worked_on_in_chunks_and_chunks_change_nothing(monkeypatch):
     args = (*random_case(7, 2, 4, atoms=6), 0.1)
     at_once = loss_and_gradient(quantile_huber_loss, *args)
-    monkeypatch.setattr(quantiles, "_CHUNK_CPU", 3 * 2 * 4)
+    monkeypatch.setattr(sorted_huber, "_CHUNK_CPU", 3 * 2 * 4)
     assert largest_tensor(quantile_huber_loss, *args) == 3 * 3 * 2 * 4  # three edges of three tokens
     torch.testing.assert_close(loss_and_gradient(quantile_huber_loss, *args), at_once, rtol=0, atol=0)
 

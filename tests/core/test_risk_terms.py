@@ -1,16 +1,19 @@
 import itertools
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from naive import naive_critic_terms
 from torch import Tensor
 
 from dvpo.core.quantiles import quantile_levels
 from dvpo.core.risk import critic_terms
+from largest_tensor import LargestTensor
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "golden.json").read_text())["critic_terms"]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -239,3 +242,82 @@ def test_bf16_predictions_are_computed_in_float32():
 def test_bad_input_is_a_value_error_that_names_it(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.tensor([0.1, 0.5, 0.9]))
+
+
+# Fused: one pass for all terms
+
+
+def random_tokens(dtype=torch.float32, offset=0.0, atoms=60):
+    generator = torch.Generator().manual_seed(5)
+    predictions = torch.randn(40, 3, 50, generator=generator, dtype=dtype) + offset
+    targets = torch.randn(40, atoms, generator=generator, dtype=dtype) + offset
+    return predictions, targets, quantile_levels(50, dtype=dtype), 0.1, 2.0, 0.1, 0.2
+
+
+WEIGHTS = dict(zip(TERMS, (1.0, 0.5, 0.3, 0.2, 0.7, 0.1, 0.4, 0.6), strict=True))
+
+
+def loss_and_gradient(terms_of, predictions, *others):
+    predictions = predictions.clone().requires_grad_()
+    terms = terms_of(predictions, *others)
+    loss = sum(WEIGHTS[name] * term for name, term in terms.items())
+    order = torch.arange(1, len(loss) + 1, dtype=loss.dtype)
+    (loss * order).sum().backward()
+    return loss.detach(), predictions.grad
+
+
+@pytest.mark.parametrize("atoms", [1, 60])
+@pytest.mark.parametrize("offset", [0.0, 10.0, 100.0])
+def test_the_weighted_sum_and_its_gradient_equal_broadcasting_and_autograd_in_float64(offset, atoms):
+    case = random_tokens(torch.float64, offset, atoms)
+    ours, naive = loss_and_gradient(critic_terms, *case), loss_and_gradient(naive_critic_terms, *case)
+    torch.testing.assert_close(ours, naive, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("offset", [0.0, 10.0, 100.0])
+def test_float32_has_the_digits_of_float64_at_any_offset(offset):
+    case = random_tokens(torch.float32, offset)
+    wide = [x.double() if isinstance(x, Tensor) else x for x in case]
+    loss, gradient = loss_and_gradient(critic_terms, *case)
+    exact_loss, exact_gradient = loss_and_gradient(naive_critic_terms, *wide)
+    assert ((loss - exact_loss) / exact_loss).abs().max() < 1e-6
+    assert (gradient - exact_gradient).abs().max() < 2e-6 * exact_gradient.abs().max()
+
+
+def test_a_term_left_out_of_the_loss_gets_no_gradient_work_and_changes_none():
+    predictions, *others = random_tokens(torch.float64)
+    for name in TERMS:
+        theta = predictions.clone().requires_grad_()
+        terms = critic_terms(theta, *others)
+        (alone,) = torch.autograd.grad(terms[name].sum(), theta, retain_graph=True)
+        total = sum((1.0 if other == name else 0.0) * term.sum() for other, term in terms.items())
+        (with_zeros,) = torch.autograd.grad(total, theta)
+        close(alone, with_zeros)
+
+
+def test_no_tensor_is_larger_than_the_three_edges_of_each_prediction():
+    predictions, *others = random_tokens()
+    predictions.requires_grad_()
+    with LargestTensor() as largest:
+        sum(term.sum() for term in critic_terms(predictions, *others).values()).backward()
+    assert largest.entries == 3 * predictions.numel()
+    with LargestTensor() as largest:
+        naive_critic_terms(predictions, *others)
+    assert largest.entries == predictions.numel() * others[0].shape[-1]
+
+
+def test_fused_terms_beat_broadcasting_by_a_wide_margin():
+    # 150 times at 512 tokens and M = L = 200 (benchmarks/quantile_loss.py); here a bound that no busy machine breaks.
+    generator = torch.Generator().manual_seed(0)
+    predictions = torch.randn(32, 3, 200, generator=generator).requires_grad_()
+    case = (predictions, torch.randn(32, 200, generator=generator), quantile_levels(200), 0.1, 2.0, 0.1, 0.1)
+
+    def cpu_seconds(terms_of):
+        def run():
+            start = time.thread_time()
+            sum(term.sum() for term in terms_of(*case).values()).backward()
+            return time.thread_time() - start
+
+        return min(run() for _ in range(4))
+
+    assert cpu_seconds(naive_critic_terms) > 10 * cpu_seconds(critic_terms)

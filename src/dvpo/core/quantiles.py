@@ -6,12 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
 
 from dvpo.core.masks import at_least_float32
-
-# Predictions worked on at a time: on a CPU the temporaries stay in the cache; elsewhere only memory counts.
-_CHUNK_CPU, _CHUNK_ELSEWHERE = 2**14, 2**20
+from dvpo.core.sorted_huber import huber_sums, sorted_atoms
 
 
 def quantile_levels(
@@ -102,7 +99,8 @@ def quantile_huber_by_level(predictions: Tensor, targets: Tensor, levels: Tensor
     Exact in O((L + N M) log L) time and O(L + N M) memory a token, with a closed-form gradient. If kappa > 0
     the loss is continuously differentiable; if kappa = 0, an atom that ties with a prediction adds 0 to the
     gradient there, which is a subgradient.
-    Sums are float64 whatever the inputs: float32 ones would cancel for small kappa and for atoms far apart.
+    Sums are float64 whatever the inputs (`core/sorted_huber.py` says why): for float32 inputs value and gradient are
+    those of float64 to 3e-7 of their size, at any offset of the rewards.
 
     Args:
         predictions: theta, [..., N, M] in reward units, in any order along M.
@@ -118,11 +116,11 @@ def quantile_huber_by_level(predictions: Tensor, targets: Tensor, levels: Tensor
 
     Source: as `quantile_huber_loss`; the sorted form is ours.
     """
-    _check(predictions, targets, levels, kappa)
+    check_quantile_shapes(predictions, targets, levels, kappa)
     num_heads, num_quantiles = predictions.shape[-2:]
     losses_KM = _ExactQuantileHuber.apply(
         at_least_float32(predictions).reshape(-1, num_heads, num_quantiles),
-        targets.reshape(-1, targets.shape[-1]),
+        at_least_float32(targets).reshape(-1, targets.shape[-1]),
         levels,
         kappa,
     )
@@ -149,7 +147,8 @@ def crossing_share(quantiles: Tensor) -> Tensor:
     return crossed.sum(-1, dtype=torch.float32) / max(1, crossed.shape[-1])
 
 
-def _check(predictions: Tensor, targets: Tensor, levels: Tensor, kappa: float) -> None:
+def check_quantile_shapes(predictions: Tensor, targets: Tensor, levels: Tensor, kappa: float) -> None:
+    """Raise a ValueError unless the arguments of a quantile loss fit each other."""
     sizes = [tuple(tensor.shape) for tensor in (predictions, targets, levels)]
     shapes = "got predictions {}, targets {}, levels {}".format(*sizes)
     if predictions.ndim < 2 or targets.ndim < 1 or predictions.shape[:-2] != targets.shape[:-1]:
@@ -169,15 +168,7 @@ class _ExactQuantileHuber(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, theta_KNM: Tensor, atoms_KL: Tensor, levels_M: Tensor, kappa: float) -> Tensor:
-        losses_KM = torch.empty_like(theta_KNM[:, 0])
-        slopes_KNM = torch.empty_like(theta_KNM)
-        chunk = _CHUNK_CPU if theta_KNM.device.type == "cpu" else _CHUNK_ELSEWHERE
-        tokens = max(1, chunk // theta_KNM.shape[1:].numel())
-        chunks = (tensor.split(tokens) for tensor in (theta_KNM, atoms_KL, losses_KM, slopes_KNM))
-        for theta_CNM, atoms_CL, losses_CM, slopes_CNM in zip(*chunks, strict=True):
-            loss_CNM, slope_CNM = _loss_and_slope(theta_CNM.double(), atoms_CL.double(), levels_M.double(), kappa)
-            losses_CM.copy_(loss_CNM.mean(1))
-            slopes_CNM.copy_(slope_CNM / theta_CNM.shape[1])
+        losses_KM, slopes_KNM = huber_sums(theta_KNM, sorted_atoms(atoms_KL), levels_M, kappa)
         ctx.save_for_backward(slopes_KNM)
         return losses_KM
 
@@ -186,62 +177,3 @@ class _ExactQuantileHuber(torch.autograd.Function):
     def backward(ctx: Any, grad_KM: Tensor) -> tuple[Tensor, None, None, None]:
         (slopes_KNM,) = ctx.saved_tensors
         return grad_KM[:, None] * slopes_KNM, None, None, None
-
-
-def _loss_and_slope(theta_CNM: Tensor, atoms_CL: Tensor, levels_M: Tensor, kappa: float) -> tuple[Tensor, Tensor]:
-    """Return the mean of rho_tau(G - theta) over the atoms and its derivative in theta, both [C, N, M].
-
-    As seen from a prediction, three edges part the sorted atoms:
-
-        far below | theta - kappa | near below | theta | near above | theta + kappa | far above
-
-    H is linear in the far parts and quadratic in the near ones, so the number, sum and sum of squares of the
-    atoms before each edge are all it takes: prefix sums, read where the edges fall. X = N M, E = 3 X.
-    """
-    num_atoms = atoms_CL.shape[-1]
-    atoms_CL = atoms_CL.sort(-1).values
-    theta_C1X = theta_CNM.flatten(1)[:, None]
-    # Searched before centring, which rounds, so that ties are exact.
-    edges_C3X = theta_C1X + theta_C1X.new_tensor([[-kappa], [0.0], [kappa]])
-    if kappa == 0:  # all edges would stand at theta: ties go between the first and the last
-        edges_C3X[:, 2].nextafter_(edges_C3X.new_tensor(math.inf))
-    count_CE = _count_below(atoms_CL, edges_C3X.flatten(1))
-
-    centre_C1 = atoms_CL.mean(-1, keepdim=True)
-    atoms_CL = atoms_CL - centre_C1
-    theta_C1X = theta_C1X - centre_C1[:, None]
-    count_C3X, index_CE = count_CE.double().view_as(edges_C3X), count_CE.long()
-    minus_sum_C3X = pad(-atoms_CL.cumsum(-1), (1, 0)).gather(-1, index_CE).view_as(edges_C3X)
-    squares_C3X = pad(atoms_CL.square().cumsum(-1), (1, 0)).gather(-1, index_CE).view_as(edges_C3X)
-    # Sums of theta - G and of (theta - G)^2 over the atoms before each edge.
-    first_C3X = torch.addcmul(minus_sum_C3X, theta_C1X, count_C3X)
-    second_C3X = torch.addcmul(squares_C3X, theta_C1X, first_C3X + minus_sum_C3X)
-
-    per_kappa = 1 / kappa if kappa > 0 else 0.0  # at kappa = 0 only ties are near, and they count 0
-    near_below_CX, near_above_CX = second_C3X.diff(dim=1).mul_(per_kappa / 2).unbind(1)
-    near_below_slope_CX, near_above_slope_CX = first_C3X.diff(dim=1).mul_(per_kappa).unbind(1)
-    far_below_CX, far_above_CX = count_C3X[:, 0], num_atoms - count_C3X[:, 2]
-    over_CX = near_below_CX + first_C3X[:, 0] - far_below_CX * (kappa / 2)
-    under_CX = near_above_CX + first_C3X[:, 2] - num_atoms * theta_C1X[:, 0] - far_above_CX * (kappa / 2)
-
-    # Where theta lies over an atom, rho weighs 1 - tau; where it lies under one, tau.
-    tau_X = levels_M.repeat(theta_CNM.shape[1])
-    losses_CX = torch.lerp(over_CX, under_CX, tau_X) / num_atoms
-    over_slope_CX, under_slope_CX = near_below_slope_CX + far_below_CX, near_above_slope_CX - far_above_CX
-    slopes_CX = torch.lerp(over_slope_CX, under_slope_CX, tau_X) / num_atoms
-    return losses_CX.view_as(theta_CNM), slopes_CX.view_as(theta_CNM)
-
-
-def _count_below(sorted_CL: Tensor, queries_CE: Tensor) -> Tensor:
-    """Return how many entries of each sorted row are below each query, int32.
-
-    All queries take the steps of a binary search together. `torch.searchsorted` is four times slower on a CPU,
-    where its branches are mispredicted unless the queries happen to be sorted.
-    """
-    depth = sorted_CL.shape[-1].bit_length()
-    table = pad(sorted_CL, (0, 2**depth - 1 - sorted_CL.shape[-1]), value=math.inf)
-    count_CE = torch.zeros_like(queries_CE, dtype=torch.int32)
-    for step in (2**k for k in reversed(range(depth))):
-        probe_CE = table[:, step - 1 :].gather(-1, count_CE.long())
-        count_CE.add_(probe_CE.lt_(queries_CE).int(), alpha=step)  # lt_ and int are vectorised, lt is not
-    return count_CE

@@ -12,8 +12,13 @@ import torch
 from torch import Tensor
 
 from dvpo.core.masks import at_least_float32, zero_masked
+from dvpo.core.scan import PolicyRows, discounted_scan_, take_rows
 
 GROUP_STD_EPS = 1e-4
+
+# Quantiles worked on at a time, in whole sequences: on a CPU the temporaries stay in the cache; elsewhere each chunk
+# costs some hundred launches.
+_CHUNK_CPU, _CHUNK_ELSEWHERE = 2**19, 2**26
 
 
 def gae(
@@ -108,27 +113,103 @@ def distributional_gae(
 
     Source: DVPO, arXiv 2512.03847.
     """
+    dtype = at_least_float32(quantiles.new_empty(0)).dtype
+    advantages_BTM = torch.empty_like(quantiles, dtype=dtype, memory_format=torch.contiguous_format)
+    targets_BTM = _lambda_targets(
+        rewards, quantiles, mask, gamma, lam, bootstrap, zero_last_delta, delta_clip, advantages_BTM
+    )
+    return advantages_BTM, targets_BTM
+
+
+@torch.no_grad()
+def distributional_targets(
+    rewards: Tensor,
+    quantiles: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float,
+    bootstrap: Tensor | None = None,
+    *,
+    zero_last_delta: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The targets of `distributional_gae`, without its advantages.
+
+    Args:
+        rewards, quantiles, mask, gamma, lam, bootstrap, zero_last_delta: as there.
+        out: [B,T,M], contiguous, float32 or float64 as computed; may be `quantiles` itself, which are then overwritten.
+            Fresh memory costs several times what the computation does.
+
+    Returns:
+        targets, [B,T,M] without gradient, 0 at masked positions; `out` if given.
+
+    Raises:
+        ValueError: as there, or `out` does not fit.
+    """
+    if out is not None and not (out.is_contiguous() and out.shape == quantiles.shape):
+        raise ValueError(f"out must be contiguous {tuple(quantiles.shape)}, got {tuple(out.shape)}")
+    return _lambda_targets(rewards, quantiles, mask, gamma, lam, bootstrap, zero_last_delta, out=out)
+
+
+def _lambda_targets(
+    rewards: Tensor,
+    quantiles: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float,
+    bootstrap: Tensor | None,
+    zero_last_delta: Tensor | None,
+    delta_clip: float | None = None,
+    advantages_BTM: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return the targets, and write the advantages where they are wanted: a few sequences at a time.
+
+    A last token without a reward adds nothing: its state takes the place of the end, and is its own target.
+    """
     quantiles_BTM, keep_BT = at_least_float32(quantiles), mask.bool()
     _check(rewards, quantiles_BTM, keep_BT, gamma, lam, bootstrap, zero_last_delta)
-    num_sequences, length, num_quantiles = quantiles_BTM.shape
-    rewards_BT = rewards.to(quantiles_BTM.dtype)
-    advantages_BTM = torch.zeros_like(quantiles_BTM)
-    # What follows, as seen from the position the loop has reached: A_{t+1}, theta(s_{t+1}), and whether the
-    # last policy token is still to come in a sequence whose final reward is missing.
-    advantage_BM = quantiles_BTM.new_zeros(num_sequences, num_quantiles)
-    next_BM = advantage_BM if bootstrap is None else bootstrap.to(quantiles_BTM.dtype)
-    unrewarded_B = keep_BT.new_zeros(num_sequences) if zero_last_delta is None else zero_last_delta.bool()
-    for t in reversed(range(length)):
-        policy_B1 = keep_BT[:, t, None]
-        delta_BM = rewards_BT[:, t, None] + gamma * next_BM - quantiles_BTM[:, t]
-        delta_BM = torch.where(unrewarded_B[:, None], 0.0, delta_BM)
-        if delta_clip is not None:
-            delta_BM = delta_BM.clamp(-delta_clip, delta_clip)
-        advantage_BM = torch.where(policy_B1, delta_BM + gamma * lam * advantage_BM, advantage_BM)
-        advantages_BTM[:, t] = torch.where(policy_B1, advantage_BM, 0.0)
-        next_BM = torch.where(policy_B1, quantiles_BTM[:, t], next_BM)
-        unrewarded_B = unrewarded_B & ~keep_BT[:, t]
-    return advantages_BTM, zero_masked(quantiles_BTM + advantages_BTM, mask)
+    targets_BTM = torch.empty_like(quantiles_BTM, memory_format=torch.contiguous_format) if out is None else out
+    if targets_BTM.numel() == 0:
+        return targets_BTM
+    rows = PolicyRows.of(keep_BT, zero_last_delta)
+    rewards_BS1 = rewards.to(quantiles_BTM).gather(1, rows.source_BR[:, :-1]).unsqueeze(-1)
+    ends_BM = torch.zeros_like(quantiles_BTM[:, 0]) if bootstrap is None else bootstrap.to(quantiles_BTM)
+    chunk_size = _CHUNK_CPU if quantiles.device.type == "cpu" else _CHUNK_ELSEWHERE
+    sequences = max(1, chunk_size // quantiles_BTM[0].numel())
+    num_rows, num_quantiles = rows.source_BR.shape[1], quantiles_BTM.shape[-1]
+    # Reused by all chunks; the last row of `packed` is the 0 of masked positions.
+    states = quantiles_BTM.new_empty(min(sequences, len(keep_BT)), num_rows, num_quantiles)
+    packed = quantiles_BTM.new_zeros(len(states), num_rows + 1, num_quantiles)
+    for start in range(0, len(keep_BT), sequences):
+        chunk = slice(start, start + sequences)
+        size = len(keep_BT[chunk])
+        states_CRM, packed_CQM = states[:size], packed[:size]
+        take_rows(quantiles_BTM[chunk], rows.source_BR[chunk], out=states_CRM)
+        states_CRM[:, -1] = torch.where(rows.is_end_B[chunk, None], states_CRM[:, -1], ends_BM[chunk])
+        _packed_targets(states_CRM, rewards_BS1[chunk], gamma, lam, delta_clip, out=packed_CQM[:, :-1])
+        take_rows(packed_CQM, rows.row_BT[chunk], out=targets_BTM[chunk])
+        if advantages_BTM is not None:
+            packed_CQM[:, :-1].sub_(states_CRM)
+            take_rows(packed_CQM, rows.row_BT[chunk], out=advantages_BTM[chunk])
+    return targets_BTM
+
+
+def _packed_targets(
+    states_BRM: Tensor, rewards_BS1: Tensor, gamma: float, lam: float, delta_clip: float | None, out: Tensor
+) -> None:
+    """The targets [B,R,M] of R - 1 = S states and of the end, which is its own."""
+    now_BSM, next_BSM, end_BM = states_BRM[:, :-1], states_BRM[:, 1:], states_BRM[:, -1]
+    out[:, -1] = end_BM
+    if delta_clip is None:
+        # Only convex combinations: targets that are equal, as all are at lam = 1, come out equal to the last digit.
+        terms_BSM = torch.add(rewards_BS1, next_BSM, alpha=gamma * (1 - lam), out=out[:, :-1])
+        if gamma * lam > 0:
+            discounted_scan_(terms_BSM, end_BM, gamma * lam)
+    else:
+        deltas_BSM = torch.add(rewards_BS1, next_BSM, alpha=gamma).sub_(now_BSM).clamp_(-delta_clip, delta_clip)
+        discounted_scan_(deltas_BSM, torch.zeros_like(end_BM), gamma * lam)
+        torch.add(now_BSM, deltas_BSM, out=out[:, :-1])
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dvpo.core.masks import at_least_float32
-from dvpo.core.quantiles import quantile_huber_by_level
+from dvpo.core.quantiles import check_quantile_shapes
+from dvpo.core.terms import fused_terms
 
 # The critic's loss
 
@@ -50,7 +51,8 @@ def critic_terms(
         beta: share of the atoms in the upper tail, likewise.
 
     Returns:
-        A dict of [...] tensors in the order above, float32 or float64.
+        A dict of [...] tensors in the order above, float32 or float64; differentiable once. A term that the loss
+        leaves out costs nothing in the backward pass.
 
     Raises:
         ValueError: shapes do not fit, or alpha, beta or eta is out of range.
@@ -64,57 +66,8 @@ def critic_terms(
     _check_share("beta", beta)
     _check_finite("eta", eta)
     predictions, targets = at_least_float32(predictions), at_least_float32(targets).detach()
-    by_level = quantile_huber_by_level(predictions, targets, levels, kappa)
-    # No term depends on where 0 lies, but far from it float32 has few digits for a difference of means.
-    centre = targets.mean(dim=-1, keepdim=True)
-    predictions, targets = predictions - centre.unsqueeze(-1), (targets - centre).sort(dim=-1).values
-
-    level_weights = torch.softmax(-eta * levels.to(by_level), dim=-1) * levels.shape[-1]
-    theta = predictions.mean(dim=-2).sort(dim=-1).values
-    theta_low, theta_up = _tails(theta, alpha, beta)
-    target_low, target_up = _tails(targets, alpha, beta)
-    return {
-        "qr": by_level.mean(dim=-1),
-        "risk": (by_level * level_weights).mean(dim=-1),
-        "cvar": (theta_low.mean(dim=-1) - target_low.mean(dim=-1)).square(),
-        "gain": (theta_up.mean(dim=-1) - target_up.mean(dim=-1)).square(),
-        "shift": (targets.mean(dim=-1) - theta.mean(dim=-1)).relu(),
-        "shape": (_variance(theta_low) - _variance(target_low)).relu()
-        + (_variance(target_up) - _variance(theta_up)).relu(),
-        "curvature": _curvature(theta, alpha, beta),
-        "consistency": _consistency(predictions),
-    }
-
-
-def _tails(atoms: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
-    """The first ceil(alpha n) and the last ceil(beta n) of n sorted atoms, at least one of each."""
-    size = atoms.shape[-1]
-    return atoms[..., : tail_size(alpha, size)], atoms[..., size - tail_size(beta, size) :]
-
-
-def tail_size(share: float, size: int) -> int:
-    """How many whole atoms the tail of a law of `size` atoms has: ceil(share * size), at least one."""
-    return max(1, math.ceil(share * size - 1e-9))
-
-
-def _variance(atoms: Tensor) -> Tensor:
-    """The population variance: 0, not NaN, for a tail of one atom."""
-    return atoms.var(dim=-1, correction=0)
-
-
-def _curvature(theta: Tensor, alpha: float, beta: float) -> Tensor:
-    if theta.shape[-1] < 3:
-        return torch.zeros_like(theta[..., 0])
-    bends_down = (-theta.diff(n=2, dim=-1)).relu()
-    low, up = _tails(bends_down, alpha, beta)
-    return low.mean(dim=-1) + up.mean(dim=-1)
-
-
-def _consistency(predictions: Tensor) -> Tensor:
-    """The mean squared difference of two heads is twice their unbiased variance: no loop over pairs."""
-    if predictions.shape[-2] == 1:
-        return torch.zeros_like(predictions[..., 0, 0])
-    return 2.0 * predictions.var(dim=-2, correction=1).mean(dim=-1)
+    check_quantile_shapes(predictions, targets, levels, kappa)
+    return fused_terms(predictions, targets, levels, kappa, eta, alpha, beta)
 
 
 # Risk functionals. Each is a weighting of the sorted atoms, sum_j w_j theta_(j) with sum_j w_j = 1 (a

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dvpo.core.masks import at_least_float32
-from dvpo.core.risk import tail_size
+from dvpo.core.terms import tail_size
 
 
 def law_tail_terms(predictions: Tensor, targets: Tensor, alpha: float, beta: float) -> dict[str, Tensor]:
