@@ -1,7 +1,7 @@
 """The command line: `dvpo demo | train | eval | study | label | reward-model | doctor`.
 
 Exit codes: 0 done, 1 a fault of ours (with its traceback) or a failed run of a study, 2 bad input (one sentence),
-130 interrupted.
+3 a run that stopped itself (one sentence), 130 interrupted.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dvpo.errors import InputError
+from dvpo.errors import InputError, RunStoppedError
 
 OVERRIDES = "settings that win over the file, for example critic.alpha=0.05"
 
@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"dvpo: {error}", file=sys.stderr)  # noqa: T201
         return 2
+    except RunStoppedError as error:
+        print(f"dvpo: the run stopped itself: {error}", file=sys.stderr)  # noqa: T201
+        return 3
     except KeyboardInterrupt:
         print(f"dvpo: interrupted; {arguments.go_on}", file=sys.stderr)  # noqa: T201
         return 130

@@ -120,6 +120,17 @@ class RewardConfig:
     model."""
     timeout: Positive = 30.0
     """Seconds that one call may take before its worker process is killed."""
+    workers: Count = 1
+    """Processes that run the function; they share a batch, the responses to one prompt staying together."""
+    concurrency: CountOrZero = 0
+    """Call an `async def` function for each response by itself, so many at a time, each with the time limit to itself;
+    0 = one call for the batch."""
+    retries: CountOrZero = 0
+    """Further attempts for a response whose reward alone raised, timed out or ended its process."""
+    on_fault: Literal["abstain", "stop"] = "abstain"
+    """A response whose reward failed has none, or ends the run."""
+    max_fault_share: Share = 1.0
+    """abstain: end the run when more than this share of a step's responses lost their reward to a fault."""
     norm: Literal["none", "group", "group_robust", "batch"] = "none"
     """Normalise returns before any critic or baseline sees them: by mean and deviation of the prompt's responses, by
     their median and median deviation, or by mean and deviation of the step."""
@@ -133,6 +144,13 @@ class RewardConfig:
     correction: Literal["none", "backward"] = "none"
     """`backward`: a binary return r becomes (r - p) / (1 - p - q), with the estimated rates of false positives and
     false negatives; before `norm` and `clip`."""
+
+    def __post_init__(self) -> None:
+        if self.on_fault == "stop" and self.max_fault_share < 1:
+            raise ValueError(
+                f"reward.on_fault = stop ends the run at the first fault, so reward.max_fault_share = "
+                f"{self.max_fault_share:g} has no say: take one of them away"
+            )
 
 
 @section
@@ -354,6 +372,33 @@ class UpdateConfig:
     """Sequences in one forward and backward pass: memory only, the result does not depend on it."""
     actor_warmup_steps: CountOrZero = 0
     """First steps in which the critic learns alone."""
+    max_skipped: CountOrZero = 0
+    """End the run after so many optimiser steps of one module in a row whose loss or gradient was not finite; 0 = go on
+    for ever."""
+
+
+@section
+class AlarmsConfig:
+    """When to ring; a bound of 0 switches an alarm off. `dvpo.alarms` says what each of them means."""
+
+    entropy: Share = 0.05
+    """entropy: rings when `actor/entropy` is below this share of its mean over the first `window` steps."""
+    kl: Weight = 1.0
+    """kl: rings above so many nats a token of `actor/kl`, the way of one step."""
+    kl_reference: Weight = 0.0
+    """kl: rings above so many nats a token of `actor/kl_reference`, the way from the start."""
+    value: Weight = 10.0
+    """value: rings when `critic/value_error` is more than so many times the largest `critic/return_size` so far."""
+    mismatch: Weight = 0.1
+    """mismatch: rings above so many nats of `actor/sampler_mismatch`."""
+    window: Annotated[int, Field(ge=0, le=10_000)] = 20
+    """hacking: so many steps are held against the so many before them. entropy: so many are the start."""
+    stop: tuple[Literal["entropy", "kl", "value", "mismatch", "hacking"], ...] = ()
+    """These end the run, after a checkpoint."""
+
+    def __post_init__(self) -> None:
+        if self.window == 1:
+            raise ValueError("alarms.window = 1 shows no spread to hold a change against: take 2 or more, or 0 for off")
 
 
 @section
@@ -409,6 +454,7 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
 
     def __post_init__(self) -> None:
         row = find_algorithm(self.algorithm)

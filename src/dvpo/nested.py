@@ -10,19 +10,18 @@ import yaml
 from pydantic import ValidationError
 
 from dvpo.errors import InputError
+from dvpo.safe_yaml import parse_yaml, problem
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The `key: value` lines of a config file; InputError if there are none to read."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise InputError(f"config file {path} cannot be read ({reason}): check the path") from None
     except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise InputError(f"config file {path} is not valid YAML{line}: mend the syntax") from None
+        raise InputError(f"config file {path} is not valid YAML{problem(error)}: mend the syntax") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -36,9 +35,9 @@ def set_dotted(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise InputError(f"override {override!r} has no `key=value` form: write for example critic.alpha=0.1")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"override {override!r}: the value is not valid YAML; quote it") from None
+        value = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"override {override!r}: the value is not valid YAML{problem(error)}; quote it") from None
     *parents, leaf = key.split(".")
     node = values
     for parent in parents:

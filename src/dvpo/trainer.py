@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
+from dvpo.alarms import Alarms
 from dvpo.algorithms import find_algorithm
 from dvpo.batch import Estimates, Rollout
 from dvpo.checkpoint import (
@@ -31,9 +32,10 @@ from dvpo.core.returns import gae
 from dvpo.critic import load_critic, make_critic
 from dvpo.data import PromptStream
 from dvpo.distributed import all_reduce_sum, barrier, init_from_env, is_main, world_size
-from dvpo.errors import InputError
+from dvpo.errors import InputError, RunStoppedError
 from dvpo.estimates import Signals, overlong_penalties, shape_rewards
 from dvpo.evaluate import Evaluation, evaluate
+from dvpo.faults import fault_figures, fault_rows, refuse_broken_reward, sample_row, stop_at_faults
 from dvpo.metrics import Means, critic_figures, reward_figures
 from dvpo.noise import make_noise
 from dvpo.optimiser import Optimiser
@@ -45,8 +47,9 @@ from dvpo.resume import find_checkpoint
 from dvpo.rewards import Fault
 from dvpo.runlog import RunLog, refuse_used_folder
 from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, collate, fit_prompts, play
-from dvpo.scoring import Scorer, open_reward, refuse_broken_reward
+from dvpo.scoring import Scorer, open_reward
 from dvpo.seeding import derive_seed
+from dvpo.skips import Skips
 from dvpo.tasks import Example, Task, make_task
 from dvpo.warmstart import warm_start
 
@@ -134,6 +137,8 @@ class Trainer:
         self.replay = Replay(config.critic.replay if self.critic else 0)
         if config.critic.replay:
             self.parts["replay"] = self.replay
+        self.skips = self.parts["skips"] = Skips(self.folder, config.update.max_skipped)
+        self.alarms = self.parts["alarms"] = Alarms(config.alarms)
         if checkpoint is not None:
             restore(self.parts, load_state(checkpoint))
 
@@ -154,6 +159,9 @@ class Trainer:
 
         Returns:
             Step -> figures of the evaluations made by this call: before training, every `evaluation.every`, at the end.
+
+        Raises:
+            RunStoppedError: at a bound or an alarm that the config says to stop at.
         """
         config = self.config
         evaluations = {}
@@ -165,8 +173,11 @@ class Trainer:
                 at_end = self.step == config.steps
                 if at_end or _due(self.step, config.evaluation.every):
                     evaluations[self.step] = self.evaluate()
-                if at_end or _due(self.step, config.checkpoint.every):
+                stop = self.skips.reason_to_stop or self.alarms.reason_to_stop
+                if stop or at_end or _due(self.step, config.checkpoint.every):
                     self.save()
+                if stop:
+                    raise RunStoppedError(f"step {self.step}: {stop}; `--resume` goes on from {self.folder}")
         finally:
             self.close()
         return evaluations
@@ -178,8 +189,10 @@ class Trainer:
         episodes = self.sample()
         sampled = time.perf_counter()
         rollout, faults = self.score(episodes)
+        self.log.faults(self.step, fault_rows(faults, episodes))
         if self.step == 1:
             refuse_broken_reward(faults, len(episodes))
+        stop_at_faults(faults, len(episodes), self.step, self.config.reward)
         scored = time.perf_counter()
         estimates, figures = self.estimate(rollout)
         figures |= self.update(rollout, estimates) | self.update_from_replay()
@@ -190,14 +203,15 @@ class Trainer:
             "rollout/tokens": tokens,
             "rollout/length": tokens / float(all_reduce_sum(torch.tensor(len(rollout)))),
             "rollout/truncated": float(rollout.truncated_B.float().mean()),
-            "reward/faults": float(len(faults)),
+            **fault_figures(faults),
             "time/sample": sampled - started,
             "time/score": scored - sampled,
             "time/update": ended - scored,
             "time/step": ended - started,
             "time/tokens_per_second": tokens / (ended - started),
         }
-        self._write_log(episodes, rollout, faults, figures)
+        figures |= self.alarms.on_step(self.step, figures, self.log.faults)
+        self._write_log(episodes, rollout, figures)
         return figures
 
     def close(self) -> None:
@@ -371,15 +385,19 @@ class Trainer:
         assert self.row.critic_loss is not None
         self.critic.learn_verdict_alone(self.step <= self.config.critic.verdict_only_steps)
         count = token_count(estimates.mask_BT[rows], all_reduce_sum)
+        loss = torch.zeros((), device=self.device)
         for micro, at, mask_BT in self._microbatches(rollout, estimates, rows):
             states_KD = self.critic.states(micro, self.policy)[:, :-1][mask_BT]
             predictions_KNM = self.critic.predictions(states_KD, micro.response_BT[mask_BT])
             before_KNM, targets_KL = estimates.values_BTNM[at][mask_BT], estimates.targets_BTL[at][mask_BT]
             terms = self.row.critic_loss(predictions_KNM, before_KNM, targets_KL, self.config)
-            (terms["loss"].sum() / count).backward()
+            part = terms["loss"].sum() / count
+            part.backward()
+            loss += part.detach()
             for name, term_K in terms.items():
                 means.add(f"critic/{name}", term_K)
-        self._step(self.critic_optimiser, "critic", means)
+        moved = self._step(self.critic_optimiser, "critic", loss, means)
+        self.skips.note("critic", moved, self.step, rollout, estimates, rows)
 
     def _update_actor(self, rollout: Rollout, estimates: Estimates, rows: Tensor, means: Means) -> None:
         actor = self.config.actor
@@ -391,6 +409,7 @@ class Trainer:
             self.config.sampling.max_completion_length,
             all_reduce_sum,
         )
+        loss = torch.zeros((), device=self.device)
         for micro, at, mask_BT in self._microbatches(rollout, estimates, rows):
             logprobs_K, entropies_K = self._logprobs(self.policy, micro, mask_BT, bool(actor.entropy_coef))
             old_K = micro.sampler_logprobs_BT[mask_BT]
@@ -405,14 +424,17 @@ class Trainer:
                     loss_K = loss_K + actor.kl.coef * penalty_K
                 means.add("actor/kl_reference", kl_estimate(logprobs_K.detach(), reference_K, "k3"))
             loss_K = loss_K - actor.entropy_coef * entropies_K
-            ((weights_BT[at][mask_BT] * loss_K).sum() / denominator).backward()
+            part = (weights_BT[at][mask_BT] * loss_K).sum() / denominator
+            part.backward()
+            loss += part.detach()
             means.add("actor/clip_share", clipped_K)
             means.add("actor/entropy", entropies_K)
             means.add("actor/kl", kl_estimate(old_K, logprobs_K.detach(), "k3"))
             if self.policy_version == rollout.policy_version:
                 # Before the first update trainer and sampler hold the same weights: any gap is the machinery's.
                 means.add("actor/sampler_mismatch", (logprobs_K - old_K).abs())
-        self._step(self.policy_optimiser, "actor", means)
+        moved = self._step(self.policy_optimiser, "actor", loss, means)
+        self.skips.note("actor", moved, self.step, rollout, estimates, rows)
         self.policy_version += 1
 
     def _microbatches(
@@ -437,11 +459,12 @@ class Trainer:
             entropy,
         )
 
-    def _step(self, optimiser: Optimiser, name: str, means: Means) -> None:
-        norm, moved = optimiser.update(self.step)
+    def _step(self, optimiser: Optimiser, name: str, loss: Tensor, means: Means) -> bool:
+        norm, moved = optimiser.update(self.step, float(all_reduce_sum(loss)))
         if moved:
             means.add(f"{name}/grad_norm", torch.tensor(norm))
         means.add(f"{name}/skipped_updates", torch.tensor(float(not moved)))
+        return moved
 
     # Judge, save, log
 
@@ -454,6 +477,7 @@ class Trainer:
                 continue
             figures |= {f"eval/{split}/{name}": value for name, value in result.summary.items()}
         self.log.metrics(self.step, figures)
+        self.alarms.on_evaluation(self.step, figures, self.log.faults)
         if self.observer:
             self.observer.on_evaluation(self.step, figures)
         return figures
@@ -489,27 +513,14 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.policy_version = state["step"], state["policy_version"]
 
-    def _write_log(
-        self, episodes: list[Episode], rollout: Rollout, faults: list[Fault], figures: dict[str, float]
-    ) -> None:
+    def _write_log(self, episodes: list[Episode], rollout: Rollout, figures: dict[str, float]) -> None:
         self.log.metrics(self.step, figures)
         observed, true = rollout.observed_B.tolist(), rollout.true_B.tolist()
         texts = [
-            {**_sample(episode), "observed": observed[i], "true": true[i]}
+            {**sample_row(episode), "observed": observed[i], "true": true[i]}
             for i, episode in enumerate(episodes[: self.config.log.completions])
         ]
         self.log.completions(self.step, texts)
-        self.log.faults(
-            self.step,
-            [
-                {
-                    "kind": f.kind,
-                    "message": f.message,
-                    **({} if f.index is None else _sample(episodes[f.index])),
-                }
-                for f in faults
-            ],
-        )
         if self.observer:
             self.observer.on_step(self.step, figures)
 
@@ -544,17 +555,6 @@ def starting_model(config: Config) -> str | Path:
     if config.model.path == "embedded":
         return warm_start(config.task.name, config.model.checker)
     return config.model.path
-
-
-def _sample(episode: Episode) -> dict[str, Any]:
-    """A sample as the log shows it."""
-    return {
-        "prompt_id": episode.example.id,
-        "visit": episode.visit,
-        "sample": episode.sample,
-        "prompt": episode.example.prompt,
-        "completion": episode.text,
-    }
 
 
 def _std(values: Tensor) -> float:
