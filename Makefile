@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-all bench lint format wheel-test learns clean
+.PHONY: demo test test-all bench faults lint format wheel-test learns clean
 
 # The set-up is one pinned environment; it is remade when the pins change.
 $(READY): pyproject.toml constraints.txt
@@ -24,6 +24,12 @@ test-all: $(READY) lint
 
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quantile_loss.py
+
+# What a run survives: a script an experiment, results in benchmarks/results/faults_*.json.
+faults: $(READY)
+	$(BIN)/python benchmarks/faults/rewards.py
+	$(BIN)/python benchmarks/faults/nonfinite.py
+	$(BIN)/python benchmarks/faults/fuzz.py
 
 # Does it learn? Five seeds, two algorithms, two settings of the checker dial; about half an hour on 2 cores.
 learns: $(READY)

@@ -137,7 +137,7 @@ def test_every_rows_defaults_are_settings_that_exist():
         ("alpha=0.1", "did you mean critic.alpha?"),
         ("critic.cvar=0.1", "did you mean critic.weights.cvar?"),
         ("actor.warmup_step=3", "did you mean"),
-        ("zzz=1", "the keys here are actor, advantage, algorithm"),
+        ("zzz=1", "the keys here are actor, advantage, alarms, algorithm"),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_near_one_of_its_section_or_of_another(override: str, suggestion: str):
@@ -199,7 +199,7 @@ def test_an_override_below_a_value_of_the_file_is_refused(tmp_path: Path):
     [
         (b"- a\n- b\n", "holds a list: it must hold `key: value` lines"),
         (b"seed", "holds a str"),
-        (b"seed: 1\ncritic: {alpha: [0.1\n", "is not valid YAML at line 3: mend the syntax"),
+        (b"seed: 1\ncritic: {alpha: [0.1\n", "is not valid YAML at line 3 (expected ',' or ']', but got '<stream end>'): mend"),
         (b"seed:\t1\n\tsteps: 3\n", "is not valid YAML at line 1"),
         (b"output: \xff\n", "cannot be read (it is not UTF-8 text)"),
         (b"3: 4\n", "unknown config key 3"),

@@ -434,7 +434,7 @@ class Config:
 
     output: str = "runs/default"
     """The run's folder."""
-    seed: CountOrZero = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     algorithm: str = "dvpo"
     """A row of `dvpo.algorithms.ALGORITHMS`, or `my_module:row`."""
     steps: Count = 100

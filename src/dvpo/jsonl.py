@@ -49,7 +49,7 @@ def _object(text: str, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         shown = repr(row)
         raise InputError(
-            f"{where} is no JSON object but {shown if len(shown) <= 60 else shown[:57] + '...'}; {ONE_OBJECT}"
+            f"{where} is {shown if len(shown) <= 60 else shown[:57] + '...'}; {ONE_OBJECT}"
         )
     try:
         json.dumps(row, ensure_ascii=False).encode()

@@ -29,7 +29,7 @@ class Skips:
     def note(self, module: str, moved: bool, step: int, rollout: Rollout, estimates: Estimates, rows: Tensor) -> None:
         """Whether a module's optimiser step was made, and the rows of the batch that it was to be made of."""
         self.in_a_row[module] = 0 if moved else self.in_a_row.get(module, 0) + 1
-        if self.in_a_row[module] == self.limit and self.reason_to_stop is None:
+        if 0 < self.limit <= self.in_a_row[module] and self.reason_to_stop is None:
             path = self.folder / f"skipped-{step}-{module}.safetensors"
             facts = {"step": step, "module": module, "skipped_in_a_row": self.limit}
             _write_batch(path, facts, rollout, estimates, rows)
