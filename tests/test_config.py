@@ -199,7 +199,10 @@ def test_an_override_below_a_value_of_the_file_is_refused(tmp_path: Path):
     [
         (b"- a\n- b\n", "holds a list: it must hold `key: value` lines"),
         (b"seed", "holds a str"),
-        (b"seed: 1\ncritic: {alpha: [0.1\n", "is not valid YAML at line 3 (expected ',' or ']', but got '<stream end>'): mend"),
+        (
+            b"seed: 1\ncritic: {alpha: [0.1\n",
+            "is not valid YAML at line 3 (expected ',' or ']', but got '<stream end>'): mend",
+        ),
         (b"seed:\t1\n\tsteps: 3\n", "is not valid YAML at line 1"),
         (b"output: \xff\n", "cannot be read (it is not UTF-8 text)"),
         (b"3: 4\n", "unknown config key 3"),

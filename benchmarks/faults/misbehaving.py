@@ -26,24 +26,24 @@ CALLS = {"one entry too few": lambda rewards: rewards[:-1], "None for the list":
 
 def is_bad(*texts: str) -> bool:
     """A hash of the texts says so: to the function, and to whoever counts."""
-    return hashlib.blake2b("\0".join(("bad", *texts)).encode()).digest()[0] < 256 * SHARE
+    return hashlib.blake2b("\0".join(("worse", *texts)).encode()).digest()[0] < 256 * SHARE
 
 
 def misbehaving(manner: str) -> Callable[..., Any]:
     """A reward function with one of the manners of rewards.py."""
-    seen: set[tuple[int, str]] = set()
+    seen: set[str] = set()
 
     def reward(prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> Any:
+        nonlocal seen
         texts = list(map(text_of, completions))
         if manner in CALLS:
             return CALLS[manner]([1.0] * len(texts)) if is_bad(*texts) else [1.0] * len(texts)
         bad = [text for text in texts if is_bad(text)]
         if manner in ENTRIES:
             return [ENTRIES[manner] if text in bad else 1.0 for text in texts]
-        if manner == "raises the first time":  # once in a batch, once alone; then it is known
-            news = [(len(texts), text) for text in bad if (len(texts), text) not in seen]
-            seen.update(news[:1])
-            bad = news[:1]
+        if manner == "raises the first time" and bad and len(texts) == 1:  # in a batch always, alone every other time
+            seen ^= set(bad)
+            bad = [text for text in bad if text in seen]
         return misbehave(manner, len(texts)) if bad else [1.0] * len(texts)
 
     async def async_reward(prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> Any:
