@@ -48,9 +48,7 @@ def _object(text: str, where: str) -> dict[str, Any]:
         raise InputError(f"{where} has an integer of thousands of digits; write it as text") from None
     if not isinstance(row, dict):
         shown = repr(row)
-        raise InputError(
-            f"{where} is {shown if len(shown) <= 60 else shown[:57] + '...'}; {ONE_OBJECT}"
-        )
+        raise InputError(f"{where} is {shown if len(shown) <= 60 else shown[:57] + '...'}; {ONE_OBJECT}")
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
