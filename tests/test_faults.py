@@ -20,7 +20,7 @@ import rewards
 
 @pytest.mark.parametrize(
     "manner",
-    [m for m in rewards.MANNERS if m.name in ("raises", "None", "os._exit", "one entry too few")],
+    [m for m in rewards.MANNERS if m.name in ("raises", "None", "os._exit", "one entry too few", "async raises")],
     ids=lambda manner: manner.name,
 )
 def test_counts_match_what_was_injected_exactly(tmp_path: Path, manner: rewards.Manner):
