@@ -338,6 +338,30 @@ def test_where_a_batch_is_cut(prompts: str, workers: int, expected: list[int]) -
     assert _cuts(list(prompts), workers) == expected
 
 
+def test_an_interrupt_while_workers_are_busy_ends_them_and_the_call_at_once(guard: Guard) -> None:
+    reward = guard(
+        """
+        import time
+        def reward(prompts, completions, completion_ids):
+            time.sleep(60)
+        """,
+        workers=2,
+    )
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    start = time.monotonic()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        with pytest.raises(KeyboardInterrupt):
+            reward(["a", "a", "b", "b"], ["x"] * 4, [[1]] * 4, {})
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - start < 5
+
+
 # Retries.
 
 
@@ -500,7 +524,7 @@ def test_rubbish_in_the_pipe_of_the_replies_ends_the_worker_and_not_the_run(guar
                 return [1.0]
             for descriptor in range(3, 12):
                 try:
-                    os.write(descriptor, (2).to_bytes(8, "big") + b"[]")
+                    os.write(descriptor, (2).to_bytes(8, "big") + b"{}")
                 except OSError:
                     pass
             return [2.0] * len(completions)

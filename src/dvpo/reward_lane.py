@@ -93,13 +93,13 @@ class Lane:
         except NotImportedError as error:  # it could be imported when the run began
             return Failure("worker_died", f"a fresh process could not be started: {error}")
         except TimeoutError:
-            self.close()
+            self._end()
             return Failure("timeout", f"no answer within {seconds:g} s")
         except _FloodError as error:
-            self.close()
+            self._end()
             return Failure("output_flood", str(error))
         except _WorkerDiedError as error:
-            self.close()
+            self._end()
             return Failure("worker_died", str(error))
         if "each" not in reply:
             return _entries(reply, size, self._timeout)
@@ -115,6 +115,9 @@ class Lane:
     def close(self) -> None:
         """End the worker and whatever it started; a later call would start another."""
         self._interrupted = False
+        self._end()
+
+    def _end(self) -> None:
         if self._worker is not None:
             self._worker.drain()
             self._worker.kill()
@@ -133,12 +136,12 @@ class Lane:
         try:
             reply = worker.exchange(request, self._start_timeout, REPLY_BYTES)
         except (TimeoutError, _WorkerDiedError) as error:
-            self.close()
+            self._end()
             raise NotImportedError(
                 str(error) or f"no end within {self._start_timeout:g} s", "import it in a Python shell to see why"
             ) from None
         if "error" in reply:
-            self.close()
+            self._end()
             raise NotImportedError(
                 str(reply["error"]), f"name it module:function, the module being importable from {self._directory}"
             )
@@ -188,6 +191,7 @@ class _Worker:
         assert self._process.stderr is not None
         self._requests, self._replies = self._process.stdin.fileno(), self._process.stdout.fileno()
         self._output, self._allowance = self._process.stderr.fileno(), OUTPUT_BYTES
+        self._number = 0
         self._poll = select.poll()
         self._poll.register(self._output, select.POLLIN)
         for pipe in (self._requests, self._replies, self._output):
@@ -198,14 +202,16 @@ class _Worker:
     def exchange(self, request: dict[str, Any], seconds: float, limit: int) -> dict[str, Any]:
         """Send a request and return the reply, of at most `limit` bytes; TimeoutError after so many seconds."""
         deadline, self._allowance = time.monotonic() + seconds, OUTPUT_BYTES
+        self._number += 1
         try:
-            self._send(reward_worker.frame(pickle.dumps(request)), deadline)
+            self._send(reward_worker.frame(pickle.dumps({**request, "number": self._number})), deadline)
             size = int.from_bytes(self._receive(reward_worker.HEADER_BYTES, deadline), "big")
             if size > limit:
                 raise _FloodError(f"a reply of {size:,} bytes, where {limit:,} are more than enough")
             reply = json.loads(self._receive(size, deadline))
-            if not isinstance(reply, dict):
-                raise ValueError(f"a {type(reply).__name__}")
+            # A function may write into the pipe itself: without the number, the next call would read this one's reply.
+            if not isinstance(reply, dict) or reply.get("number") != self._number:
+                raise ValueError("to no request of ours")
         except (EOFError, BrokenPipeError):
             self.drain()
             raise _WorkerDiedError(f"the process ended by {_manner_of_death(self.kill())}") from None

@@ -172,7 +172,8 @@ def main() -> None:
     process = RewardProcess()
     while header := requests.read(HEADER_BYTES):
         request = pickle.loads(requests.read(int.from_bytes(header, "big")))
-        replies.write(frame(json.dumps(process.answer(request)).encode()))
+        number = request.pop("number")  # the reply bears it
+        replies.write(frame(json.dumps({"number": number, **process.answer(request)}).encode()))
         replies.flush()
     os._exit(0)  # threads left behind by the function must not keep the worker alive
 
