@@ -6,9 +6,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from torch import Tensor
+
+from dvpo.batch import Rollout
 from dvpo.config import Config, load_config
 from dvpo.embedded import make_config, make_model, make_tokenizer
-from dvpo.tasks import Environment, Example, Prompt, Reward, SingleTurn
+from dvpo.runlog import TIME_PREFIX, read_rows
+from dvpo.tasks import Environment, Example, Prompt, Reward, SingleTurn, Step
+from dvpo.trainer import Trainer
 
 _folders: list[TemporaryDirectory[str]] = []
 
@@ -19,6 +24,10 @@ SETTINGS: dict[str, Any] = {
     "evaluation": {"prompts": 2},
     "checkpoint": {"every": 0},
 }
+
+
+# Steps that are linear in the gradient (Adam with a large eps): rounding stays rounding, and is not divided by itself.
+LINEAR = [f"{name}.{key}" for name in ("policy_optimiser", "critic_optimiser") for key in ("eps=10", "lr=1")]
 
 
 @cache
@@ -63,3 +72,54 @@ class Parity:
     ) -> list[Reward]:
         truth: list[Reward] = [float(sum(ids) % 2 == 0) for ids in completion_ids]
         return [*self.rewards[: len(truth)], *truth[len(self.rewards) :]]
+
+
+class Guessing:
+    """Two turns: the environment answers the first with a hint of several tokens; each turn has a reward."""
+
+    def __init__(self, example: Example) -> None:
+        self.example, self.turn = example, 0
+
+    def reset(self):
+        return self.example.prompt
+
+    def step(self, response: str) -> Step:
+        self.turn += 1
+        hint = [{"role": "user", "content": "?!"}]
+        return Step(hint if self.turn == 1 else (), reward=0.25 * self.turn, done=self.turn == 2)
+
+
+class Talk(Parity):
+    def environment(self, example: Example) -> Environment:
+        return Guessing(example)
+
+
+def trained(folder: Path, *overrides: str, task: Any = None, kind: type[Trainer] = Trainer, **given: Any) -> Trainer:
+    """A tiny run to its last step."""
+    trainer = kind(run_config(folder, *overrides), task=task or Parity(), **given)
+    trainer.train()
+    return trainer
+
+
+def weights(trainer: Trainer) -> list[Tensor]:
+    critic = list(trainer.critic.parameters()) if trainer.critic else []
+    return [p.detach().clone() for p in (*trainer.policy.model.parameters(), *critic)]
+
+
+def farthest(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    return max(float((a - b).detach().abs().max()) for a, b in zip(one, other, strict=True))
+
+
+def rows(trainer: Trainer, name: str = "metrics") -> list[dict[str, Any]]:
+    """The log without evaluations and wall-clock figures."""
+    return [
+        {key: value for key, value in row.items() if not key.startswith(TIME_PREFIX)}
+        for row in read_rows(trainer.folder / f"{name}.jsonl")
+        if not any(key.startswith("eval/") for key in row)
+    ]
+
+
+def rollout_of(trainer: Trainer) -> Rollout:
+    trainer.step += 1
+    rollout, _ = trainer.collect()
+    return rollout

@@ -179,15 +179,15 @@ def test_a_healthy_run_rings_nothing(tmp_path: Path):
 
 def with_other_log_probs_in_step_2(folder: Path, *settings: str) -> Trainer:
     trainer = Trainer(run_config(folder, "steps=3", *settings), task=Parity())
-    play = trainer.sample
+    play = trainer.collector.sample
 
-    def sample() -> Any:
-        episodes = play()
+    def sample(count: int) -> Any:
+        episodes = play(count)
         for episode in episodes if trainer.step == 2 else []:
             episode.logprobs = [logprob - 0.3 for logprob in episode.logprobs]
         return episodes
 
-    trainer.sample = sample
+    trainer.collector.sample = sample
     return trainer
 
 

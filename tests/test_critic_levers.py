@@ -197,7 +197,7 @@ def test_verdict_steps_without_a_verdict_and_privilege_without_an_own_trunk_are_
 
 def test_the_entropies_of_a_rollout_are_those_of_the_distribution_at_sampling(tmp_path: Path):
     trainer = opened(tmp_path / "run", "critic.features=true")  # temperature 1.2
-    rollout, _ = trainer.score(trainer.sample())
+    rollout, _ = trainer.collect()
     row, length = 0, int(rollout.mask_BT[0].sum())
     tokens_S = rollout.tokens_BS[row][rollout.attention_BS[row]]
     with torch.no_grad():
@@ -214,7 +214,7 @@ def test_the_entropies_of_a_rollout_are_those_of_the_distribution_at_sampling(tm
 
 def test_the_critic_reads_the_hint_and_the_policy_does_not(tmp_path: Path):
     trainer = opened(tmp_path / "run", "critic.privileged=answer")
-    rollout, _ = trainer.score(trainer.sample())
+    rollout, _ = trainer.collect()
     other = replace(rollout, hints_BH=rollout.hints_BH.flip(0))
     assert not torch.equal(other.hints_BH, rollout.hints_BH)
     with torch.no_grad():
@@ -231,7 +231,7 @@ def test_the_hint_under_pseudo_labels_is_the_label_that_the_reward_believes_and_
     labels.write_text("".join(json.dumps({"id": e.id, "answer": f"label of {e.id}"}) + "\n" for e in examples))
     settings = ["critic.privileged=answer", "noise.kind=pseudo_labels", f"noise.path={labels}"]
     trainer = opened(tmp_path / "run", *settings)
-    rollout, _ = trainer.score(trainer.sample())
-    texts = [trainer.encoder.text([t for t in row if t >= 0]) for row in rollout.hints_BH.tolist()]
+    rollout, _ = trainer.collect()
+    texts = [trainer.collector.encoder.text([t for t in row if t >= 0]) for row in rollout.hints_BH.tolist()]
     assert texts == [f"label of {prompt_id}\n" for prompt_id in rollout.prompt_ids]
     trainer.close()

@@ -35,7 +35,7 @@ def played(tmp_path: Path) -> tuple[Trainer, Rollout]:
     )
     nn.init.normal_(trainer.critic.heads.linear.weight, std=0.5)
     trainer.close()
-    return trainer, trainer.score(trainer.sample())[0]
+    return trainer, trainer.collect()[0]
 
 
 # What a state is worth

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from dvpo import Trainer, load_config
 from dvpo.cli import main
 from dvpo.config import to_yaml
 from dvpo.embedded import make_model, make_tokenizer
+from dvpo.tasks.math import ChainArithmetic
+from dvpo.tasks.mixture import Mixture
+from dvpo.tasks.science import Science
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -26,7 +30,7 @@ TINY = (
     "evaluation.prompts=2",
 )
 
-ASKED_FOR = ("actor.kl.coef=0.01", "evaluation.samples=2", "reward.overlong=8")
+ASKED_FOR = ("actor.kl.coef=0.01", "actor.kl.target=0.1", "evaluation.samples=2", "reward.overlong=8")
 """What is logged on request only."""
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -186,11 +190,14 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 def test_the_glossary_explains_every_key_that_a_run_logs_and_no_other(tmp_path: Path, tiny_model: Path) -> None:
     logged = set()
+    mix = Mixture([ChainArithmetic(8, 2, 2), Science(8, 2, 2)], [1, 1])
     for name in ("dvpo", "ppo_corrected", "cql_ppo"):
         place = [f"algorithm={name}", f"model.path={tiny_model}", f"output={tmp_path / name}"]
-        Trainer(load_config(None, [*TINY, *place, *ASKED_FOR, "steps=2", "critic.replay=1"])).train()
+        config = load_config(None, [*TINY, *place, *ASKED_FOR, "steps=2", "critic.replay=1"])
+        Trainer(config, task=mix if name == "cql_ppo" else None).train()
         logged |= {key for row in rows_of(tmp_path / name) for key in row}
-    logged = {re.sub(r"^eval/\w+/", "eval/<split>/", key).replace("@2", "@k").replace("^2", "^k") for key in logged}
+    logged = {re.sub(r"^eval/(\w+/)+", "eval/<split>/", key).replace("@2", "@k").replace("^2", "^k") for key in logged}
+    logged = {re.sub(r"^reward/true/\w+", "reward/true/<task>", key) for key in logged}
     table = re.findall(r"^\| (`.*?`) \|", (DOCS / "metrics.md").read_text(), re.MULTILINE)
     assert {key for cell in table for key in re.findall(r"`([^`]+)`", cell)} == logged
 
@@ -202,6 +209,9 @@ def test_the_own_data_page_runs_as_it_stands(tmp_path: Path, tiny_model: Path, m
         name = re.match(r"# (\w+\.py)\n", block)
         assert name, "a block of Python begins with its file's name"
         Path(name[1]).write_text(block)
+        module = Path(name[1]).stem
+        monkeypatch.setitem(sys.modules, module, None)  # noted, so that what is imported now is forgotten afterwards
+        del sys.modules[module]
     Path("my_prompts.jsonl").write_text(fenced(EXAMPLES, "json")[0])
     Path("my.yaml").write_text(fenced(EXAMPLES, "yaml")[0])
     own_reward = load_config("my.yaml", [*TINY, f"model.path={tiny_model}"])

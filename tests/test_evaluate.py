@@ -99,6 +99,17 @@ def test_what_environments_know_of_their_episode_is_averaged_over_the_greedy_one
     assert 1 <= result.summary["length_low"] < 3 < result.summary["length_high"] <= 5
 
 
+@pytest.mark.parametrize("reward", [0.0, 1.0])
+def test_the_interval_of_pass_at_k_is_wilsons_and_no_point_where_none_or_all_succeed(monkeypatch, reward):
+    # None of 5: Wilson's interval is [0, z^2 / (n + z^2)] = [0, 3.8415 / 8.8415]; a bootstrap would say [0, 0].
+    monkeypatch.setattr(evaluate_module, "HuggingFaceSampler", RiggedSampler)
+    given = evaluate(tiny_policy(), Task(), ITEMS, lambda e: [reward] * len(e), SamplingConfig(), samples=3, seed=0)
+    for name in ("pass@3", "pass^3"):
+        low, high = given.summary[f"{name}_low"], given.summary[f"{name}_high"]
+        assert given.summary[name] == reward
+        assert sorted([abs(reward - low), abs(reward - high)]) == pytest.approx([0, 0.43448], abs=1e-5)
+
+
 def test_rows_hold_each_items_own_answers_and_rewards(rigged):
     assert [row["id"] for row in rigged.rows] == [item.id for item in ITEMS]
     assert [row["reward"] for row in rigged.rows] == [1.0, 1.0, 0.25, 0.25, 1.0]

@@ -101,8 +101,8 @@ def test_easy_science_has_no_options_and_full_science_no_unseen_composition():
     rng = random.Random(0)
     easy = [SOURCES["science"].draw(rng, True, 1.0).messages[0]["content"] for _ in range(300)]
     full = [SOURCES["science"].draw(rng, False, 1.0).messages[0]["content"] for _ in range(300)]
-    assert not any(" A " in question for question in easy)
-    assert sum(" A " in question for question in full) > 50
+    assert not any(":A " in question for question in easy)
+    assert sum(":A " in question for question in full) > 50
     assert sum(question.startswith("name of ") for question in full) > 10
     assert not any(re.match("name of [A-Z]", question) for question in full)  # from the symbol: `ood`
 

@@ -58,7 +58,7 @@ def test_halving_wins_every_game_within_its_guesses_and_stubbornness_none(own: A
 
 def test_a_random_model_trains_on_it_in_several_turns(own: Any, tmp_path: Path) -> None:
     trainer = Trainer(load_config(None, tiny(tmp_path / "run")), task=own.GuessingTask())
-    episodes = trainer.sample()
+    episodes = trainer.collect()[1].episodes
     assert any(e.terminated and max(e.turns) == own.GUESSES - 1 for e in episodes)
     trainer.train()
     assert trainer.step == 2

@@ -12,7 +12,7 @@ from dvpo.errors import InputError
 from dvpo.noise import make_noise
 from dvpo.rewards import Fault
 from dvpo.sampling import Episode
-from dvpo.scoring import Scorer, open_reward, place, total
+from dvpo.scoring import Scored, Scorer, join, open_reward, place, total
 from dvpo.tasks import Example, Reward
 
 NOTHING = make_noise(NoiseConfig(), seed=0)
@@ -187,3 +187,25 @@ def test_a_run_without_anyone_who_knows_a_reward_and_one_without_prompts_do_not_
         open_reward(load_config(), task)
     with pytest.raises(InputError, match="training split is empty"):
         open_reward(load_config(), Known({}))
+
+
+def test_lots_that_are_joined_and_selected_are_what_they_would_have_been_in_one() -> None:
+    task = Known({"a": 1.0, "b": 0.5, "c": None})
+    episodes = [episode([0, 0], "a", answer=1), episode(TWO_TURNS, "b"), episode([0], "c", hint="h")]
+    scorer = Scorer(task, None, NOTHING)
+    whole, joined = scorer(episodes), join([scorer(episodes[:1]), scorer(episodes[1:])])
+    for name, values in whole.fields.items():
+        torch.testing.assert_close(joined.fields[name], values, rtol=0, atol=0, equal_nan=True)
+    assert joined.believed == {"answer": [1, None, None], "hint": [None, None, "h"]} == whole.believed
+    turned = joined.select([2, 0])
+    assert turned.believed == {"answer": [None, 1], "hint": ["h", None]}
+    assert turned.fields["true_B"].isnan().tolist() == [True, False]
+    assert turned.fields["rewards_BT"].tolist() == [[0.0] * 7, [0.0, 1.0] + [0.0] * 5]
+
+
+def test_a_fault_keeps_its_sample_when_lots_are_joined() -> None:
+    def lot(*faults: Fault) -> Scored:
+        return Scored({"rewards_BT": torch.zeros(2, 1), "rewarded_B": torch.zeros(2)}, list(faults), {})
+
+    joined = join([lot(Fault("exception", 1, "x")), lot(Fault("timeout", None, "y"), Fault("exception", 0, "z"))])
+    assert [(f.index, f.message) for f in joined.faults] == [(1, "x"), (None, "y"), (2, "z")]

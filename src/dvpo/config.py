@@ -50,8 +50,8 @@ def section(kind: type[T]) -> type[T]:
 
 
 @section
-class TaskConfig:
-    """What is learnt."""
+class OneTaskConfig:
+    """One task."""
 
     name: str = "math"
     """`math`, `science`, `dialogue` (embedded), `files` (your own data), or `my_module:make_task`, called with this
@@ -71,6 +71,22 @@ class TaskConfig:
     answer_pattern: str | None = None
     """files: regular expression of the final answer in a response, for `dvpo label`: its last match, or that match's
     first group; None: the whole response."""
+
+
+@section
+class MixedTaskConfig(OneTaskConfig):
+    """One task of several."""
+
+    weight: Positive = 1.0
+    """Prompts are drawn in proportion."""
+
+
+@section
+class TaskConfig(OneTaskConfig):
+    """What is learnt. Besides what one task may be, `name` may be `mix`."""
+
+    mix: tuple[MixedTaskConfig, ...] = ()
+    """mix: the tasks, with weights."""
 
 
 @section
@@ -109,6 +125,16 @@ class SamplingConfig:
     """Further strings that end a turn; each stays in the sampled tokens."""
     batch_size: Count = 256
     """Sequences generated side by side: memory only, every sequence draws for itself."""
+    resample_rounds: CountOrZero = 0
+    """Dynamic sampling: prompts whose responses all earn the same, or fewer than two of them anything, are replaced by
+    the next ones, in at most so many rounds a step; 0 = off."""
+
+    def __post_init__(self) -> None:
+        if self.resample_rounds and self.samples_per_prompt == 1:
+            raise ValueError(
+                f"sampling.resample_rounds = {self.resample_rounds} compares the responses to one prompt, but "
+                "sampling.samples_per_prompt = 1: raise it, or set the rounds to 0"
+            )
 
 
 @section
@@ -334,6 +360,20 @@ class KLConfig:
     place: Literal["reward", "loss"] = "loss"
     """`reward`: k1 is taken from each token's reward; `loss`: the estimator below is added to the actor's loss."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Of the loss. k1's gradient there is the score, whose mean is zero: it adds noise and draws nowhere. k2's is in
+    the mean that of KL(policy, starting policy), k3's that of KL(starting policy, policy)."""
+    target: Positive | None = None
+    """KL(policy, starting policy) in nats a token that `coef` is steered towards, beginning with the one above (Ziegler
+    et al. 2019); None = `coef` stays."""
+    horizon: Count = 10_000
+    """Responses over which `coef` adapts: an error of 20% or more changes it by 20% * responses of a step / horizon."""
+
+    def __post_init__(self) -> None:
+        if self.target is not None and not self.coef:
+            raise ValueError(
+                f"actor.kl.target = {self.target:g} steers a coefficient that is 0 and would stay so: "
+                "set actor.kl.coef, to 0.1 say"
+            )
 
 
 @section
@@ -475,6 +515,10 @@ class Config:
                 f"update.minibatches = {self.update.minibatches} exceeds the {batch} responses of a step: "
                 "lower it, or raise sampling.prompts_per_step or sampling.samples_per_prompt"
             )
+        if self.actor.kl.target is not None and self.actor.kl.horizon < batch:
+            raise ValueError(
+                f"actor.kl.horizon = {self.actor.kl.horizon} is shorter than a step of {batch} responses: raise it"
+            )
         if self.update.actor_warmup_steps and not row.has_critic:
             raise ValueError(
                 f"update.actor_warmup_steps = {self.update.actor_warmup_steps} lets the critic learn alone, "
@@ -485,6 +529,7 @@ class Config:
                 f"reward.overlong = {self.reward.overlong} exceeds sampling.max_completion_length = "
                 f"{self.sampling.max_completion_length}: lower it"
             )
+        self._check_tasks()
         self._check_corrections()
         for key in ("truncation", "missing_reward"):
             if getattr(self.advantage, key) == "bootstrap" and not row.has_critic:
@@ -497,8 +542,18 @@ class Config:
                 f"advantage.delta_clip = {self.advantage.delta_clip:g} clips nothing in a rank, which is bounded: "
                 "set it to null, or take another advantage.law.functional"
             )
-        if self.task.name == "files" and not self.task.path:
+
+    def _check_tasks(self) -> None:
+        """A task of files has a file, and a mix is a list of tasks."""
+        name, mix = self.task.name, self.task.mix
+        if any(task.name == "files" and not task.path for task in (self.task, *mix)):
             raise ValueError("task.path is empty: name the file with your prompts (task.path=my_prompts.jsonl)")
+        if mix and name != "mix":
+            raise ValueError(f"task.mix holds several tasks, but task.name = {name}: set it to mix")
+        if name == "mix" and not mix:
+            raise ValueError("task.mix is empty: list the tasks of the mix, each with its name and weight")
+        if any(task.name == "mix" for task in mix):
+            raise ValueError("task.mix holds a mix: list all tasks in one task.mix")
 
     def _check_corrections(self) -> None:
         """Rates have to come from somewhere, and noise is taken out once, of rewards that are 0 or 1."""
@@ -544,12 +599,21 @@ def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides:
     name = values.get("algorithm", Config.algorithm)
     if not isinstance(name, str):
         raise InputError(f"algorithm = {name!r} is not a name: take a row such as dvpo or ppo")
-    of_the_task = TASK_DEFAULTS.get(str(values.get("task", {}).get("name")), {})
-    merged = merge(merge(of_the_task, find_algorithm(name).defaults), values)
+    merged = merge(merge(_task_defaults(values.get("task", {})), find_algorithm(name).defaults), values)
     try:
         return TypeAdapter(Config).validate_python(merged)
     except ValidationError as error:
         raise InputError(one_sentence(error)) from None
+
+
+def _task_defaults(task: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a mix: the largest of each length limit."""
+    if task.get("name") != "mix" or not isinstance(task.get("mix"), list):
+        return TASK_DEFAULTS.get(str(task.get("name")), {})
+    parts = [part.get("name") for part in task["mix"] if isinstance(part, Mapping)]
+    limits = [TASK_DEFAULTS.get(str(name), {}).get("sampling", {}) for name in parts]
+    lengths = ("max_prompt_length", "max_completion_length")
+    return {"sampling": {key: max(own.get(key, getattr(SamplingConfig, key)) for own in limits) for key in lengths}}
 
 
 def to_yaml(config: Config) -> str:

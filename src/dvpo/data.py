@@ -1,14 +1,15 @@
 """Which prompts come next: passes over the training split, each in an order of its own."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from dvpo.errors import InputError
 from dvpo.seeding import derive_seed
-from dvpo.tasks import Example
+from dvpo.tasks import Example, Task
+from dvpo.tasks.mixture import COLUMN, Mixture
 
 
 class PromptStream:
@@ -51,3 +52,50 @@ class PromptStream:
     def _fingerprint(self) -> int:
         """Tells two training splits apart by their prompts' ids and order."""
         return derive_seed(*(example.id for example in self.examples))
+
+
+class MixedPrompts:
+    """Draws the prompts of several tasks in the proportion of their weights, each task in the order of its own stream.
+
+    The next prompt is one of the task that lags farthest behind its share of all draws, so every step is mixed. Which
+    tasks come when follows from the weights alone: the whole state is one number here, too.
+    """
+
+    def __init__(self, examples: Sequence[Example], weights: Mapping[str, float], seed: int) -> None:
+        self.drawn = 0
+        self._shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+        self._streams = {
+            name: PromptStream([e for e in examples if e.columns[COLUMN] == name], derive_seed(seed, "task", name))
+            for name in weights
+        }
+        if empty := [name for name, stream in self._streams.items() if not stream.examples]:
+            raise InputError(f"task.mix: no prompt of {empty[0]} fits sampling.max_prompt_length: raise it")
+
+    def next(self, count: int) -> list[tuple[Example, int]]:
+        """The next prompts, each with its visit."""
+        return [prompt for _ in range(count) for prompt in self._streams[self._turn()].next(1)]
+
+    def _turn(self) -> str:
+        """The task whose turn it is."""
+        self.drawn += 1
+        return max(self._shares, key=lambda name: self._shares[name] * self.drawn - self._streams[name].drawn)
+
+    def state_dict(self) -> dict[str, Any]:
+        streams = {name: stream.state_dict()["examples"] for name, stream in self._streams.items()}
+        return {"drawn": self.drawn, "examples": streams}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.drawn = 0
+        for name, stream in self._streams.items():
+            stream.load_state_dict({"drawn": 0, "examples": state["examples"].get(name)})
+        while self.drawn < state["drawn"]:
+            self._streams[self._turn()].drawn += 1
+
+
+def open_prompts(task: Task, examples: Sequence[Example], seed: int) -> PromptStream | MixedPrompts:
+    """The prompts of a run: those of its task, or of the tasks that it mixes.
+
+    Raises:
+        InputError: an id that stands twice, or a task without any prompt.
+    """
+    return MixedPrompts(examples, task.weights, seed) if isinstance(task, Mixture) else PromptStream(examples, seed)

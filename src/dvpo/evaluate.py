@@ -21,8 +21,9 @@ from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, play
 from dvpo.scoring import Scorer, open_reward, total
 from dvpo.seeding import derive_seed
-from dvpo.stats import bootstrap_interval, pass_at_k, pass_hat_k, wilson_interval
+from dvpo.stats import bootstrap_interval, wilson_interval
 from dvpo.tasks import Environment, Example, Reward, Task, make_task
+from dvpo.tasks.mixture import held_out
 
 Judge = Callable[[Sequence[Episode]], list[Reward]]
 CORRECT = 1 - 1e-6
@@ -35,8 +36,8 @@ class Evaluation:
 
     summary: dict[str, float]
     """`accuracy` (greedy: share solved) with `accuracy_low`, `accuracy_high` (Wilson, 95%), `reward` (greedy mean),
-    `truncated`; greedy means of the environments' own figures (dialogue: `tcr`, `acr`, `gcr`); with k draws `mean@k`,
-    `pass@k` and `pass^k`; the last two kinds with bootstrap intervals over prompts."""
+    `truncated`; greedy means of the environments' own figures (dialogue: `tcr`, `acr`, `gcr`) and with k draws
+    `mean@k`, with bootstrap intervals over prompts; `pass@k` and `pass^k` with Wilson's."""
     rows: list[dict[str, Any]]
     """One an item: id, prompt, greedy completion and reward, rewards of the draws."""
 
@@ -136,12 +137,12 @@ def _sampled_summary(rewards: np.ndarray) -> dict[str, float]:
         return {}
     k = rewards.shape[1]
     solved = (rewards >= CORRECT).sum(axis=1)
-    draws = {
-        f"mean@{k}": solved / k,
-        f"pass@{k}": np.array([pass_at_k(int(c), k, k) for c in solved]),
-        f"pass^{k}": np.array([pass_hat_k(int(c), k, k) for c in solved]),
-    }
-    return _with_intervals(draws)
+    summary = _with_intervals({f"mean@{k}": solved / k})
+    # With k of k draws these are shares of items, for which Wilson's interval is sound where all or none succeed.
+    for name, succeeded in ((f"pass@{k}", solved > 0), (f"pass^{k}", solved == k)):
+        low, high = wilson_interval(int(succeeded.sum()), len(succeeded))
+        summary |= {name: float(succeeded.mean()), f"{name}_low": low, f"{name}_high": high}
+    return summary
 
 
 def _with_intervals(scores: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -165,7 +166,7 @@ def evaluate_checkpoint(
     Args:
         source: a run folder (its newest sound checkpoint is taken) or a `checkpoint-N` folder in one.
         overrides: `key.sub=value` settings that win over the run's config.
-        splits: splits of the task; None: `id` and `ood`, if it has them.
+        splits: splits of the task; None: `id` and `ood`, if it has them, of each task of a mix.
         samples: draws an item, 0 = greedy only.
         output: the file; None: `evaluation-N.jsonl` in the run folder.
 
@@ -185,11 +186,12 @@ def evaluate_checkpoint(
     if samples < 0:
         raise InputError(f"--samples = {samples} is negative: take 0 for greedy only")
     task = make_task(config.task)
-    splits = [name for name in ("id", "ood") if task.split(name)] if splits is None else splits
+    splits = held_out(task) if splits is None else splits
     missing = [split for split in splits if not task.split(split)]
     if missing or not splits:
         raise InputError(
-            f"--splits {' '.join(missing)}: the task {task.name} has no such examples; take train, id or ood"
+            f"--splits {' '.join(missing)}: the task {task.name} has no such examples; take "
+            f"{', '.join(['train', *held_out(task)])}"
         )
     policy = open_policy(checkpoint / "policy", torch.device(choose_device(config.device)), config.model.dtype)
     file = Path(output) if output else checkpoint.parent / f"evaluation-{checkpoint_step(checkpoint)}.jsonl"
@@ -213,8 +215,8 @@ def evaluate_checkpoint(
 
 def _table(results: Mapping[str, Evaluation], title: str) -> Table:
     """A row a split, a column a figure that has an interval."""
-    figures = next(iter(results.values())).summary
-    names = [name for name in figures if f"{name}_low" in figures]
+    summaries = [result.summary for result in results.values()]  # the tasks of a mix have figures of their own
+    names = dict.fromkeys(name for figures in summaries for name in figures if f"{name}_low" in figures)
     table = Table(title=title)
     for column in ("split", "items", *(name.replace("accuracy", "greedy accuracy") for name in names)):
         table.add_column(column, justify="right")

@@ -1,13 +1,12 @@
-"""What a run does about the faults of its rewards: it counts them by kind, records them, and stops where told to."""
+"""What a run does about the faults of its rewards: it counts them by kind, and stops where told to."""
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import get_args
 
 from dvpo.config import RewardConfig
 from dvpo.errors import InputError, RunStoppedError
 from dvpo.reward_lane import FaultKind
 from dvpo.rewards import Fault
-from dvpo.sampling import Episode
 
 KINDS: tuple[str, ...] = get_args(FaultKind)
 BROKEN = ("wrong_length", "wrong_type", "non_finite")
@@ -18,26 +17,6 @@ def fault_figures(faults: Sequence[Fault]) -> dict[str, float]:
     """`reward/faults`, those of them that a later attempt cured, and how many there are of each kind."""
     counts = {f"reward/faults_{kind}": float(sum(fault.kind == kind for fault in faults)) for kind in KINDS}
     return {"reward/faults": float(len(faults)), "reward/cured": float(sum(f.cured for f in faults)), **counts}
-
-
-def fault_rows(faults: Sequence[Fault], episodes: Sequence[Episode]) -> list[dict[str, Any]]:
-    """One row of faults.jsonl for each, with its sample where it has one."""
-    rows = []
-    for fault in faults:
-        row = {"kind": fault.kind, "message": fault.message, "cured": fault.cured}
-        rows.append(row if fault.index is None else {**row, **sample_row(episodes[fault.index])})
-    return rows
-
-
-def sample_row(episode: Episode) -> dict[str, Any]:
-    """A sample as the log shows it."""
-    return {
-        "prompt_id": episode.example.id,
-        "visit": episode.visit,
-        "sample": episode.sample,
-        "prompt": episode.example.prompt,
-        "completion": episode.text,
-    }
 
 
 def refuse_broken_reward(faults: Sequence[Fault], batch: int) -> None:

@@ -2,11 +2,12 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from dvpo.batch import Rollout
 from dvpo.core.quantiles import crossing_share
 
 Reduce = Callable[[Tensor], Tensor]
@@ -33,6 +34,13 @@ class Means:
         pairs = torch.stack([torch.stack([torch.as_tensor(x).double() for x in e]) for e in self._sums.values()])
         totals = reduce(pairs).tolist()
         return {name: s / w if w else math.nan for name, (s, w) in zip(self._sums, totals, strict=True)}
+
+
+def mean_of(values: Tensor, reduce: Reduce) -> float:
+    """The mean over all processes; NaN of nothing."""
+    means = Means()
+    means.add("", values)
+    return means.result(reduce)[""]
 
 
 def correlation(x_K: Tensor, y_K: Tensor, reduce: Reduce) -> float:
@@ -141,6 +149,35 @@ def reward_figures(
     means.add("reward/pairwise_accuracy", _ordered_pairs(observed_B[both_B], true_B[both_B], groups_B[both_B]))
     means.add("reward/missing", (~rewarded_B).double())
     return means.result(reduce)
+
+
+def task_figures(tasks: Iterable[str], task_B: Sequence[str], true_B: Tensor, reduce: Reduce) -> dict[str, float]:
+    """Mean true reward of each task of a mix; NaN where a step has no response of it.
+
+    Args:
+        tasks: their names.
+        task_B: whose each response is.
+        true_B: true return, NaN where unknown.
+        reduce: sums over processes.
+    """
+    means = Means()
+    for name in tasks:
+        own_B = torch.tensor([owner == name for owner in task_B], device=true_B.device)
+        means.add(f"reward/true/{name}", true_B[own_B & true_B.isfinite()])
+    return means.result(reduce)
+
+
+def rollout_figures(rollout: Rollout, sampled: int, reduce: Reduce) -> dict[str, float]:
+    """How much a step trains on; `sampled` responses were drawn for it, those that were replaced included."""
+    tokens, responses, drawn = reduce(
+        torch.tensor([float(rollout.mask_BT.sum()), len(rollout), sampled], dtype=torch.float64)
+    ).tolist()
+    return {
+        "rollout/sampled": drawn,
+        "rollout/tokens": tokens,
+        "rollout/length": tokens / responses,
+        "rollout/truncated": float(rollout.truncated_B.float().mean()),
+    }
 
 
 def _ordered_pairs(observed_B: Tensor, true_B: Tensor, groups_B: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dvpo.config import Config
 from dvpo.errors import InputError
 from dvpo.sampling import ChatEncoder
 from dvpo.tasks import Example
@@ -49,3 +50,24 @@ class Privilege:
 
     def _tokens(self, value: Any) -> list[int]:
         return [] if value is None else self.encoder.plain(f"{value}\n")
+
+
+def open_privilege(
+    config: Config,
+    encoder: ChatEncoder,
+    examples: Sequence[Example],
+    prompt_tokens: Mapping[str, Sequence[int]],
+    room: int,
+) -> Privilege | None:
+    """What the critic of a run alone reads; None where it reads what the policy reads.
+
+    Args:
+        config: names the column.
+        encoder: tokenises it.
+        examples: the training examples.
+        prompt_tokens: of each.
+        room: tokens that a response leaves of the model's context.
+    """
+    if config.critic.privileged is None:
+        return None
+    return Privilege(config.critic.privileged, encoder, examples, room - max(map(len, prompt_tokens.values())))

@@ -57,7 +57,7 @@ class RunProgress:
             self.console.print(f"{self.name} step {step}/{self.steps}  {text}  {left:.0f} s left", soft_wrap=True)
 
     def on_evaluation(self, step: int, figures: dict[str, float]) -> None:
-        splits = [name.split("/")[1] for name in figures if name.endswith("/accuracy")]
+        splits = [name[len("eval/") : -len("/accuracy")] for name in figures if name.endswith("/accuracy")]
         if splits:
             text = ", ".join(_result(split, figures) for split in splits)
             self.console.print(f"{self.name} step {step}/{self.steps}  held-out accuracy (%) {text}", soft_wrap=True)

@@ -8,6 +8,9 @@ from yaml.nodes import MappingNode
 MOST_VALUES = 100_000
 """Aliases can make a few lines stand for billions of values."""
 
+LONGEST_REASON = 300
+"""Characters; a reason may quote a key of any length."""
+
 
 class _Loader(yaml.SafeLoader):
     """The safe loader, without its habit of taking the last of two equal keys."""
@@ -60,4 +63,4 @@ def problem(error: yaml.YAMLError) -> str:
     """What is wrong, in a few words: ` at line 3 (the key 'seed' stands there twice)`."""
     mark, said = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
     line = f" at line {mark.line + 1}" if mark else ""
-    return f"{line} ({' '.join(said.split())})" if said else line
+    return f"{line} ({' '.join(said.split())[:LONGEST_REASON]})" if said else line

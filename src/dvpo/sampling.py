@@ -361,7 +361,8 @@ def collate(episodes: Sequence[Episode], scores: Mapping[str, Tensor], pad_id: i
 
     Args:
         episodes: finished episodes, every one with at least one policy token.
-        scores: the fields `rewards_BT`, `rewarded_B`, `observed_B`, `true_B` of the rollout.
+        scores: the fields `rewards_BT`, `rewarded_B`, `observed_B`, `true_B` of the rollout; the first may be wider
+            than the longest response.
         pad_id: fills padded places.
         policy_version: optimiser steps that the policy had seen.
     """
@@ -381,7 +382,7 @@ def collate(episodes: Sequence[Episode], scores: Mapping[str, Tensor], pad_id: i
         hints_BH=torch.zeros(len(episodes), 0, dtype=torch.long),
         terminated_B=terminated_B,
         truncated_B=~terminated_B,
-        rewards_BT=scores["rewards_BT"],
+        rewards_BT=scores["rewards_BT"][:, :width],
         rewarded_B=scores["rewarded_B"],
         observed_B=scores["observed_B"],
         true_B=scores["true_B"],

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dvpo.config import Config
 from dvpo.errors import InputError
@@ -30,6 +32,39 @@ class Scored:
     faults: list[Fault]
     believed: Columns
     """The columns as whoever observes the rewards knows them: with the answers of pseudo-labels, right or wrong."""
+
+    def select(self, rows: Sequence[int]) -> "Scored":
+        """The given rows, in that order; faults keep their old indices."""
+        index = torch.tensor(rows)
+        fields = {name: values[index] for name, values in self.fields.items()}
+        return Scored(fields, self.faults, {name: [values[i] for i in rows] for name, values in self.believed.items()})
+
+
+def join(parts: Sequence[Scored]) -> Scored:
+    """Several lots of episodes as one, in that order; a fault's index counts through all of them."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(part.fields["rewards_BT"].shape[1] for part in parts)
+    sizes = [len(part.fields["rewarded_B"]) for part in parts]
+    firsts = list(accumulate(sizes, initial=0))[:-1]
+
+    def field(name: str) -> Tensor:
+        lots = [part.fields[name] for part in parts]
+        return torch.cat([pad(lot, (0, width - lot.shape[1])) if name.endswith("_BT") else lot for lot in lots])
+
+    def column(name: str) -> list[Any]:
+        lots = [part.believed.get(name, [None] * size) for part, size in zip(parts, sizes, strict=True)]
+        return [value for lot in lots for value in lot]
+
+    return Scored(
+        fields={name: field(name) for name in parts[0].fields},
+        faults=[
+            fault if fault.index is None else replace(fault, index=first + fault.index)
+            for part, first in zip(parts, firsts, strict=True)
+            for fault in part.faults
+        ],
+        believed={name: column(name) for name in sorted({name for part in parts for name in part.believed})},
+    )
 
 
 class Scorer:

@@ -3,7 +3,8 @@
 A row is read from the run's own folder, so it is the same whether the run was killed on the way or not. Fields:
 
     task, noise, algorithm, seed    the cell
-    id_before, ood_before           true greedy accuracy on the held-out splits before training, in [0, 1]
+    id_before, ood_before           true greedy accuracy on the held-out splits before training, in [0, 1]; of a mix
+                                    the mean over its tasks
     id_true, ood_true               the same after the last step
     peak_true                       the highest ID accuracy of the curve
     curve                           [[step, id, ood], ...], one entry an evaluation
@@ -18,6 +19,7 @@ What does not exist (a split, a truth, a critic) is null.
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -49,9 +51,7 @@ def result_row(cell: Cell) -> Row:
     for row in read_rows(cell.folder / "metrics.jsonl"):
         kind = evaluations if any(name.startswith("eval/") for name in row) else steps
         kind[row["step"]] = row
-    curve = [
-        [step, row.get("eval/id/accuracy"), row.get("eval/ood/accuracy")] for step, row in sorted(evaluations.items())
-    ]
+    curve = [[step, _accuracy(row, "id"), _accuracy(row, "ood")] for step, row in sorted(evaluations.items())]
     if not curve or curve[0][0] != 0 or curve[-1][0] != cell.config.steps:
         raise InputError(f"{cell.folder} lacks an evaluation at its start or end: remove it and run the cell again")
     machine, commit = _machine_and_commit(cell.folder)
@@ -72,6 +72,13 @@ def result_row(cell: Cell) -> Row:
         "config_hash": cell.config_hash,
         "commit": commit,
     }
+
+
+def _accuracy(evaluation: Row, split: str) -> float | None:
+    """Of the split of that name, or the mean over those of a mix's tasks."""
+    ending = f"/{split}/accuracy"
+    known = [value for name, value in evaluation.items() if name.endswith(ending) and value is not None]
+    return math.fsum(known) / len(known) if known else None
 
 
 def _late_correlation(steps: Mapping[int, Row], last: int) -> float | None:

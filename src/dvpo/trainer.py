@@ -1,12 +1,13 @@
-"""The loop a reader came for: sample -> score -> estimate -> update -> log.
+"""The loop a reader came for: collect -> estimate -> update -> log.
 
 The trainer does not know the algorithms: a row of `dvpo.algorithms` says how advantages and targets are made and what
 the losses are. Two modules, two optimisers, two clip norms: a critic's gradient never shrinks the policy's update.
 All denominators are those of the optimiser step's whole batch, so nothing depends on the micro-batch.
 """
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,42 +19,37 @@ from transformers import set_seed
 from dvpo.alarms import Alarms
 from dvpo.algorithms import find_algorithm
 from dvpo.batch import Estimates, Rollout
-from dvpo.checkpoint import (
-    Checkpointer,
-    RNGState,
-    load_state,
-    restore,
-    state_of,
-)
+from dvpo.checkpoint import Checkpointer, RNGState, load_state, restore, state_of
+from dvpo.collect import Collected, Collector
 from dvpo.config import Config, to_yaml
 from dvpo.core.losses import aggregation_weights, kl_estimate
 from dvpo.core.masks import token_count, whiten
 from dvpo.core.returns import gae
 from dvpo.critic import load_critic, make_critic
-from dvpo.data import PromptStream
+from dvpo.data import open_prompts
 from dvpo.distributed import all_reduce_sum, barrier, init_from_env, is_main, world_size
 from dvpo.errors import InputError, RunStoppedError
 from dvpo.estimates import Signals, overlong_penalties, shape_rewards
 from dvpo.evaluate import Evaluation, evaluate
-from dvpo.faults import fault_figures, fault_rows, refuse_broken_reward, sample_row, stop_at_faults
-from dvpo.metrics import Means, critic_figures, reward_figures
+from dvpo.faults import fault_figures, refuse_broken_reward, stop_at_faults
+from dvpo.kl import KLController
+from dvpo.metrics import Means, critic_figures, mean_of, reward_figures, rollout_figures, task_figures
 from dvpo.noise import make_noise
 from dvpo.optimiser import Optimiser
 from dvpo.policy import Policy, choose_device, open_policy
-from dvpo.privilege import Privilege
+from dvpo.privilege import open_privilege
 from dvpo.rates import NO_RATES, open_rates
 from dvpo.replay import Replay
 from dvpo.resume import find_checkpoint
-from dvpo.rewards import Fault
 from dvpo.runlog import RunLog, refuse_used_folder
-from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, collate, fit_prompts, play
+from dvpo.sampling import ChatEncoder, HuggingFaceSampler, collate, fit_prompts
 from dvpo.scoring import Scorer, open_reward
 from dvpo.seeding import derive_seed
 from dvpo.skips import Skips
-from dvpo.tasks import Example, Task, make_task
+from dvpo.tasks import Task, make_task
+from dvpo.tasks.mixture import COLUMN, Mixture, held_out
 from dvpo.warmstart import warm_start
 
-SPLITS = ("id", "ood")
 REPLAY_FIGURES = ("loss", "skipped_updates")
 """Of the critic's update, logged for the replay apart: under `critic/` stands the step's own batch."""
 
@@ -108,37 +104,42 @@ class Trainer:
         self.scorer = Scorer(self.task, self.reward, make_noise(config.noise, config.seed, train))
         source = starting_model(config)
         self.policy = self._open_start(source) if checkpoint is None else self._open(checkpoint / "policy")
-        self.encoder = ChatEncoder(self.policy.tokenizer)
-        self.prompt_tokens = fit_prompts(train, self.encoder, config.sampling, self.policy.context_length)
+        encoder = ChatEncoder(self.policy.tokenizer)
+        prompt_tokens = fit_prompts(train, encoder, config.sampling, self.policy.context_length)
+        train = [example for example in train if example.id in prompt_tokens]
         self.reference = self._open_start(source) if config.actor.kl.coef else None
-        self.privilege = self._open_privilege(train) if self.row.has_critic else None
+        room = self.policy.context_length - config.sampling.max_completion_length
+        self.privilege = open_privilege(config, encoder, train, prompt_tokens, room) if self.row.has_critic else None
         self.critic = None
-        if self.row.critic != "none":
-            if checkpoint is None:
-                self.critic = make_critic(self.row.critic, config.critic, self.policy)
-            else:
-                self.critic = load_critic(
-                    checkpoint / "critic", self.device, self.policy.dtype, config.model.gradient_checkpointing
-                )
+        if self.row.critic != "none" and checkpoint is None:
+            self.critic = make_critic(self.row.critic, config.critic, self.policy)
+        elif self.row.critic != "none" and checkpoint is not None:
+            how = (self.device, self.policy.dtype, config.model.gradient_checkpointing)
+            self.critic = load_critic(checkpoint / "critic", *how)
 
-        self.prompts = PromptStream([e for e in train if e.id in self.prompt_tokens], config.seed)
-        self.rates = open_rates(config, self.task, self.prompts.examples)
+        self.prompts = open_prompts(self.task, train, config.seed)
+        self.rates = open_rates(config, self.task, train)
         self.policy_optimiser = Optimiser(self.policy.model, config.policy_optimiser, config.steps)
         self.critic_optimiser = Optimiser(self.critic, config.critic_optimiser, config.steps) if self.critic else None
-        self.sampler = HuggingFaceSampler(self.policy, config.sampling)
+        sampler = HuggingFaceSampler(self.policy, config.sampling)
+        self.collector = Collector(
+            self.task, self.prompts, prompt_tokens, encoder, sampler, self.scorer, config.sampling, config.seed
+        )
+        self.kl = KLController(config.actor.kl)
         self.step = 0
         self.policy_version = 0
-        self.parts: dict[str, Any] = {"trainer": self, "prompts": self.prompts, "rng": RNGState()}
-        self.parts["policy_optimiser"] = self.policy_optimiser
-        if self.critic_optimiser:
-            self.parts["critic_optimiser"] = self.critic_optimiser
-        if self.rates:
-            self.parts["rates"] = self.rates
         self.replay = Replay(config.critic.replay if self.critic else 0)
-        if config.critic.replay:
-            self.parts["replay"] = self.replay
-        self.skips = self.parts["skips"] = Skips(self.folder, config.update.max_skipped)
-        self.alarms = self.parts["alarms"] = Alarms(config.alarms)
+        self.skips, self.alarms = Skips(self.folder, config.update.max_skipped), Alarms(config.alarms)
+        self.parts: dict[str, Any] = {"trainer": self, "prompts": self.prompts, "rng": RNGState()}
+        optional = {
+            "policy_optimiser": self.policy_optimiser,
+            "critic_optimiser": self.critic_optimiser,
+            "rates": self.rates,
+            "kl": self.kl if self.kl.adaptive else None,
+            "replay": self.replay if config.critic.replay else None,
+        }
+        self.parts |= {"skips": self.skips, "alarms": self.alarms}
+        self.parts |= {name: part for name, part in optional.items() if part is not None}
         if checkpoint is not None:
             restore(self.parts, load_state(checkpoint))
 
@@ -183,35 +184,38 @@ class Trainer:
         return evaluations
 
     def train_step(self) -> dict[str, float]:
-        """One step: sample, score, estimate, update, log."""
+        """One step: collect, estimate, update, log."""
         started = time.perf_counter()
         self.step += 1
-        episodes = self.sample()
-        sampled = time.perf_counter()
-        rollout, faults = self.score(episodes)
-        self.log.faults(self.step, fault_rows(faults, episodes))
+        rollout, collected = self.collect()
+        faults, sampled = collected.scored.faults, len(collected.sampled)
+        self.log.faults(self.step, collected.faults())
         if self.step == 1:
-            refuse_broken_reward(faults, len(episodes))
-        stop_at_faults(faults, len(episodes), self.step, self.config.reward)
+            refuse_broken_reward(faults, sampled)
+        stop_at_faults(faults, sampled, self.step, self.config.reward)
         scored = time.perf_counter()
         estimates, figures = self.estimate(rollout)
         figures |= self.update(rollout, estimates) | self.update_from_replay()
+        self.kl.observe(figures.get("actor/kl_sampled", math.nan), len(rollout))
         self.replay.add(rollout)
         ended = time.perf_counter()
-        tokens = float(all_reduce_sum(rollout.mask_BT.sum()))
+        figures |= rollout_figures(rollout, len(collected.sampled), all_reduce_sum)
+        if isinstance(self.task, Mixture):
+            tasks = [episode.example.columns[COLUMN] for episode in collected.episodes]
+            figures |= task_figures(self.task.parts, tasks, rollout.true_B, all_reduce_sum)
         figures |= {
-            "rollout/tokens": tokens,
-            "rollout/length": tokens / float(all_reduce_sum(torch.tensor(len(rollout)))),
-            "rollout/truncated": float(rollout.truncated_B.float().mean()),
             **fault_figures(faults),
-            "time/sample": sampled - started,
-            "time/score": scored - sampled,
+            "time/sample": collected.seconds,
+            "time/score": scored - started - collected.seconds,
             "time/update": ended - scored,
             "time/step": ended - started,
-            "time/tokens_per_second": tokens / (ended - started),
+            "time/tokens_per_second": figures["rollout/tokens"] / (ended - started),
         }
         figures |= self.alarms.on_step(self.step, figures, self.log.faults)
-        self._write_log(episodes, rollout, figures)
+        self.log.metrics(self.step, figures)
+        self.log.completions(self.step, collected.completions(self.config.log.completions))
+        if self.observer:
+            self.observer.on_step(self.step, figures)
         return figures
 
     def close(self) -> None:
@@ -220,42 +224,30 @@ class Trainer:
         if self.reward is not None:
             self.reward.close()
 
-    # Sample and score
+    # Collect
 
-    def sample(self) -> list[Episode]:
-        """Play `samples_per_prompt` episodes of each of the next prompts."""
-        episodes, environments = [], []
-        for example, visit in self.prompts.next(self.config.sampling.prompts_per_step):
-            for sample in range(self.config.sampling.samples_per_prompt):
-                environment = self.task.environment(example)
-                prompt = environment.reset()
-                unchanged = prompt == example.prompt
-                tokens = self.prompt_tokens[example.id] if unchanged else self.encoder.prompt(prompt)
-                episodes.append(Episode(example, visit, sample, tokens))
-                environments.append(environment)
-        seed = derive_seed(self.config.seed, "sample")
-        play(episodes, environments, self.sampler, self.encoder, self.config.sampling, seed)
-        return episodes
-
-    def score(self, episodes: list[Episode]) -> tuple[Rollout, list[Fault]]:
-        """Give every episode its observed and (where it is known) true reward."""
-        scored = self.scorer(episodes)
-        rollout = collate(episodes, scored.fields, self.policy.pad_id, self.policy_version)
-        if self.rates:
-            self.rates.observe(rollout.prompt_ids, rollout.observed_B, rollout.true_B, all_reduce_sum)
+    def collect(self) -> tuple[Rollout, Collected]:
+        """The responses of the next prompts, each with its observed and (where it is known) true reward."""
+        collected = self.collector.collect()
+        if self.rates:  # of all that was sampled: what was kept is chosen by its rewards
+            fields = collected.scored.fields
+            prompt_ids = [episode.example.id for episode in collected.sampled]
+            self.rates.observe(prompt_ids, fields["observed_B"], fields["true_B"], all_reduce_sum)
+        scored = collected.scored.select(collected.kept)
+        rollout = collate(collected.episodes, scored.fields, self.policy.pad_id, self.policy_version)
         if self.privilege is not None:
             rollout = replace(rollout, hints_BH=self.privilege.hints(scored.believed))
         rollout = rollout.to(self.device)
         if self.critic is not None and self.config.critic.features:
             rollout = replace(rollout, entropies_BT=self._token_figures(self.policy, rollout)[1])
-        return rollout, scored.faults
+        return rollout, collected
 
     # Estimate
 
     @torch.no_grad()
     def estimate(self, rollout: Rollout) -> tuple[Estimates, dict[str, float]]:
         """Values, advantages and targets, once a step and before any update."""
-        settings, kl = self.config.advantage, self.config.actor.kl
+        settings = self.config.advantage
         keep_B = torch.ones_like(rollout.rewarded_B)
         if settings.truncation == "mask":
             keep_B &= ~rollout.truncated_B
@@ -266,21 +258,13 @@ class Trainer:
         counted_B = rollout.rewarded_B & keep_B
         rates = self.rates.rates() if self.rates else NO_RATES
         penalties_B = self._overlong_penalties(rollout)
-        shaped_BT = shape_rewards(
-            rollout.rewards_BT,
-            rollout.mask_BT,
-            groups_B,
-            counted_B,
-            self.config.reward,
-            all_reduce_sum,
-            rates,
-            penalties_B,
-        )
+        given = (rollout.rewards_BT, rollout.mask_BT, groups_B, counted_B)
+        shaped_BT = shape_rewards(*given, self.config.reward, all_reduce_sum, rates, penalties_B)
         rewards_BT = shaped_BT * mask_BT
         zeros_BT = torch.zeros_like(rewards_BT)
         reference_BT = self._token_figures(self.reference, rollout)[0] if self.reference else zeros_BT
-        if kl.place == "reward":
-            rewards_BT = rewards_BT - kl.coef * (rollout.sampler_logprobs_BT - reference_BT) * mask_BT
+        if self.config.actor.kl.place == "reward":
+            rewards_BT = rewards_BT - self.kl.coef * (rollout.sampler_logprobs_BT - reference_BT) * mask_BT
 
         values_BTNM, bootstrap_BNM = self._values(rollout)
         if settings.truncation != "bootstrap":
@@ -303,12 +287,13 @@ class Trainer:
             advantages_BT = whiten(advantages_BT, mask_BT, all_reduce_sum)
         figures = reward_figures(rollout.observed_B, rollout.true_B, rollout.rewarded_B, groups_B, all_reduce_sum)
         figures["actor/advantage_std"] = spread
+        if self.kl.adaptive:
+            gaps_K = kl_estimate(rollout.sampler_logprobs_BT[mask_BT], reference_BT[mask_BT], "k3")
+            figures |= {"actor/kl_sampled": mean_of(gaps_K, all_reduce_sum), "actor/kl_coef": self.kl.coef}
         if self.rates:
             figures |= self.rates.figures()
         if penalties_B is not None:
-            means = Means()
-            means.add("reward/overlong", penalties_B)
-            figures |= means.result(all_reduce_sum)
+            figures["reward/overlong"] = mean_of(penalties_B, all_reduce_sum)
         if self.critic is not None:
             seen_BT = rollout.mask_BT & rollout.rewarded_B.unsqueeze(-1)
             _, returns_BT = gae(shaped_BT, zeros_BT, rollout.mask_BT, settings.gamma, lam=1.0)
@@ -421,7 +406,7 @@ class Trainer:
                 reference_K = estimates.reference_BT[at][mask_BT]
                 penalty_K = kl_estimate(logprobs_K, reference_K, actor.kl.estimator)
                 if actor.kl.place == "loss":
-                    loss_K = loss_K + actor.kl.coef * penalty_K
+                    loss_K = loss_K + self.kl.coef * penalty_K
                 means.add("actor/kl_reference", kl_estimate(logprobs_K.detach(), reference_K, "k3"))
             loss_K = loss_K - actor.entropy_coef * entropies_K
             part = (weights_BT[at][mask_BT] * loss_K).sum() / denominator
@@ -471,27 +456,20 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Evaluate on the held-out splits; logs and returns `eval/<split>/<figure>`."""
         figures: dict[str, float] = {}
-        for split in SPLITS:
-            result = self.evaluate_split(split)
-            if result is None:
-                continue
-            figures |= {f"eval/{split}/{name}": value for name, value in result.summary.items()}
+        for split in held_out(self.task):
+            summary = self.evaluate_split(split).summary
+            figures |= {f"eval/{split}/{name}": value for name, value in summary.items()}
         self.log.metrics(self.step, figures)
         self.alarms.on_evaluation(self.step, figures, self.log.faults)
         if self.observer:
             self.observer.on_evaluation(self.step, figures)
         return figures
 
-    def evaluate_split(self, split: str) -> Evaluation | None:
-        """Evaluate on the first `evaluation.prompts` examples of a split; None if it has none."""
-        settings = self.config.evaluation
-        examples = self.task.split(split)[: settings.prompts]
-        if not examples:
-            return None
-        sampling = self.config.sampling
-        return evaluate(
-            self.policy, self.task, examples, self.scorer.judge, sampling, settings.samples, self.config.seed
-        )
+    def evaluate_split(self, split: str) -> Evaluation:
+        """Evaluate on the first `evaluation.prompts` examples of a split."""
+        config, examples = self.config, self.task.split(split)[: self.config.evaluation.prompts]
+        judge, samples = self.scorer.judge, config.evaluation.samples
+        return evaluate(self.policy, self.task, examples, judge, config.sampling, samples, config.seed)
 
     def save(self) -> None:
         """Write `checkpoint-<step>`, unless a weight is NaN or infinite: a sound one must not make room for it."""
@@ -513,17 +491,6 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.policy_version = state["step"], state["policy_version"]
 
-    def _write_log(self, episodes: list[Episode], rollout: Rollout, figures: dict[str, float]) -> None:
-        self.log.metrics(self.step, figures)
-        observed, true = rollout.observed_B.tolist(), rollout.true_B.tolist()
-        texts = [
-            {**sample_row(episode), "observed": observed[i], "true": true[i]}
-            for i, episode in enumerate(episodes[: self.config.log.completions])
-        ]
-        self.log.completions(self.step, texts)
-        if self.observer:
-            self.observer.on_step(self.step, figures)
-
     # Set-up
 
     def _open_start(self, source: str | Path) -> Policy:
@@ -534,15 +501,6 @@ class Trainer:
     def _open(self, source: str | Path, weights: Literal["pretrained", "random"] = "pretrained") -> Policy:
         model = self.config.model
         return open_policy(source, self.device, model.dtype, model.gradient_checkpointing, weights)
-
-    def _open_privilege(self, train: Sequence[Example]) -> Privilege | None:
-        """What the critic alone reads; None where it reads what the policy reads."""
-        if self.config.critic.privileged is None:
-            return None
-        longest = max(map(len, self.prompt_tokens.values()))
-        room = self.policy.context_length - longest - self.config.sampling.max_completion_length
-        kept = [e for e in train if e.id in self.prompt_tokens]
-        return Privilege(self.config.critic.privileged, self.encoder, kept, room)
 
 
 def states(hidden_BSD: Tensor, rollout: Rollout) -> Tensor:

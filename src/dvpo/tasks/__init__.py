@@ -106,7 +106,7 @@ class HasFinalAnswer(Task, Protocol):
 
 
 def make_task(settings: Any) -> Task:
-    """The task that a config's `task` section names: an embedded one, `files`, or `my_module:make_task`.
+    """The task that a config's `task` section names: an embedded one, `files`, `mix`, or `my_module:make_task`.
 
     The last is called with the section.
 
@@ -125,6 +125,10 @@ def make_task(settings: Any) -> Task:
         from dvpo.tasks.dialogue import SlotFilling
 
         return SlotFilling()
+    if settings.name == "mix":
+        from dvpo.tasks.mixture import Mixture
+
+        return Mixture([make_task(part) for part in settings.mix], [part.weight for part in settings.mix])
     if settings.name == "files":
         from dvpo.tasks.files import FilesTask
 
@@ -140,7 +144,7 @@ def make_task(settings: Any) -> Task:
     module, colon, attribute = settings.name.partition(":")
     if not colon:
         raise InputError(
-            f"task.name = {settings.name} is unknown: take math, science, dialogue, files, or my_module:make_task"
+            f"task.name = {settings.name} is unknown: take math, science, dialogue, files, mix, or my_module:make_task"
         )
     try:
         task = getattr(importlib.import_module(module), attribute)(settings)

@@ -30,7 +30,6 @@ The domains are the paper's five, too: three are seen in training, two only in t
 and coded so that a byte-level model of 165,000 parameters with 512 positions can learn it.
 """
 
-import random
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -38,12 +37,12 @@ from typing import Any, Literal, NamedTuple
 from dvpo.errors import InputError
 from dvpo.tasks import Environment, Example, Message, Prompt, Reward, Step
 from dvpo.tasks.dialogue_goals import SEEN, UNSEEN, Domain, Goal, draw_goal
+from dvpo.tasks.splits import draw_split
 
-DIALOGUE_VERSION = 1
+DIALOGUE_VERSION = 2
 """Raised when goals, user, grammar or demonstrations change, so that no cached warm start outlives its task."""
 
 MOST_TURNS = 6
-MOST_GOALS = 50_000
 
 Payment = Literal["mean", "gcr", "turns"]
 """`mean`: (TCR + ACR + GCR) / 3 at the end. `gcr`: GCR at the end. `turns`: as `mean`, but the ACR's third is paid slot
@@ -292,12 +291,4 @@ def as_example(goal: Goal) -> Example:
 
 def draw_goals(count: int, domains: Mapping[str, Domain], held_out: bool, seed: str) -> tuple[Goal, ...]:
     """Draw `count` different goals, held out or not."""
-    if not 0 <= count <= MOST_GOALS:
-        raise InputError(f"the dialogue task's split of {count} goals must have 0 to {MOST_GOALS}: choose another size")
-    rng = random.Random(seed)
-    goals: dict[str, Goal] = {}
-    while len(goals) < count:
-        goal = draw_goal(domains, rng)
-        if goal.held_out == held_out:
-            goals[goal.id] = goal
-    return tuple(goals.values())
+    return draw_split(lambda rng: draw_goal(domains, rng), count, held_out, seed, "dialogue")

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
-from dvpo.errors import InputError
 from dvpo.tasks import Environment, Example, Prompt, Reward, SingleTurn
+from dvpo.tasks.splits import draw_split
 
 TASK_VERSION = 1
 """Raised when questions, flaws or the written form change, so that no cached warm start outlives its task."""
 
 LARGEST = 99
-MOST_QUESTIONS = 50_000
 FLAWED_SHARE = 0.4
 FLAW_PROBABILITIES = (0.35, 0.85)
 HELD_OUT_SHARE = 0.25
@@ -187,21 +186,12 @@ class ChainArithmetic:
 
 def draw_examples(count: int, operations: tuple[int, int], held_out: bool, seed: str) -> tuple[Example, ...]:
     """Draw `count` different questions, held out or not, with operations in the inclusive range."""
-    if not 0 <= count <= MOST_QUESTIONS:
-        raise InputError(
-            f"the math task's split of {count} questions must have 0 to {MOST_QUESTIONS}: choose another size"
-        )
-    rng = random.Random(seed)
-    questions: dict[str, Question] = {}
-    while len(questions) < count:
-        question = Question.draw(rng.randint(*operations), rng)
-        if question.held_out == held_out:
-            questions[question.id] = question
+    questions = draw_split(lambda rng: Question.draw(rng.randint(*operations), rng), count, held_out, seed, "math")
     return tuple(
         Example(
-            id=question_id,
+            id=question.id,
             prompt=[{"role": "user", "content": question.text}],
             columns={"answer": question.answer, "operations": len(question.operands)},
         )
-        for question_id, question in questions.items()
+        for question in questions
     )

@@ -10,9 +10,9 @@ What is held out are *compositions*, not facts, for nobody can guess a fact neve
 | `law`        | `gas n=2 T=3e2 V=1e-2 P?`, in SI | all target variables but one       | the other one   |
 | `order`      | `Fe,Al by density?`              | pairs                              | triples         |
 
-The answer is short (numbers within 1%), or one of four options (` A 2.13e2 B 21.3 ...`: the letter), each wrong
-option being where one mistaken fact leads. Formulae are drawn, not looked up: most exist in no bottle, but each
-has a molar mass.
+The answer is short (numbers within 1%), or the letter of one of four options (`7ft to cm? 2.13e3:A 2.13e2:B ...`),
+each wrong one being where one mistaken fact leads; the working then ends in the option chosen, `...cm;2.13e2:B#B`.
+Formulae are drawn, not looked up: most exist in no bottle, but each has a molar mass.
 
 As in `dvpo.tasks.math`, the demonstrator is wrong in a *systematic* way: some facts are mislearnt, each with its own
 wrong value and its own frequency. So imitation errs, yet knows the right value, and a repaired fact is repaired in
@@ -26,16 +26,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dvpo.errors import InputError
 from dvpo.seeding import derive_uniform
 from dvpo.tasks import Environment, Example, Prompt, Reward, SingleTurn
 from dvpo.tasks.science_facts import NUMBERS, Recall, believing
 from dvpo.tasks.science_problems import KINDS, Problem
+from dvpo.tasks.splits import draw_split
 
-TASK_VERSION = 1
+TASK_VERSION = 2
 """Raised when questions, flaws or the written form change, so that no cached warm start outlives its task."""
 
-MOST_QUESTIONS = 50_000
 HELD_OUT_SHARE = 0.25
 OPTIONS_SHARE = 0.5
 FLAWED_SHARE = 0.5
@@ -84,8 +83,10 @@ class Question:
 
     @property
     def text(self) -> str:
+        # The letter stands behind its option, so that to find the one is to read the other: small models never learn
+        # to look ahead of a match for what stands before it.
         labelled = zip(LETTERS, self.options, strict=False)
-        return self.problem.text + "".join(f" {letter} {option}" for letter, option in labelled)
+        return self.problem.text + "".join(f" {option}:{letter}" for letter, option in labelled)
 
     @property
     def answer(self) -> str:
@@ -187,7 +188,10 @@ class Demonstration(NamedTuple):
 def solve(question: Question, recall: Recall) -> str:
     """Write out the solution of somebody who recalls facts in this way."""
     steps, result = question.problem.work(recall)
-    return f"{steps}#{question.choose(result) if question.options else result}"
+    if not question.options:
+        return f"{steps}#{result}"
+    letter = question.choose(result)
+    return f"{steps}{question.options[LETTERS.index(letter)]}:{letter}#{letter}"
 
 
 def demonstrate(question: Question, rng: random.Random) -> Demonstration:
@@ -220,7 +224,7 @@ class Science:
     """
 
     name = "science"
-    max_completion_length = 56
+    max_completion_length = 64
     """Tokens that the longest right solution needs, end token included."""
 
     def __init__(self, train: int = 4096, id: int = 256, ood: int = 256, seed: int = 0) -> None:
@@ -257,21 +261,12 @@ class Science:
 
 def draw_examples(count: int, ood: bool, held_out: bool, seed: str) -> tuple[Example, ...]:
     """Draw `count` different questions, held out or not."""
-    if not 0 <= count <= MOST_QUESTIONS:
-        raise InputError(
-            f"the science task's split of {count} questions must have 0 to {MOST_QUESTIONS}: choose another size"
-        )
-    rng = random.Random(seed)
-    questions: dict[str, Question] = {}
-    while len(questions) < count:
-        question = Question.draw(rng, ood)
-        if question.held_out == held_out:
-            questions[question.id] = question
+    questions = draw_split(lambda rng: Question.draw(rng, ood), count, held_out, seed, "science")
     return tuple(
         Example(
-            id=question_id,
+            id=question.id,
             prompt=[{"role": "user", "content": question.text}],
             columns={"answer": question.answer, "kind": question.problem.kind},
         )
-        for question_id, question in questions.items()
+        for question in questions
     )

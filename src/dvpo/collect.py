@@ -1,0 +1,134 @@
+"""The responses of a step: sampled, scored, and groups without signal replaced by others (dynamic sampling)."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dvpo.config import SamplingConfig
+from dvpo.data import MixedPrompts, PromptStream
+from dvpo.metrics import SAME
+from dvpo.sampling import ChatEncoder, Episode, Sampler, play
+from dvpo.scoring import Scored, Scorer, join
+from dvpo.seeding import derive_seed
+from dvpo.tasks import Task
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Everything that a step sampled, and which of it the step trains on."""
+
+    sampled: list[Episode]
+    """Groups one after the other; those that were replaced are among them."""
+    scored: Scored
+    """Of all that was sampled."""
+    kept: list[int]
+    """Rows of the above, group by group."""
+    seconds: float
+    """Spent on sampling."""
+
+    @property
+    def episodes(self) -> list[Episode]:
+        return [self.sampled[row] for row in self.kept]
+
+    def completions(self, count: int) -> list[dict[str, Any]]:
+        """The first responses of the step, as the log shows them."""
+        observed, true = self.scored.fields["observed_B"], self.scored.fields["true_B"]
+        return [
+            {**_record(self.sampled[row]), "observed": float(observed[row]), "true": float(true[row])}
+            for row in self.kept[:count]
+        ]
+
+    def faults(self) -> list[dict[str, Any]]:
+        """What went wrong with the rewards of anything sampled, as the log shows it."""
+        return [
+            {
+                "kind": f.kind,
+                "message": f.message,
+                "cured": f.cured,
+                **({} if f.index is None else _record(self.sampled[f.index])),
+            }
+            for f in self.scored.faults
+        ]
+
+
+class Collector:
+    """Draws prompts, plays `samples_per_prompt` episodes of each, scores them.
+
+    A group has signal if at least two of its responses have a reward and their returns are not all equal: without one
+    no baseline of the group gives an advantage. Such a group is replaced by one of the next prompt, in at most
+    `sampling.resample_rounds` rounds; what is without signal then stays, so that a step always has as many responses.
+    A prompt that was drawn counts as visited, whatever became of its group.
+
+    Source: dynamic sampling of DAPO, Yu et al. 2025, arXiv 2503.14476, which goes on until the batch is full.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        prompts: PromptStream | MixedPrompts,
+        prompt_tokens: Mapping[str, list[int]],
+        encoder: ChatEncoder,
+        sampler: Sampler,
+        scorer: Scorer,
+        settings: SamplingConfig,
+        seed: int,
+    ) -> None:
+        self.task, self.prompts, self.prompt_tokens = task, prompts, prompt_tokens
+        self.encoder, self.sampler, self.scorer = encoder, sampler, scorer
+        self.settings, self.seed = settings, derive_seed(seed, "sample")
+
+    def collect(self) -> Collected:
+        """The responses of the next step."""
+        size, seconds = self.settings.samples_per_prompt, 0.0
+        sampled: list[Episode] = []
+        parts: list[Scored] = []
+        groups: list[range] = [range(0)] * self.settings.prompts_per_step
+        silent = list(range(len(groups)))
+        for _ in range(1 + self.settings.resample_rounds):
+            started = time.perf_counter()
+            episodes = self.sample(len(silent))
+            seconds += time.perf_counter() - started
+            parts.append(self.scorer(episodes))
+            for number, place in enumerate(silent):
+                first = len(sampled) + number * size
+                groups[place] = range(first, first + size)
+            observed = parts[-1].fields["observed_B"].split(size)
+            silent = [place for place, rewards in zip(silent, observed, strict=True) if not has_signal(rewards)]
+            sampled += episodes
+            if not silent:
+                break
+        return Collected(sampled, join(parts), [row for group in groups for row in group], seconds)
+
+    def sample(self, count: int) -> list[Episode]:
+        """Play `samples_per_prompt` episodes of each of the next `count` prompts."""
+        episodes, environments = [], []
+        for example, visit in self.prompts.next(count):
+            for sample in range(self.settings.samples_per_prompt):
+                environment = self.task.environment(example)
+                prompt = environment.reset()
+                unchanged = prompt == example.prompt
+                tokens = self.prompt_tokens[example.id] if unchanged else self.encoder.prompt(prompt)
+                episodes.append(Episode(example, visit, sample, tokens))
+                environments.append(environment)
+        play(episodes, environments, self.sampler, self.encoder, self.settings, self.seed)
+        return episodes
+
+
+def has_signal(observed_B: Tensor) -> bool:
+    """Whether the observed returns of a group, NaN where missing, tell one response from another."""
+    seen_B = observed_B[observed_B.isfinite()]
+    return len(seen_B) > 1 and float(seen_B.max() - seen_B.min()) >= SAME
+
+
+def _record(episode: Episode) -> dict[str, Any]:
+    """A sample as the log shows it."""
+    return {
+        "prompt_id": episode.example.id,
+        "visit": episode.visit,
+        "sample": episode.sample,
+        "prompt": episode.example.prompt,
+        "completion": episode.text,
+    }
