@@ -32,6 +32,9 @@ faults: $(READY)
 	$(BIN)/python benchmarks/faults/signals.py
 	$(BIN)/python benchmarks/faults/damage.py
 	$(BIN)/python benchmarks/faults/endurance.py
+	$(BIN)/python benchmarks/faults/rewards.py
+	$(BIN)/python benchmarks/faults/nonfinite.py
+	$(BIN)/python benchmarks/faults/fuzz.py
 
 # Does it learn? Five seeds, two algorithms, two settings of the checker dial; about half an hour on 2 cores.
 learns: $(READY)

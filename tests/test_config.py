@@ -137,7 +137,7 @@ def test_every_rows_defaults_are_settings_that_exist():
         ("alpha=0.1", "did you mean critic.alpha?"),
         ("critic.cvar=0.1", "did you mean critic.weights.cvar?"),
         ("actor.warmup_step=3", "did you mean"),
-        ("zzz=1", "the keys here are actor, advantage, algorithm"),
+        ("zzz=1", "the keys here are actor, advantage, alarms, algorithm"),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_near_one_of_its_section_or_of_another(override: str, suggestion: str):
@@ -176,6 +176,11 @@ def test_an_unknown_key_in_a_file_is_refused_like_one_in_an_override(tmp_path: P
         ("algorithm=[dvpo]", "algorithm = ['dvpo'] is not a name"),
         ("critic.alpha", "override 'critic.alpha' has no `key=value` form"),
         ("=3", "override '=3' has no `key=value` form"),
+        ("seed=4294967296", "seed = 4294967296 is not valid: input should be less than 4294967296"),
+        ("alarms.window=1", "alarms.window = 1 shows no spread to hold a change against: take 2 or more"),
+        ("alarms.stop=[klll]", "alarms.stop.0 = 'klll' is not valid: input should be 'entropy', 'kl', 'value'"),
+        ("reward.workers=0", "reward.workers = 0 is not valid"),
+        ("output={a: 1, a: 2}", "the value is not valid YAML at line 1 (the key 'a' stands there twice); quote it"),
         ("sampling.stop=[a", "override 'sampling.stop=[a': the value is not valid YAML"),
         ("seed.x=1", "seed = {'x': 1} is not valid"),
     ],
@@ -199,7 +204,10 @@ def test_an_override_below_a_value_of_the_file_is_refused(tmp_path: Path):
     [
         (b"- a\n- b\n", "holds a list: it must hold `key: value` lines"),
         (b"seed", "holds a str"),
-        (b"seed: 1\ncritic: {alpha: [0.1\n", "is not valid YAML at line 3: mend the syntax"),
+        (
+            b"seed: 1\ncritic: {alpha: [0.1\n",
+            "is not valid YAML at line 3 (expected ',' or ']', but got '<stream end>'): mend",
+        ),
         (b"seed:\t1\n\tsteps: 3\n", "is not valid YAML at line 1"),
         (b"output: \xff\n", "cannot be read (it is not UTF-8 text)"),
         (b"3: 4\n", "unknown config key 3"),

@@ -36,7 +36,7 @@ def optimiser_steps(trainer: Trainer) -> list[str]:
     """Whose optimiser moves, in a list that grows."""
     calls: list[str] = []
     step = trainer._step
-    trainer._step = lambda optimiser, name, means: (calls.append(name), step(optimiser, name, means))
+    trainer._step = lambda optimiser, name, *rest: calls.append(name) or step(optimiser, name, *rest)
     return calls
 
 

@@ -101,7 +101,7 @@ GOOD = {"prompt": "q", "chosen": "a", "rejected": "b"}
     [
         ("", "is empty"),
         ("{", "line 1 is no JSON"),
-        ("[]", "line 1 is no JSON object"),
+        ("[]", "line 1 is \\[\\]; write one JSON object"),
         (json.dumps({"prompt": "q", "chosen": "a"}), "line 1 has no sound 'rejected'"),
         (json.dumps({**GOOD, "prompt": [{"role": "user"}]}), "line 1 has no sound 'prompt'"),
         (json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "rejected": "a"}), "line 2 prefers a completion to itself"),

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from dvpo.errors import InputError
-from dvpo.rewards import GuardedReward, Scores
+from dvpo.rewards import GuardedReward, Scores, _cuts
 
 Guard = Callable[..., GuardedReward]
 
@@ -284,6 +284,255 @@ def test_a_function_that_cannot_be_imported_again_after_a_crash_does_not_end_the
     scores = score(reward, ["a", "b"])
     assert scores.rewards == [None, None]
     assert kinds(scores) == [("worker_died", 0), ("worker_died", 1)]
+
+
+# A pool of workers.
+
+
+def test_workers_share_a_batch_side_by_side_and_a_prompts_completions_stay_together(guard: Guard) -> None:
+    reward = guard(
+        """
+        import os, time
+        def reward(prompts, completions, completion_ids):
+            time.sleep(0.5)
+            return [os.getpid()] * len(prompts)
+        """,
+        workers=3,
+    )
+    reward(["w"] * 3, ["x"] * 3, [[1]] * 3, {})  # the first is started by the check, the others by their first part
+    prompts = ["a", "a", "b", "b", "b", "b", "c"]
+    reward(prompts, prompts, [[1]] * 7, {})
+    start = time.monotonic()
+    pids = reward(prompts, prompts, [[1]] * 7, {}).rewards
+    assert time.monotonic() - start < 1.4  # one after the other would take 1.5
+    assert len(set(pids)) == 3
+    assert pids == [pids[0]] * 2 + [pids[2]] * 4 + [pids[6]]
+
+
+def test_faults_of_several_workers_name_the_samples_of_the_whole_batch(guard: Guard) -> None:
+    reward = guard(
+        """
+        import os
+        def reward(prompts, completions, completion_ids):
+            return [os._exit(1) if c == "dies" else 1 / 0 if c == "raises" else 1.0 for c in completions]
+        """,
+        workers=2,
+    )
+    texts = ["ok", "dies", "ok", "ok", "raises", "ok"]
+    scores = reward([f"prompt {i}" for i in range(6)], texts, [[1]] * 6, {})
+    assert scores.rewards == [1.0, None, 1.0, 1.0, None, 1.0]
+    assert kinds(scores) == [("worker_died", 1), ("exception", 4)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "workers", "expected"),
+    [
+        ("aabbbbc", 3, [0, 2, 6]),  # wanted: 0, 2.3, 4.7
+        ("aaaa", 3, [0]),
+        ("abcd", 2, [0, 2]),
+        ("ab", 5, [0, 1]),
+        ("", 2, []),
+    ],
+)
+def test_where_a_batch_is_cut(prompts: str, workers: int, expected: list[int]) -> None:
+    assert _cuts(list(prompts), workers) == expected
+
+
+def test_an_interrupt_while_workers_are_busy_ends_them_and_the_call_at_once(guard: Guard) -> None:
+    reward = guard(
+        """
+        import time
+        def reward(prompts, completions, completion_ids):
+            time.sleep(60)
+        """,
+        workers=2,
+    )
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    start = time.monotonic()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        with pytest.raises(KeyboardInterrupt):
+            reward(["a", "a", "b", "b"], ["x"] * 4, [[1]] * 4, {})
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - start < 5
+
+
+# Retries.
+
+
+FLAKY = """
+    from pathlib import Path
+    def reward(prompts, completions, completion_ids):
+        calls = Path({folder!r}) / f"{{len(prompts)}}-{{completions[0]}}"
+        calls.write_text(calls.read_text() + "x" if calls.exists() else "x")
+        for c in completions:
+            if c == "never" or c == "third" and (len(prompts) > 1 or len(calls.read_text()) < 3):
+                raise RuntimeError("the judge is busy")
+        return [1.0] * len(prompts)
+"""
+
+
+def test_a_sample_is_tried_again_as_often_as_allowed_and_a_cured_fault_is_on_record(
+    guard: Guard, tmp_path: Path
+) -> None:
+    reward = guard(FLAKY.format(folder=str(tmp_path)), retries=2)
+    scores = score(reward, ["ok", "third", "never"])
+    assert scores.rewards == [1.0, 1.0, None]
+    assert [(f.kind, f.index, f.cured) for f in scores.faults] == [("exception", 1, True), ("exception", 2, False)]
+    assert {p.name: len(p.read_text()) for p in tmp_path.glob("1-*")} == {"1-ok": 1, "1-third": 3, "1-never": 3}
+
+
+def test_a_single_sample_is_not_asked_twice_unless_retries_are_allowed(guard: Guard, tmp_path: Path) -> None:
+    reward = guard(FLAKY.format(folder=str(tmp_path)))
+    assert kinds(score(reward, ["never"])) == [("exception", 0)]
+    assert (tmp_path / "1-never").read_text() == "x"
+
+
+def test_a_fault_that_only_the_batch_shows_is_cured_by_asking_one_by_one(guard: Guard) -> None:
+    reward = guard("""
+        def reward(prompts, completions, completion_ids):
+            assert len(prompts) == 1
+            return [1.0]
+    """)
+    scores = score(reward, ["a", "b"])
+    assert scores.rewards == [1.0, 1.0]
+    assert [(f.kind, f.index, f.cured) for f in scores.faults] == [("exception", None, True)]
+
+
+# Async functions, called for each sample.
+
+
+ASYNC = """
+    import asyncio
+    running, most, tries = 0, 0, {}
+    async def reward(prompts, completions, completion_ids, answer):
+        global running, most
+        assert len(prompts) == len(completions) == len(completion_ids) == len(answer) == 1
+        running += 1
+        most = max(most, running)
+        text = completions[0]
+        tries[text] = tries.get(text, 0) + 1
+        try:
+            await asyncio.sleep(60 if text == "hangs" else 0.1)
+        finally:
+            running -= 1
+        if text == "raises" or text == "twice" and tries[text] < 2:
+            raise RuntimeError("no")
+        if text == "exits":
+            raise SystemExit(3)
+        return {"short": [], "none": None, "inf": [float("inf")]}.get(text, [most])
+"""
+
+
+def test_async_calls_run_side_by_side_up_to_the_bound_each_with_its_own_limit(guard: Guard) -> None:
+    reward = guard(ASYNC, concurrency=3, timeout=0.8)
+    texts = ["ok", "raises", "hangs", "exits", "short", "none", "inf", *["ok"] * 5]
+    start = time.monotonic()
+    scores = score(reward, texts, answer=texts)
+    assert time.monotonic() - start < 3
+    assert scores.rewards[1:7] == [None] * 6
+    assert scores.rewards[-1] == 3.0
+    assert kinds(scores) == [
+        ("exception", 1),
+        ("timeout", 2),
+        ("exception", 3),
+        ("wrong_length", 4),
+        ("wrong_type", 5),
+        ("non_finite", 6),
+    ]
+
+
+def test_async_samples_that_failed_are_tried_again_and_the_others_are_not(guard: Guard) -> None:
+    reward = guard(ASYNC, concurrency=4, retries=1)
+    scores = score(reward, ["ok", "twice", "raises"], answer=["", "", ""])
+    assert scores.rewards == [3.0, 3.0, None]
+    assert [(f.kind, f.index, f.cured) for f in scores.faults] == [("exception", 1, True), ("exception", 2, False)]
+
+
+def test_an_async_function_that_blocks_its_loop_is_killed_and_costs_the_guilty_sample(guard: Guard) -> None:
+    reward = guard(
+        """
+        import time
+        async def reward(prompts, completions, completion_ids):
+            if completions == ["blocks"]:
+                time.sleep(60)
+            return [1.0]
+        """,
+        concurrency=3,
+        timeout=0.3,
+    )
+    scores = score(reward, ["ok", "blocks", "ok"])
+    assert scores.rewards == [1.0, None, 1.0]
+    assert kinds(scores) == [("timeout", 1)]
+
+
+def test_side_by_side_calls_of_a_function_that_is_not_async_are_an_input_error(guard: Guard) -> None:
+    with pytest.raises(InputError, match=r"is no async function, so reward\.concurrency = 2"):
+        guard("def reward(**columns): return [1.0]", concurrency=2)
+
+
+# Floods.
+
+
+def test_a_reply_beyond_all_sense_is_cut_off_and_costs_only_the_guilty_sample(guard: Guard) -> None:
+    reward = guard("""
+        def reward(prompts, completions, completion_ids):
+            return [1.0] * (500_000 if "flood" in completions else len(completions))
+    """)
+    scores = score(reward, ["ok", "flood", "ok"])
+    assert scores.rewards == [1.0, None, 1.0]
+    assert kinds(scores) == [("output_flood", 1)]
+
+
+def test_an_endless_message_of_an_exception_is_cut(guard: Guard) -> None:
+    reward = guard("def reward(**columns): raise ValueError('x' * 10_000_000)")
+    [fault] = score(reward, ["a"]).faults
+    assert (fault.kind, len(fault.message)) == ("exception", 4000)
+
+
+@pytest.mark.parametrize("end", ["return [1.0] * len(prompts)", "while True: print('more ' * 1000)"])
+def test_what_is_printed_is_passed_on_up_to_a_bound_and_never_blocks_the_call(
+    guard: Guard, end: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reward = guard(
+        f"""
+        def reward(prompts, completions, completion_ids):
+            print("seen")
+            print("flood " * 2_000_000)
+            {end}
+        """,
+        timeout=1.5,
+    )
+    scores = score(reward, ["a"])
+    assert kinds(scores) == ([] if "return" in end else [("timeout", 0)])
+    printed = capfd.readouterr().err
+    assert "seen" in printed
+    assert "prints more than is shown" in printed
+    assert len(printed) < 100_000
+
+
+def test_rubbish_in_the_pipe_of_the_replies_ends_the_worker_and_not_the_run(guard: Guard) -> None:
+    reward = guard("""
+        import os
+        def reward(prompts, completions, completion_ids):
+            if completions == ["ok"]:
+                return [1.0]
+            for descriptor in range(3, 12):
+                try:
+                    os.write(descriptor, (2).to_bytes(8, "big") + b"{}")
+                except OSError:
+                    pass
+            return [2.0] * len(completions)
+    """)
+    scores = score(reward, ["bad"])
+    assert scores.rewards == [None]
+    assert kinds(scores) == [("worker_died", 0)]
+    assert score(reward, ["ok"]).rewards == [1.0]
 
 
 # Nothing is left behind.

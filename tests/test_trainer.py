@@ -40,7 +40,7 @@ class WrongDenominator(Trainer):
         for parameter in module.parameters():
             if parameter.grad is not None:
                 parameter.grad /= len(parts)
-        self._step(optimiser, "wrong", means)
+        self._step(optimiser, "wrong", torch.zeros(()), means)
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_sum_fixed_length"])
@@ -123,7 +123,7 @@ def test_epochs_and_minibatches_are_so_many_optimiser_steps_of_either_module(tmp
     trainer = Trainer(run_config(tmp_path / "run", "update.epochs=3", "update.minibatches=2"), task=Parity())
     calls: list[str] = []
     step = trainer._step
-    trainer._step = lambda optimiser, name, means: (calls.append(name), step(optimiser, name, means))
+    trainer._step = lambda optimiser, name, *rest: calls.append(name) or step(optimiser, name, *rest)
     figures = trainer.train_step()
     assert calls == ["critic", "actor"] * 6
     assert trainer.policy_version == 6

@@ -1,8 +1,8 @@
 """The command line: `dvpo demo | train | eval | study | label | reward-model | doctor`.
 
 Exit codes: 0 done, 1 a fault of ours (with its traceback) or a failed run of a study, 2 bad input (one sentence),
-75 interrupted by SIGTERM or SIGINT, and the same command (`train` with `--resume`) goes on; 143 and 130 the same, but
-there is nothing to go on with.
+3 a run that stopped itself (one sentence), 75 interrupted by SIGTERM or SIGINT, and the same command (`train` with
+`--resume`) goes on; 143 and 130 the same, but there is nothing to go on with.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dvpo.errors import InputError
+from dvpo.errors import InputError, RunStoppedError
 from dvpo.interrupt import Interrupted, handled
 
 OVERRIDES = "settings that win over the file, for example critic.alpha=0.05"
@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"dvpo: {error}", file=sys.stderr)  # noqa: T201
         return 2
+    except RunStoppedError as error:
+        print(f"dvpo: the run stopped itself: {error}", file=sys.stderr)  # noqa: T201
+        return 3
     except Interrupted as stop:
         print(f"dvpo: interrupted by {stop}; {arguments.go_on}", file=sys.stderr)  # noqa: T201
         return stop.exit_code

@@ -44,7 +44,12 @@ class Collected:
     def faults(self) -> list[dict[str, Any]]:
         """What went wrong with the rewards of anything sampled, as the log shows it."""
         return [
-            {"kind": f.kind, "message": f.message, **({} if f.index is None else _record(self.sampled[f.index]))}
+            {
+                "kind": f.kind,
+                "message": f.message,
+                "cured": f.cured,
+                **({} if f.index is None else _record(self.sampled[f.index])),
+            }
             for f in self.scored.faults
         ]
 

@@ -193,6 +193,17 @@ class RewardConfig:
     """Instead of one function several, whose rewards are multiplied by their weights and added up."""
     timeout: Positive = 30.0
     """Seconds that one call may take before its worker process is killed."""
+    workers: Count = 1
+    """Processes that run the function; they share a batch, the responses to one prompt staying together."""
+    concurrency: CountOrZero = 0
+    """Call an `async def` function for each response by itself, so many at a time, each with the time limit to itself;
+    0 = one call for the batch."""
+    retries: CountOrZero = 0
+    """Further attempts for a response whose reward alone raised, timed out or ended its process."""
+    on_fault: Literal["abstain", "stop"] = "abstain"
+    """A response whose reward failed has none, or ends the run."""
+    max_fault_share: Share = 1.0
+    """abstain: end the run when more than this share of a step's responses lost their reward to a fault."""
     norm: Literal["none", "group", "group_robust", "batch"] = "none"
     """Normalise returns before any critic or baseline sees them: by mean and deviation of the prompt's responses, by
     their median and median deviation, or by mean and deviation of the step."""
@@ -223,6 +234,11 @@ class RewardConfig:
             raise ValueError(
                 f"reward.rates are given and reward.trusted = {self.trusted:g} would estimate them: "
                 "set reward.trusted to 0, or drop reward.rates"
+            )
+        if self.on_fault == "stop" and self.max_fault_share < 1:
+            raise ValueError(
+                f"reward.on_fault = stop ends the run at the first fault, so reward.max_fault_share = "
+                f"{self.max_fault_share:g} has no say: take one of them away"
             )
 
 
@@ -487,6 +503,33 @@ class UpdateConfig:
     """Sequences in one forward and backward pass: memory only, the result does not depend on it."""
     actor_warmup_steps: CountOrZero = 0
     """First steps in which the critic learns alone."""
+    max_skipped: CountOrZero = 0
+    """End the run after so many optimiser steps of one module in a row whose loss or gradient was not finite; 0 = go on
+    for ever."""
+
+
+@section
+class AlarmsConfig:
+    """When to ring; a bound of 0 switches an alarm off. `dvpo.alarms` says what each of them means."""
+
+    entropy: Share = 0.05
+    """entropy: rings when `actor/entropy` is below this share of its mean over the first `window` steps."""
+    kl: Weight = 1.0
+    """kl: rings above so many nats a token of `actor/kl`, the way of one step."""
+    kl_reference: Weight = 0.0
+    """kl: rings above so many nats a token of `actor/kl_reference`, the way from the start."""
+    value: Weight = 10.0
+    """value: rings when `critic/value_error` is more than so many times the largest `critic/return_size` so far."""
+    mismatch: Weight = 0.1
+    """mismatch: rings above so many nats of `actor/sampler_mismatch`."""
+    window: Annotated[int, Field(ge=0, le=10_000)] = 20
+    """hacking: so many steps are held against the so many before them. entropy: so many are the start."""
+    stop: tuple[Literal["entropy", "kl", "value", "mismatch", "hacking"], ...] = ()
+    """These end the run, after a checkpoint."""
+
+    def __post_init__(self) -> None:
+        if self.window == 1:
+            raise ValueError("alarms.window = 1 shows no spread to hold a change against: take 2 or more, or 0 for off")
 
 
 @section
@@ -525,7 +568,7 @@ class Config:
 
     output: str = "runs/default"
     """The run's folder."""
-    seed: CountOrZero = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     algorithm: str = "dvpo"
     """A row of `dvpo.algorithms.ALGORITHMS`, or `my_module:row`."""
     steps: Count = 100
@@ -545,6 +588,7 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
 
     def __post_init__(self) -> None:
         row = find_algorithm(self.algorithm)

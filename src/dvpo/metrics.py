@@ -109,6 +109,7 @@ def critic_figures(values_KNM: Tensor, returns_K: Tensor, truth_K: Tensor, reduc
     error.add("critic/value_mean", values_K)
     error.add("critic/return_mean", returns_K)
     error.add("critic/squared_error", (values_K - returns_K).square())
+    error.add("critic/squared_return", returns_K.square())
     if values_KNM.shape[-1] > 1:
         theta_KM = values_KNM.mean(dim=-2).sort(dim=-1).values
         low, high = (round(q * (theta_KM.shape[-1] - 1)) for q in (0.1, 0.9))
@@ -119,6 +120,7 @@ def critic_figures(values_KNM: Tensor, returns_K: Tensor, truth_K: Tensor, reduc
         error.add("critic/head_disagreement", (heads_KN - values_K.unsqueeze(-1)).square().mean(dim=-1).sqrt())
     figures = error.result(reduce)
     figures["critic/value_error"] = math.sqrt(figures.pop("critic/squared_error"))
+    figures["critic/return_size"] = math.sqrt(figures.pop("critic/squared_return"))
     return figures | {
         "critic/explained_variance": explained_variance(values_K, returns_K, reduce),
         "critic/calibration_error": calibration_error(values_K, returns_K, reduce),

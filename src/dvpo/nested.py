@@ -10,19 +10,21 @@ import yaml
 from pydantic import ValidationError
 
 from dvpo.errors import InputError
+from dvpo.safe_yaml import parse_yaml, problem
+
+LONGEST_SHOWN = 300
+"""Characters of a value that a message shows."""
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The `key: value` lines of a config file; InputError if there are none to read."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise InputError(f"config file {path} cannot be read ({reason}): check the path") from None
     except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise InputError(f"config file {path} is not valid YAML{line}: mend the syntax") from None
+        raise InputError(f"config file {path} is not valid YAML{problem(error)}: mend the syntax") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -34,17 +36,17 @@ def set_dotted(values: dict[str, Any], override: str) -> None:
     """Put one `key.sub=value` override into the values; InputError if it is none."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise InputError(f"override {override!r} has no `key=value` form: write for example critic.alpha=0.1")
+        raise InputError(f"override {shown(override)} has no `key=value` form: write for example critic.alpha=0.1")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"override {override!r}: the value is not valid YAML; quote it") from None
+        value = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"override {shown(override)}: the value is not valid YAML{problem(error)}; quote it") from None
     *parents, leaf = key.split(".")
     node = values
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise InputError(f"override {override!r}: {parent!r} is a value and holds no {leaf!r}: check the key")
+            raise InputError(f"override {shown(override)}: {parent!r} is a value and holds no {leaf!r}: check the key")
         node = child
     node[leaf] = value
 
@@ -65,10 +67,11 @@ def checked(values: Mapping[Any, Any], kind: type, root: type, prefix: str = "")
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in known:
-            raise InputError(f"unknown config key {name}: {_suggest(str(key), prefix, sorted(map(str, known)), root)}")
+            remedy = _suggest(str(key), prefix, sorted(map(str, known)), root)
+            raise InputError(f"unknown config key {name[:LONGEST_SHOWN]}: {remedy}")
         if dataclasses.is_dataclass(known[key]):
             if not isinstance(value, Mapping | None):
-                raise InputError(f"config key {name} = {value!r} is a section: write {name}.key=value")
+                raise InputError(f"config key {name} = {shown(value)} is a section: write {name}.key=value")
             result[key] = checked(value or {}, known[key], root, f"{name}.")  # type: ignore[arg-type]
         elif isinstance(value, list) and (entry := _listed_section(known[key])):
             result[key] = [
@@ -76,7 +79,7 @@ def checked(values: Mapping[Any, Any], kind: type, root: type, prefix: str = "")
                 for i, item in enumerate(value)
             ]
         elif isinstance(value, bool) and known[key] is not bool:
-            raise InputError(f"{name} = {value!r} is not valid: it is no yes-or-no setting")
+            raise InputError(f"{name} = {shown(value)} is not valid: it is no yes-or-no setting")
     return result
 
 
@@ -109,6 +112,12 @@ def all_keys(kind: type, prefix: str = "") -> Iterable[str]:
             yield prefix + name
 
 
+def shown(value: Any) -> str:
+    """A value as messages name it."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
+
+
 def merge(weak: Mapping[str, Any], strong: Mapping[str, Any]) -> dict[str, Any]:
     """All of both; where both have a value, the strong one's."""
     merged = deep_copy(weak)
@@ -130,5 +139,5 @@ def one_sentence(error: ValidationError) -> str:
         field = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ").replace("tuple", "list")
         what = message[0].lower() + message[1:]
-        parts.append(f"{field} = {item['input']!r} is not valid: {what}" if field else message)
+        parts.append(f"{field} = {shown(item['input'])} is not valid: {what}" if field else message)
     return "; ".join(parts)

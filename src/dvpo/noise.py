@@ -5,7 +5,6 @@ the order of the samples, the number of processes, and on both sides of a resume
 labels that are wrong at rate .1 are among those that are wrong at .3, so that a study over rates is paired.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -14,6 +13,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dvpo.errors import InputError
+from dvpo.jsonl import json_objects
 from dvpo.seeding import derive_seed, derive_uniform
 from dvpo.tasks import Example, Reward
 
@@ -352,22 +352,15 @@ def read_labels(path: str | Path) -> dict[str, Any]:
         InputError: an unreadable file, a line that is no such object, an id that stands there twice.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise InputError(f"noise.path = {path} cannot be read ({reason}): check the path") from None
+        rows = list(json_objects(Path(path), "noise.path"))
+    except OSError as error:
+        raise InputError(f"noise.path = {path} cannot be read ({error.strerror}): check the path") from None
     labels: dict[str, Any] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        if not (isinstance(row, dict) and isinstance(row.get("id"), str) and "answer" in row):
-            raise InputError(f'noise.path = {path}: line {number} is no JSON object with "id" (text) and "answer"')
+    for place, row in rows:
+        if not (isinstance(row.get("id"), str) and "answer" in row):
+            raise InputError(f'noise.path: {place} is no JSON object with "id" (text) and "answer"')
         if row["id"] in labels:
-            raise InputError(f"noise.path = {path}: line {number} labels {row['id']!r} again; keep one line a prompt")
+            raise InputError(f"noise.path: {place} labels {row['id']!r} again; keep one line a prompt")
         labels[row["id"]] = row["answer"]
     return {name: answer for name, answer in labels.items() if answer is not None}
 

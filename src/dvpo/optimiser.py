@@ -29,16 +29,20 @@ class Optimiser:
             weight_decay=settings.weight_decay,
         )
 
-    def update(self, step: int) -> tuple[float, bool]:
+    def update(self, step: int, loss: float = 0.0) -> tuple[float, bool]:
         """Clip the gradient's norm, move the weights by training step `step`'s learning rate, drop the gradient.
 
-        A non-finite gradient leaves weights and optimiser as they were.
+        A loss or a gradient that is not finite leaves weights and optimiser as they were.
+
+        Args:
+            step: training step, from 1.
+            loss: what the gradient was taken of: it may be NaN where the gradient is not.
 
         Returns:
             (norm before clipping, whether the weights moved).
         """
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
-        sound = math.isfinite(norm)
+        sound = math.isfinite(norm) and math.isfinite(loss)
         if sound:
             for group in self.adamw.param_groups:
                 group["lr"] = learning_rate(self.settings, step, self.steps)

@@ -5,7 +5,7 @@ completions strings or message lists. `"swapped": true` says that the preference
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from dvpo.config import Config
 from dvpo.data import PromptStream
 from dvpo.durable import write_atomically
 from dvpo.errors import InputError
+from dvpo.jsonl import json_objects
 from dvpo.sampling import Episode
 from dvpo.seeding import derive_seed, derive_uniform
 from dvpo.tasks import Completion, Prompt, make_task
@@ -49,23 +50,15 @@ def read_pairs(path: str | Path) -> list[Pair]:
         InputError: an unreadable or empty file, or a line that is no pair.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise InputError(f"{path} cannot be read ({reason}): name a JSONL file of preference pairs") from None
-    pairs = [_pair(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+        pairs = [_pair(row, where) for where, row in json_objects(Path(path))]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): name a JSONL file of preference pairs") from None
     if not pairs:
         raise InputError(f'{path} is empty: give it lines of {{"prompt": ..., "chosen": ..., "rejected": ...}}')
     return pairs
 
 
-def _pair(line: str, where: str) -> Pair:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is no JSON ({error.msg}): write one JSON object a line") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{where} is no JSON object: write one object with prompt, chosen and rejected")
+def _pair(row: Mapping[str, Any], where: str) -> Pair:
     for key in ("prompt", "chosen", "rejected"):
         if not _is_text_or_messages(row.get(key)):
             raise InputError(

@@ -7,6 +7,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dvpo.alarms import NAMES as ALARMS
 from dvpo.evaluate import interval_text
 from dvpo.metrics import finite
 
@@ -17,7 +18,11 @@ SHOWN = (
     ("actor/kl", "KL"),
     ("time/tokens_per_second", "tokens/s"),
 )
-WHEN_ABOVE_0 = (("reward/missing", "missing"), ("actor/skipped_updates", "SKIPPED UPDATES"))
+WHEN_ABOVE_0 = (
+    ("reward/missing", "missing"),
+    ("actor/skipped_updates", "SKIPPED UPDATES"),
+    *((f"alarm/{name}", f"ALARM {name}") for name in ALARMS),
+)
 """Shown only where there is something to worry about."""
 PLAIN_EVERY_SECONDS = 10.0
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
 HEADER_BYTES = 8
-TRACEBACK_LINES = 8
+TRACEBACK_LINES, TRACEBACK_CHARACTERS = 8, 4000
 
 Json = dict[str, Any]
 
@@ -57,25 +57,56 @@ class RewardProcess:
         try:
             signature = inspect.signature(self._function)
         except (TypeError, ValueError):  # builtins and some C functions have none
-            return {"signature": "(...)"}
+            return {"signature": "(...)", "is_async": False}
+        found: Json = {"signature": str(signature), "is_async": _is_async(self._function)}
         try:
             (signature.bind if complete else signature.bind_partial)(**dict.fromkeys(arguments))
         except TypeError as error:
-            return {"signature": str(signature), "refusal": str(error)}
-        return {"signature": str(signature)}
+            return {**found, "refusal": str(error)}
+        return found
 
     def call(self, arguments: bytes) -> Json:
         assert self._function is not None
         rewards = self._function(**pickle.loads(arguments))
         if inspect.isawaitable(rewards):
             rewards = self._runner.run(_awaited(rewards))
-        rewards = _as_json(rewards)
-        return {"rewards": rewards} if isinstance(rewards, list) else {"wrong_type": _type_name(rewards)}
+        return _reply(rewards)
+
+    def call_each(self, arguments: bytes, concurrency: int, seconds: float) -> Json:
+        """Call an async function for each sample by itself, so many at a time, each with a time limit of its own."""
+        batch = pickle.loads(arguments)
+        samples = [{name: values[i : i + 1] for name, values in batch.items()} for i in range(len(batch["prompts"]))]
+        return {"each": self._runner.run(self._gathered(samples, concurrency, seconds))}
+
+    async def _gathered(self, samples: Sequence[Json], concurrency: int, seconds: float) -> list[Json]:
+        gate = asyncio.Semaphore(concurrency)
+
+        async def one(sample: Json) -> Json:
+            assert self._function is not None
+            async with gate:
+                try:
+                    async with asyncio.timeout(seconds) as limit:
+                        return _reply(await self._function(**sample))
+                except BaseException as error:  # the others go on, whatever becomes of this one
+                    if limit.expired():
+                        return {"timeout": seconds}
+                    return {"error": _one_line(error), "traceback": _last_lines()}
+
+        return list(await asyncio.gather(*map(one, samples)))
 
 
 def _imported(name: str) -> Any:
     module, _, attribute = name.partition(":")
     return operator.attrgetter(attribute)(importlib.import_module(module))
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+
+
+def _reply(rewards: Any) -> Json:
+    rewards = _as_json(rewards)
+    return {"rewards": rewards} if isinstance(rewards, list) else {"wrong_type": _type_name(rewards)}
 
 
 async def _awaited(awaitable: Any) -> Any:
@@ -104,7 +135,7 @@ def _type_name(value: Any) -> str:
 
 def _one_line(error: BaseException) -> str:
     """`ZeroDivisionError: division by zero (rewards.py, line 7)`."""
-    text = " ".join("".join(traceback.format_exception_only(error)).split())
+    text = " ".join("".join(traceback.format_exception_only(error)).split())[:TRACEBACK_CHARACTERS]
     frames = traceback.extract_tb(error.__traceback__)
     own = {__file__, importlib.__file__}
     users = [f for f in frames if f.filename not in own and not f.filename.startswith("<frozen")]
@@ -112,7 +143,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _last_lines() -> str:
-    return "\n".join(traceback.format_exc().strip().splitlines()[-TRACEBACK_LINES:])
+    return "\n".join(traceback.format_exc().strip().splitlines()[-TRACEBACK_LINES:])[-TRACEBACK_CHARACTERS:]
 
 
 def _die_with_parent(lifeline: int) -> None:
@@ -141,7 +172,8 @@ def main() -> None:
     process = RewardProcess()
     while header := requests.read(HEADER_BYTES):
         request = pickle.loads(requests.read(int.from_bytes(header, "big")))
-        replies.write(frame(json.dumps(process.answer(request)).encode()))
+        number = request.pop("number")  # the reply bears it
+        replies.write(frame(json.dumps({"number": number, **process.answer(request)}).encode()))
         replies.flush()
     os._exit(0)  # threads left behind by the function must not keep the worker alive
 

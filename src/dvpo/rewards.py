@@ -12,30 +12,25 @@ A reward function has TRL's signature, sync or `async def`:
 
 Each entry of the answer is a number, None or NaN ("no opinion"), or a list of those: one a turn, or one a
 token (whether such a list is as long as the turns or tokens is for the caller to check, who knows them).
-The function runs in a process of its own, since a thread cannot be stopped. State that it keeps in globals
+The function runs in processes of its own, since a thread cannot be stopped. State that it keeps in globals
 lives until a time-out or a crash, then a fresh process imports it again.
 """
 
-import json
 import math
 import os
-import pickle
-import select
-import signal
-import subprocess
 import sys
 import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from typing import Any, Protocol, Self
 
 import cloudpickle
 
-from dvpo import reward_worker
 from dvpo.errors import InputError
+from dvpo.reward_lane import Failure, FaultKind, Lane, NotImportedError
 from dvpo.tasks import Completion, Message, Prompt, Reward
 
 STANDARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
@@ -45,18 +40,24 @@ TIMEOUTS_IN_A_ROW = 3
 RETRY_TIME_LIMITS = 10
 """The retries of one batch may take this many time limits together, whatever the pattern of its faults."""
 
-FaultKind = Literal["exception", "timeout", "non_finite", "wrong_length", "wrong_type", "worker_died"]
+FORM = ("wrong_length", "wrong_type")
+"""Not tried again: a function that returns one entry for eight would return one for one, and pass."""
+
+Batch = Mapping[str, Sequence[Any]]
+"""Keyword arguments of the function, each with one entry a sample."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that went wrong with one sample's reward; the sample's reward is None, never 0."""
+    """Something that went wrong with one sample's reward; unless it was cured the reward is None, never 0."""
 
     kind: FaultKind
     index: int | None
     """The sample's place in the batch; None for a fault of the batch that no sample shows when alone."""
     message: str
     """What happened; for an exception the last lines of its traceback."""
+    cured: bool = False
+    """A later attempt gave the reward."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,11 @@ class RewardSource(Protocol):
 class GuardedReward:
     """A user's reward function behind a guard: no fault of it hangs or ends the run, or counts as a 0.
 
-    A batch is sent in one call. If that call raises, times out or kills the process, each sample is tried alone, so
-    that only the guilty ones lose their reward; a fault that no sample shows alone is reported once, with index None,
-    and the rewards found one by one are kept. A function that compares the completions of a batch sees a single one in
-    such a retry. An answer that is no list with one entry a completion costs every sample of the batch its reward:
-    nobody can tell which entry was meant for whom.
+    A batch is sent in one call. If that call raises, times out, kills the process or floods it, each sample is tried
+    alone, so that only the guilty ones lose their reward; a fault that no sample shows alone is reported once, with
+    index None, and the rewards found one by one are kept. A function that compares the completions of a batch sees a
+    single one in such a retry. An answer that is no list with one entry a completion costs every sample of the call
+    its reward: nobody can tell which entry was meant for whom.
 
     Args:
         function: `"my_module:my_function"`, imported in the worker with the working directory and `path` on
@@ -104,6 +105,10 @@ class GuardedReward:
         columns: the names of the data set's columns, if known: then the whole signature is checked at once.
         path: further folders to import from.
         field: the config field that an InputError names.
+        workers: processes that share a batch; the completions of one prompt stay together.
+        concurrency: > 0: an async function is called for each sample by itself, so many calls at a time, each with
+            the time limit to itself; 0: one call for the batch.
+        retries: further attempts for a sample that raised, timed out or killed its process when it was alone.
 
     Raises:
         InputError: the function cannot be imported or sent, or does not accept the arguments.
@@ -118,17 +123,20 @@ class GuardedReward:
         columns: Iterable[str] | None = None,
         path: Sequence[str] = (),
         field: str = "reward.function",
+        workers: int = 1,
+        concurrency: int = 0,
+        retries: int = 0,
     ) -> None:
         self.name = function if isinstance(function, str) else getattr(function, "__name__", repr(function))
-        self._field, self._timeout, self._start_timeout = field, timeout, start_timeout
-        self._function = self._transportable(function)
-        self._directory = os.getcwd()
-        self._sys_path = [*map(str, path), self._directory, *sys.path]
-        self._worker: _Worker | None = None
+        self._field, self._timeout = field, timeout
+        self._concurrency, self._retries = concurrency, retries
+        sent, directory = self._transportable(function), os.getcwd()
+        sys_path = [*map(str, path), directory, *sys.path]
+        self._lanes = [Lane(sent, directory, sys_path, timeout, start_timeout, concurrency) for _ in range(workers)]
         self.signature = self.check(columns)
 
     def check(self, columns: Iterable[str] | None = None) -> str:
-        """Import the function in the worker, have it match the arguments, and return its signature."""
+        """Import the function in the first worker, have it match the arguments, and return its signature."""
         names = [] if columns is None else list(columns)
         if clash := sorted(set(names) & set(STANDARD_ARGUMENTS)):
             raise InputError(
@@ -136,13 +144,20 @@ class GuardedReward:
                 f"every reward function gets; rename the column"
             )
         arguments = [*STANDARD_ARGUMENTS, *names]
-        request = {"request": "check", "arguments": arguments, "complete": columns is not None}
-        reply = self._prepare(self._running_worker(), request)
+        try:
+            reply = self._lanes[0].check(arguments, complete=columns is not None)
+        except NotImportedError as error:
+            raise self._input_error(f"could not be imported ({error})", error.remedy) from None
         if "refusal" in reply:
             raise self._input_error(
                 f"has the signature {reply['signature']} and cannot be called with the arguments "
                 f"{', '.join(arguments)} ({reply['refusal']})",
                 "write it as f(prompts, completions, completion_ids, **columns)",
+            )
+        if self._concurrency and not reply["is_async"]:
+            raise self._input_error(
+                f"is no async function, so reward.concurrency = {self._concurrency} cannot run its calls side by side",
+                "write it as `async def`, or set reward.concurrency to 0",
             )
         return str(reply["signature"])
 
@@ -163,19 +178,22 @@ class GuardedReward:
         size = len(prompts)
         if unequal := [name for name, values in batch.items() if len(values) != size]:
             raise ValueError(f"{size} prompts, but {len(batch[unequal[0]])} entries in {unequal[0]!r}")
-        outcome = self._ask(batch, size) if size else []
-        if isinstance(outcome, list):
-            return _scores(outcome)
-        if outcome.kind in ("wrong_length", "wrong_type"):
-            # Not retried: a function that returns one entry for eight would return one for one, and pass.
-            return _scores([outcome] * size)
-        return self._one_by_one(batch, outcome, size) if size > 1 else _scores([outcome])
+        cuts = [*_cuts(prompts, len(self._lanes)), size]
+        parts = [_select(batch, range(start, end)) for start, end in pairwise(cuts)]
+        if len(parts) <= 1:
+            scored = [self._score(self._lanes[0], part) for part in parts]
+        else:
+            scored = self._score_side_by_side(parts)
+        rewards, faults = [], []
+        for start, scores in zip(cuts, scored, strict=False):
+            rewards += scores.rewards
+            faults += [replace(f, index=None if f.index is None else start + f.index) for f in scores.faults]
+        return Scores(rewards, faults)
 
     def close(self) -> None:
-        """End the worker and whatever it started; a later call would start another."""
-        if self._worker is not None:
-            self._worker.kill()
-            self._worker = None
+        """End the workers and whatever they started; a later call would start others."""
+        for lane in self._lanes:
+            lane.close()
 
     def __enter__(self) -> Self:
         return self
@@ -185,68 +203,66 @@ class GuardedReward:
     ) -> None:
         self.close()
 
-    def _one_by_one(self, batch: Mapping[str, Sequence[Any]], failure: "_Failure", size: int) -> Scores:
+    def _score_side_by_side(self, parts: Sequence[Batch]) -> list[Scores]:
+        """A part a worker. The threads only wait for the workers' pipes."""
+        with ThreadPoolExecutor(len(parts)) as threads:
+            try:
+                return list(threads.map(self._score, self._lanes, parts))
+            except BaseException:  # Ctrl-C, say: without their workers the threads end at once
+                for lane in self._lanes:
+                    lane.interrupt()
+                raise
+
+    def _score(self, lane: Lane, batch: Batch) -> Scores:
+        """One call for all; then what failed again, as far as that can help."""
+        answer = self._ask(lane, batch)
+        if isinstance(answer, list):
+            # Single samples fail only where every one had a call of its own: then the next round is as wide.
+            return self._again_side_by_side(lane, batch, answer)
+        size = len(batch["prompts"])
+        if answer.kind in FORM or (size == 1 and not self._retries):
+            return _scores([answer] * size, {})
+        return self._one_by_one(lane, batch, answer)
+
+    def _again_side_by_side(self, lane: Lane, batch: Batch, outcomes: list[Any]) -> Scores:
+        failed: dict[int, Failure] = {}
+        for _ in range(self._retries):
+            pending = [i for i, outcome in enumerate(outcomes) if _may_be_cured(outcome)]
+            if not pending:
+                break
+            failed |= {i: outcomes[i] for i in pending}
+            answer = self._ask(lane, _select(batch, pending))
+            entries = answer if isinstance(answer, list) else [answer] * len(pending)
+            for i, entry in zip(pending, entries, strict=True):
+                outcomes[i] = entry
+        return _scores(outcomes, failed)
+
+    def _one_by_one(self, lane: Lane, batch: Batch, failure: Failure) -> Scores:
+        size = len(batch["prompts"])
         outcomes: list[Any] = []
+        failed: dict[int, Failure] = {} if size > 1 else {0: failure}
         deadline = time.monotonic() + RETRY_TIME_LIMITS * self._timeout
         timeouts = 0
         for index in range(size):
             if timeouts == TIMEOUTS_IN_A_ROW or time.monotonic() > deadline:
-                outcomes.append(_Failure("timeout", "not tried: those before it took the time of the batch"))
+                outcomes.append(Failure("timeout", "not tried: those before it took the time of the batch"))
                 continue
-            outcome = self._ask({name: values[index : index + 1] for name, values in batch.items()}, 1)
-            outcomes.append(outcome[0] if isinstance(outcome, list) else outcome)
-            timeouts = timeouts + 1 if isinstance(outcome, _Failure) and outcome.kind == "timeout" else 0
-        scores = _scores(outcomes)
-        if not any(isinstance(outcome, _Failure) for outcome in outcomes):
-            scores.faults.insert(0, Fault(failure.kind, None, failure.message))
+            alone = _select(batch, [index])
+            for _ in range(self._retries + (size > 1)):
+                answer = self._ask(lane, alone)
+                outcome = answer[0] if isinstance(answer, list) else answer
+                if not _may_be_cured(outcome):
+                    break
+                failed[index] = outcome
+            outcomes.append(outcome)
+            timeouts = timeouts + 1 if isinstance(outcome, Failure) and outcome.kind == "timeout" else 0
+        scores = _scores(outcomes, failed)
+        if not failed and not any(isinstance(outcome, Failure) for outcome in outcomes):
+            scores.faults.insert(0, Fault(failure.kind, None, failure.message, cured=True))
         return scores
 
-    def _ask(self, arguments: Mapping[str, Sequence[Any]], size: int) -> "list[Any] | _Failure":
-        """One call of the function: its raw entries, or why there are none."""
-        request = {"request": "call", "arguments": self._pickled(arguments)}
-        try:
-            reply = self._running_worker().exchange(request, self._timeout)
-        except InputError as error:  # it could be imported when the run began
-            return _Failure("worker_died", f"a fresh process could not be started: {error}")
-        except TimeoutError:
-            self.close()
-            return _Failure("timeout", f"no answer within {self._timeout:g} s")
-        except _WorkerDiedError as error:
-            self.close()
-            return _Failure("worker_died", str(error))
-        if "error" in reply:
-            return _Failure("exception", str(reply["traceback"]))
-        if "wrong_type" in reply:
-            return _Failure("wrong_type", f"returned {reply['wrong_type']}, not a list with one entry a completion")
-        entries = list(reply["rewards"])
-        if len(entries) != size:
-            return _Failure("wrong_length", f"returned {len(entries)} entries for {size} completions")
-        return entries
-
-    def _running_worker(self) -> "_Worker":
-        if self._worker is None:
-            self._worker = worker = _Worker(self._directory)
-            request = {"request": "load", "function": self._function, "sys_path": self._sys_path}
-            self._prepare(worker, request)
-        return self._worker
-
-    def _prepare(self, worker: "_Worker", request: dict[str, Any]) -> dict[str, Any]:
-        """Have the worker do what precedes all rewards: what fails here, the user can mend."""
-        try:
-            reply = worker.exchange(request, self._start_timeout)
-        except (TimeoutError, _WorkerDiedError) as error:
-            self.close()
-            raise self._input_error(
-                f"could not be imported ({str(error) or f'no end within {self._start_timeout:g} s'})",
-                "import it in a Python shell to see why",
-            ) from None
-        if "error" in reply:
-            self.close()
-            raise self._input_error(
-                f"could not be imported ({reply['error']})",
-                f"name it module:function, the module being importable from {self._directory}",
-            )
-        return reply
+    def _ask(self, lane: Lane, batch: Batch) -> list[Any] | Failure:
+        return lane.ask(self._pickled(batch), [len(ids) for ids in batch["completion_ids"]])
 
     def _transportable(self, function: str | Callable[..., Any]) -> str | bytes:
         if not isinstance(function, str):
@@ -261,11 +277,11 @@ class GuardedReward:
             raise self._input_error("is no name of a function", "write it as module:function")
         return function
 
-    def _pickled(self, arguments: Mapping[str, Sequence[Any]]) -> bytes:
+    def _pickled(self, batch: Batch) -> bytes:
         try:
-            return cloudpickle.dumps(dict(arguments))
+            return cloudpickle.dumps(dict(batch))
         except Exception as error:
-            columns = sorted(set(arguments) - set(STANDARD_ARGUMENTS))
+            columns = sorted(set(batch) - set(STANDARD_ARGUMENTS))
             raise self._input_error(
                 f"runs in a process that the data set's columns {columns} cannot be sent to ({error})",
                 "keep columns to numbers, strings, lists and mappings",
@@ -275,96 +291,15 @@ class GuardedReward:
         return InputError(f"{self._field}: {self.name!r} {problem}; {remedy}")
 
 
-class _Failure(NamedTuple):
-    """Why a call has no rewards to show."""
-
-    kind: FaultKind
-    message: str
-
-
-class _WorkerDiedError(Exception):
-    """The worker process ended, or said something unreadable."""
+def _cuts(prompts: Sequence[Prompt], parts: int) -> list[int]:
+    """Where at most so many parts begin, of about equal size; the completions of one prompt are never divided."""
+    starts = [i for i in range(len(prompts)) if i == 0 or prompts[i] != prompts[i - 1]]
+    wanted = [len(prompts) * part / parts for part in range(parts)] if starts else []
+    return sorted({min(starts, key=lambda start: abs(start - place)) for place in wanted})
 
 
-class _Worker:
-    """One worker process in a session of its own, and the conversation with it; see `dvpo.reward_worker`."""
-
-    def __init__(self, directory: str) -> None:
-        lifeline, held = os.pipe()  # never written to: it closes when this process dies, however it dies
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", reward_worker.__file__, str(lifeline)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            cwd=directory,
-            pass_fds=(lifeline,),
-            start_new_session=True,
-        )
-        os.close(lifeline)
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._requests, self._replies = self._process.stdin.fileno(), self._process.stdout.fileno()
-        os.set_blocking(self._requests, False)
-        os.set_blocking(self._replies, False)
-        # Called by hand, when this object is forgotten, or when the interpreter ends: whichever comes first.
-        self.kill = weakref.finalize(self, _kill_group, self._process, held, os.getpid())
-
-    def exchange(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Send a request and return the reply; TimeoutError when so many seconds have passed."""
-        deadline = time.monotonic() + seconds
-        try:
-            self._send(reward_worker.frame(pickle.dumps(request)), deadline)
-            size = int.from_bytes(self._receive(reward_worker.HEADER_BYTES, deadline), "big")
-            reply: dict[str, Any] = json.loads(self._receive(size, deadline))
-        except (EOFError, BrokenPipeError):
-            raise _WorkerDiedError(f"the process ended by {_manner_of_death(self.kill())}") from None
-        except ValueError as error:
-            raise _WorkerDiedError(f"the process sent an unreadable reply ({error})") from None
-        return reply
-
-    def _send(self, message: bytes, deadline: float) -> None:
-        rest = memoryview(message)
-        while rest:
-            _wait(self._requests, select.POLLOUT, deadline)
-            rest = rest[os.write(self._requests, rest) :]
-
-    def _receive(self, size: int, deadline: float) -> bytes:
-        parts = bytearray()
-        while len(parts) < size:
-            _wait(self._replies, select.POLLIN, deadline)
-            part = os.read(self._replies, min(size - len(parts), 1 << 20))
-            if not part:
-                raise EOFError
-            parts += part
-        return bytes(parts)
-
-
-def _wait(pipe: int, event: int, deadline: float) -> None:
-    poll = select.poll()
-    poll.register(pipe, event)
-    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-        raise TimeoutError
-
-
-def _kill_group(process: "subprocess.Popen[bytes]", lifeline: int, owner: int) -> int | None:
-    """Kill the worker with everything it started, and return its exit code.
-
-    The group is killed before the worker is reaped: until then nobody else can be given its number.
-    """
-    if os.getpid() != owner:  # a fork of this process comes to its end: the worker is its parent's
-        return None
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    code = process.wait()
-    os.close(lifeline)
-    for pipe in (process.stdin, process.stdout):
-        assert pipe is not None
-        pipe.close()
-    return code
-
-
-def _manner_of_death(code: int | None) -> str:
-    return f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+def _select(batch: Batch, indices: Sequence[int]) -> Batch:
+    return {name: [values[i] for i in indices] for name, values in batch.items()}
 
 
 def _as_trl_passes_it(prompt: Prompt, completion: str | Sequence[Message]) -> str | Sequence[Message]:
@@ -373,8 +308,17 @@ def _as_trl_passes_it(prompt: Prompt, completion: str | Sequence[Message]) -> st
     return [{"role": "assistant", "content": completion}]
 
 
-def _scores(outcomes: Sequence[Any]) -> Scores:
-    """Read the raw entries: None where there is no reward, with a fault unless the function meant it."""
+def _may_be_cured(outcome: Any) -> bool:
+    return isinstance(outcome, Failure) and outcome.kind not in FORM
+
+
+def _scores(outcomes: Sequence[Any], failed: Mapping[int, Failure]) -> Scores:
+    """Read the raw entries: None where there is no reward, with a fault unless the function meant it.
+
+    Args:
+        outcomes: for each sample its raw entry, or why there is none.
+        failed: the last failure of samples that were tried again: cured, unless the outcome is one too.
+    """
     rewards: list[Reward] = []
     faults: list[Fault] = []
     for index, outcome in enumerate(outcomes):
@@ -382,25 +326,27 @@ def _scores(outcomes: Sequence[Any]) -> Scores:
         rewards.append(reward)
         if failure is not None:
             faults.append(Fault(failure.kind, index, failure.message))
+        elif index in failed:
+            faults.append(Fault(failed[index].kind, index, failed[index].message, cured=True))
     return Scores(rewards, faults)
 
 
-def _read_list(entries: list[Any]) -> tuple[Reward, _Failure | None]:
+def _read_list(entries: list[Any]) -> tuple[Reward, Failure | None]:
     """One entry a turn or a token: a bad one is missing, the others stand; the first fault speaks for all."""
     read = [_read(entry) for entry in entries]
     return [reward for reward, _ in read], next((failure for _, failure in read if failure), None)
 
 
-def _read(entry: Any) -> tuple[float | None, _Failure | None]:
-    if isinstance(entry, _Failure):
+def _read(entry: Any) -> tuple[float | None, Failure | None]:
+    if isinstance(entry, Failure):
         return None, entry
     if entry is None:
         return None, None
     if not isinstance(entry, float):
         name = entry["wrong_type"] if isinstance(entry, dict) else "list"
-        return None, _Failure("wrong_type", f"returned {name} where a number or None was expected")
+        return None, Failure("wrong_type", f"returned {name} where a number or None was expected")
     if math.isnan(entry):
         return None, None
     if math.isinf(entry):
-        return None, _Failure("non_finite", f"returned {entry}")
+        return None, Failure("non_finite", f"returned {entry}")
     return entry, None

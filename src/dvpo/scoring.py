@@ -207,7 +207,15 @@ def _open_source(config: Config, task: Task, name: str | Callable[..., Any], fie
         return ModelReward(model)
     if name != "task":
         columns = {column for example in examples for column in example.columns}
-        return GuardedReward(name, timeout=config.reward.timeout, columns=sorted(columns), field=field)
+        return GuardedReward(
+            name,
+            timeout=config.reward.timeout,
+            columns=sorted(columns),
+            field=field,
+            workers=config.reward.workers,
+            concurrency=config.reward.concurrency,
+            retries=config.reward.retries,
+        )
     # A probe would not tell: a verifier may well have no opinion of an empty answer.
     if not getattr(task, "knows_truth", True):
         raise InputError(
@@ -215,22 +223,6 @@ def _open_source(config: Config, task: Task, name: str | Callable[..., Any], fie
             "my_module:my_function or path:FOLDER of a reward model"
         )
     return None
-
-
-def refuse_broken_reward(faults: list[Fault], batch: int) -> None:
-    """Stop a run whose first step has no reward at all because the function answers in the wrong form.
-
-    Exceptions and time-outs may pass and never end a run; a wrong length, type or an infinity in every sample will not.
-
-    Raises:
-        InputError: with the first fault.
-    """
-    form = [fault for fault in faults if fault.kind in ("wrong_length", "wrong_type", "non_finite")]
-    if len({fault.index for fault in form}) == batch:
-        raise InputError(
-            f"reward.function: every reward of the first step is unusable, {form[0].message}: "
-            "return one finite number (or None, or a list) for each completion"
-        )
 
 
 def place(reward: Reward, episode: Episode) -> list[float] | str | None:

@@ -24,6 +24,7 @@ from dvpo.config import CheckpointConfig, Config, LogConfig, load_config, to_yam
 from dvpo.errors import InputError
 from dvpo.nested import merge
 from dvpo.provenance import config_hash
+from dvpo.safe_yaml import parse_yaml, problem
 
 AXES = ("task", "noise", "algorithm", "seed")
 KEYS = ("output", "config", "tasks", "noises", "algorithms", "seeds")
@@ -151,14 +152,12 @@ def _make_cell(
 
 def _read(path: str | Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise InputError(f"study {path} cannot be read ({reason}): check the path") from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise InputError(f"study {path} is not valid YAML{where}: mend the syntax") from None
+        raise InputError(f"study {path} is not valid YAML{problem(error)}: mend the syntax") from None
     if not isinstance(values, dict):
         raise InputError(f"study {path} holds no `key: value` lines: a study names {', '.join(KEYS)}")
     return values

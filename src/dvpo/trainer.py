@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
+from dvpo.alarms import Alarms
 from dvpo.algorithms import find_algorithm
 from dvpo.batch import Estimates, Rollout
 from dvpo.checkpoint import RNGState, load_state, restore
@@ -27,9 +28,10 @@ from dvpo.core.returns import gae
 from dvpo.critic import load_critic, make_critic
 from dvpo.data import open_prompts
 from dvpo.distributed import all_reduce_sum, barrier, init_from_env, is_main, world_size
-from dvpo.errors import InputError
+from dvpo.errors import InputError, RunStoppedError
 from dvpo.estimates import Signals, overlong_penalties, shape_rewards
 from dvpo.evaluate import Evaluation, evaluate
+from dvpo.faults import fault_figures, refuse_broken_reward, stop_at_faults
 from dvpo.interrupt import Interrupted, check, deferred
 from dvpo.keeper import Keeper, refuse_without_judge
 from dvpo.kl import KLController
@@ -44,8 +46,9 @@ from dvpo.resume import find_checkpoint
 from dvpo.risk_control import matched_to_noise, risk_figures
 from dvpo.runlog import RunLog, refuse_used_folder
 from dvpo.sampling import ChatEncoder, HuggingFaceSampler, collate, fit_prompts
-from dvpo.scoring import Scorer, open_reward, refuse_broken_reward
+from dvpo.scoring import Scorer, open_reward
 from dvpo.seeding import derive_seed
+from dvpo.skips import Skips
 from dvpo.tasks import Task, make_task
 from dvpo.tasks.mixture import COLUMN, Mixture, held_out
 from dvpo.warmstart import warm_start
@@ -132,6 +135,7 @@ class Trainer:
         self.step = 0
         self.policy_version = 0
         self.replay = Replay(config.critic.replay if self.critic else 0)
+        self.skips, self.alarms = Skips(self.folder, config.update.max_skipped), Alarms(config.alarms)
         self.parts: dict[str, Any] = {"trainer": self, "prompts": self.prompts, "rng": RNGState()}
         optional = {
             "policy_optimiser": self.policy_optimiser,
@@ -140,6 +144,7 @@ class Trainer:
             "kl": self.kl if self.kl.adaptive else None,
             "replay": self.replay if config.critic.replay else None,
         }
+        self.parts |= {"skips": self.skips, "alarms": self.alarms}
         self.parts |= {name: part for name, part in optional.items() if part is not None}
         self.keeper = Keeper(self.folder, config.checkpoint, self.parts, self.policy, self.critic)
         if checkpoint is not None:
@@ -166,8 +171,10 @@ class Trainer:
 
         Raises:
             Interrupted: by a signal that `dvpo.interrupt` handles; a checkpoint holds what was done.
+            RunStoppedError: at a bound or an alarm that the config says to stop at, after a checkpoint.
         """
         evaluations = {}
+        stepped = False
         try:
             while True:
                 check()
@@ -175,13 +182,18 @@ class Trainer:
                 if self.keeper.evaluation_due(self.step, self.config.evaluation.every, at_end):
                     evaluations[self.step] = self.evaluate()
                     check()
+                # What ended a run does not end its resumption before that has made a step.
+                stop = (self.skips.reason_to_stop or self.alarms.reason_to_stop) if stepped else None
+                if stop is not None:
+                    raise RunStoppedError(f"step {self.step}: {stop}; `--resume` goes on from {self.folder}")
                 if self.keeper.checkpoint_due(self.step, at_end):
                     self.save()
                     check()
                 if at_end:
                     return evaluations
                 self.train_step()
-        except Interrupted:
+                stepped = True
+        except (Interrupted, RunStoppedError):
             if not self.keeper.on_disk:
                 self.save()
             raise
@@ -193,8 +205,11 @@ class Trainer:
         started = time.perf_counter()
         self.step += 1
         rollout, collected = self.collect()
+        faults, sampled = collected.scored.faults, len(collected.sampled)
+        self.log.faults(self.step, collected.faults())
         if self.step == 1:
-            refuse_broken_reward(collected.scored.faults, len(collected.sampled))
+            refuse_broken_reward(faults, sampled)
+        stop_at_faults(faults, sampled, self.step, self.config.reward)
         scored = time.perf_counter()
         estimates, figures = self.estimate(rollout)
         figures |= self.scorer.figures(all_reduce_sum)
@@ -203,21 +218,21 @@ class Trainer:
             self.kl.observe(figures.get("actor/kl_sampled", math.nan), len(rollout))
             self.replay.add(rollout)
             ended = time.perf_counter()
-            figures |= rollout_figures(rollout, len(collected.sampled), all_reduce_sum)
+            figures |= rollout_figures(rollout, sampled, all_reduce_sum)
             if isinstance(self.task, Mixture):
                 tasks = [episode.example.columns[COLUMN] for episode in collected.episodes]
                 figures |= task_figures(self.task.parts, tasks, rollout.true_B, all_reduce_sum)
             figures |= {
-                "reward/faults": float(len(collected.scored.faults)),
+                **fault_figures(faults),
                 "time/sample": collected.seconds,
                 "time/score": scored - started - collected.seconds,
                 "time/update": ended - scored,
                 "time/step": ended - started,
                 "time/tokens_per_second": figures["rollout/tokens"] / (ended - started),
             }
+            figures |= self.alarms.on_step(self.step, figures, self.log.faults)
             self.log.metrics(self.step, figures)
             self.log.completions(self.step, collected.completions(self.config.log.completions))
-            self.log.faults(self.step, collected.faults())
             if self.observer:
                 self.observer.on_step(self.step, figures)
             self.keeper.judge_step(figures)
@@ -378,15 +393,19 @@ class Trainer:
         self.critic.draw_levels(self.config.seed, self.step)
         config = matched_to_noise(self.config, self.rates.rates()) if self.rates else self.config
         count = token_count(estimates.mask_BT[rows], all_reduce_sum)
+        loss = torch.zeros((), device=self.device)
         for micro, at, mask_BT in self._microbatches(rollout, estimates, rows):
             states_KD = self.critic.states(micro, self.policy)[:, :-1][mask_BT]
             predictions_KNM = self.critic.predictions(states_KD, micro.response_BT[mask_BT])
             before_KNM, targets_KL = estimates.values_BTNM[at][mask_BT], estimates.targets_BTL[at][mask_BT]
             terms = self.row.critic_loss(predictions_KNM, before_KNM, targets_KL, config)
-            (terms["loss"].sum() / count).backward()
+            part = terms["loss"].sum() / count
+            part.backward()
+            loss += part.detach()
             for name, term_K in terms.items():
                 means.add(f"critic/{name}", term_K)
-        self._step(self.critic_optimiser, "critic", means)
+        moved = self._step(self.critic_optimiser, "critic", loss, means)
+        self.skips.note("critic", moved, self.step, rollout, estimates, rows)
 
     def _update_actor(self, rollout: Rollout, estimates: Estimates, rows: Tensor, means: Means) -> None:
         actor = self.config.actor
@@ -398,6 +417,7 @@ class Trainer:
             self.config.sampling.max_completion_length,
             all_reduce_sum,
         )
+        loss = torch.zeros((), device=self.device)
         for micro, at, mask_BT in self._microbatches(rollout, estimates, rows):
             logprobs_K, entropies_K = self._logprobs(self.policy, micro, mask_BT, bool(actor.entropy_coef))
             old_K = micro.sampler_logprobs_BT[mask_BT]
@@ -412,14 +432,17 @@ class Trainer:
                     loss_K = loss_K + self.kl.coef * penalty_K
                 means.add("actor/kl_reference", kl_estimate(logprobs_K.detach(), reference_K, "k3"))
             loss_K = loss_K - actor.entropy_coef * entropies_K
-            ((weights_BT[at][mask_BT] * loss_K).sum() / denominator).backward()
+            part = (weights_BT[at][mask_BT] * loss_K).sum() / denominator
+            part.backward()
+            loss += part.detach()
             means.add("actor/clip_share", clipped_K)
             means.add("actor/entropy", entropies_K)
             means.add("actor/kl", kl_estimate(old_K, logprobs_K.detach(), "k3"))
             if self.policy_version == rollout.policy_version:
                 # Before the first update trainer and sampler hold the same weights: any gap is the machinery's.
                 means.add("actor/sampler_mismatch", (logprobs_K - old_K).abs())
-        self._step(self.policy_optimiser, "actor", means)
+        moved = self._step(self.policy_optimiser, "actor", loss, means)
+        self.skips.note("actor", moved, self.step, rollout, estimates, rows)
         self.policy_version += 1
 
     def _microbatches(
@@ -444,11 +467,12 @@ class Trainer:
             entropy,
         )
 
-    def _step(self, optimiser: Optimiser, name: str, means: Means) -> None:
-        norm, moved = optimiser.update(self.step)
+    def _step(self, optimiser: Optimiser, name: str, loss: Tensor, means: Means) -> bool:
+        norm, moved = optimiser.update(self.step, float(all_reduce_sum(loss)))
         if moved:
             means.add(f"{name}/grad_norm", torch.tensor(norm))
         means.add(f"{name}/skipped_updates", torch.tensor(float(not moved)))
+        return moved
 
     # Judge, save, log
 
@@ -460,6 +484,7 @@ class Trainer:
             figures |= {f"eval/{split}/{name}": value for name, value in summary.items()}
         with deferred():
             self.log.metrics(self.step, figures)
+            self.alarms.on_evaluation(self.step, figures, self.log.faults)
             self.keeper.judge_evaluation(self.step, figures)
             self.keeper.mark()
         if self.observer:

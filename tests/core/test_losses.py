@@ -45,6 +45,25 @@ def test_at_the_first_update_the_surrogate_is_the_policy_gradient():
     assert not clipped.any()
 
 
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage", "gradient"),
+    [
+        # loss = -ratio A where the clip does not hold it back: A < 0 above, A > 0 below. d loss / d logp = -ratio A.
+        (20.0, -1.0, math.exp(20.0)),  # at the clamp still the exponential's
+        (-20.0, 1.0, -math.exp(-20.0)),
+        (19.5, -1.0, math.exp(19.5)),
+        (20.5, -1.0, 0.0),  # beyond it none
+        (-20.5, 1.0, 0.0),
+        (1e30, -1.0, 0.0),
+    ],
+)
+def test_the_gradient_is_the_exponentials_up_to_the_clamp_of_the_log_ratio_and_0_beyond(log_ratio, advantage, gradient):
+    logprobs = torch.tensor([log_ratio], requires_grad=True)
+    loss, _ = clipped_surrogate(logprobs, torch.zeros(1), torch.tensor([advantage]), 0.2, 0.2)
+    loss.sum().backward()
+    torch.testing.assert_close(logprobs.grad, torch.tensor([gradient]))
+
+
 def test_a_log_ratio_of_a_thousand_gives_neither_infinity_nor_nan():
     logprobs = torch.tensor([0.0, -1000.0], requires_grad=True)
     loss, _ = clipped_surrogate(logprobs, torch.tensor([-1000.0, 0.0]), torch.tensor([-1.0, 1.0]), 0.2, 0.2)

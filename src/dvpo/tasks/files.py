@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dvpo.errors import InputError
+from dvpo.jsonl import json_objects
 from dvpo.rewards import STANDARD_ARGUMENTS, GuardedReward
 from dvpo.seeding import derive_uniform
 from dvpo.tasks import Environment, Example, Message, Prompt, Reward, SingleTurn
@@ -252,7 +253,7 @@ def _rows(path: Path, field: str) -> Iterator[Row]:
     if path.is_dir():
         rows = _saved_rows(path, field)
     elif path.suffix in (".jsonl", ".json"):
-        rows = _jsonl_rows(path, field)
+        rows = json_objects(path, field)
     elif path.suffix == ".parquet":
         rows = _parquet_rows(path, field)
     else:
@@ -269,28 +270,6 @@ def _rows(path: Path, field: str) -> Iterator[Row]:
         raise InputError(f"{field}: {str(path)!r} cannot be read ({error.strerror}); check its rights") from None
     if empty:
         raise InputError(f"{field}: {str(path)!r} is empty; give it at least one row")
-
-
-def _jsonl_rows(path: Path, field: str) -> Iterator[Row]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{path}, line {number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if not text.strip():
-                    continue
-                row = json.loads(text)
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{field}: {where} is not UTF-8 (byte {error.start + 1}); save the file as UTF-8"
-                ) from None
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"{field}: {where} is no JSON ({error.msg}, column {error.colno}); write one JSON object a line"
-                ) from None
-            if not isinstance(row, dict):
-                raise InputError(f"{field}: {where} is {_short(row)}; write one JSON object a line")
-            yield where, row
 
 
 def _parquet_rows(path: Path, field: str) -> Iterator[Row]:

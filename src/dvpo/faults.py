@@ -1,0 +1,60 @@
+"""What a run does about the faults of its rewards: it counts them by kind, and stops where told to."""
+
+from collections.abc import Sequence
+from typing import get_args
+
+from dvpo.config import RewardConfig
+from dvpo.errors import InputError, RunStoppedError
+from dvpo.reward_lane import FaultKind
+from dvpo.rewards import Fault
+
+KINDS: tuple[str, ...] = get_args(FaultKind)
+BROKEN = ("wrong_length", "wrong_type", "non_finite")
+"""What does not pass by itself; exceptions and time-outs may."""
+
+
+def fault_figures(faults: Sequence[Fault]) -> dict[str, float]:
+    """`reward/faults`, those of them that a later attempt cured, and how many there are of each kind."""
+    counts = {f"reward/faults_{kind}": float(sum(fault.kind == kind for fault in faults)) for kind in KINDS}
+    return {"reward/faults": float(len(faults)), "reward/cured": float(sum(f.cured for f in faults)), **counts}
+
+
+def refuse_broken_reward(faults: Sequence[Fault], batch: int) -> None:
+    """Stop a run whose first step has no reward at all because the function answers in the wrong form.
+
+    Exceptions and time-outs may pass and never end a run; a wrong length, type or an infinity in every sample will not.
+
+    Raises:
+        InputError: with the first fault.
+    """
+    form = [fault for fault in faults if fault.kind in BROKEN]
+    if len({fault.index for fault in form}) == batch:
+        raise InputError(
+            f"reward.function: every reward of the first step is unusable, {form[0].message}: "
+            "return one finite number (or None, or a list) for each completion"
+        )
+
+
+def stop_at_faults(faults: Sequence[Fault], batch: int, step: int, settings: RewardConfig) -> None:
+    """Stop a run of which too many samples lost their reward to a fault in one step.
+
+    Args:
+        faults: of the step; cured ones cost nothing.
+        batch: responses of the step.
+        step: named in the message.
+        settings: `on_fault` and `max_fault_share`.
+
+    Raises:
+        RunStoppedError: with the share and the last fault.
+    """
+    lost = {fault.index for fault in faults if not fault.cured}
+    bound = 0.0 if settings.on_fault == "stop" else settings.max_fault_share
+    if len(lost) <= bound * batch:
+        return
+    setting = "reward.on_fault = stop" if settings.on_fault == "stop" else f"reward.max_fault_share = {bound:g}"
+    last = next(fault for fault in reversed(faults) if not fault.cured)
+    raise RunStoppedError(
+        f"step {step}: {len(lost)} of {batch} responses lost their reward to a fault, more than {setting} allows; the "
+        f"last one: {last.kind}, {last.message.splitlines()[-1] if last.message else 'no message'}; all of them are in "
+        "faults.jsonl: mend the reward function, then go on by --resume"
+    )
