@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "faults"))
 
 import damage
@@ -11,6 +13,7 @@ import kills
 import signals
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_after_touches_of_a_save_a_run_ends_as_if_it_had_not_been(tmp_path: Path):
     equal, figures = kills.measure(tmp_path, count=3, in_saves=2, stride=7)
     assert equal
@@ -18,11 +21,13 @@ def test_killed_at_any_moment_and_after_touches_of_a_save_a_run_ends_as_if_it_ha
     assert figures["touches_of_a_save"] > 2
 
 
+@pytest.mark.slow
 def test_signalled_in_any_phase_a_run_keeps_every_step_in_time_and_ends_the_same(tmp_path: Path):
     passed, figures = signals.measure(tmp_path)
     assert passed, figures
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_never_used(tmp_path: Path):
     passed, figures = damage.measure(tmp_path, "critic.json")
     assert passed, figures
