@@ -25,6 +25,7 @@ from dvpo.core.losses import aggregation_weights, kl_estimate
 from dvpo.core.masks import token_count, whiten
 from dvpo.core.returns import gae
 from dvpo.critic import load_critic, make_critic
+from dvpo.critic_pass import CriticPass
 from dvpo.data import open_prompts
 from dvpo.distributed import all_reduce_sum, barrier, init_from_env, is_main, world_size
 from dvpo.errors import InputError
@@ -114,6 +115,7 @@ class Trainer:
             how = (self.device, self.policy.dtype, config.model.gradient_checkpointing)
             self.critic = load_critic(checkpoint / "critic", *how)
 
+        self.critic_pass = CriticPass(self.critic, self.policy, config) if self.critic else None
         self.prompts = open_prompts(self.task, train, config.seed)
         self.rates = open_rates(config, self.task, train)
         self.policy_optimiser = Optimiser(self.policy.model, config.policy_optimiser, config.steps)
@@ -180,7 +182,8 @@ class Trainer:
         if self.step == 1:
             refuse_broken_reward(collected.scored.faults, len(collected.sampled))
         scored = time.perf_counter()
-        estimates, figures = self.estimate(rollout)
+        first_B = self._minibatches(rollout, "rows", self.step, 0)[0][: self.config.update.microbatch_size]
+        estimates, figures = self.estimate(rollout, first_B)
         figures |= self.update(rollout, estimates) | self.update_from_replay()
         self.kl.observe(figures.get("actor/kl_sampled", math.nan), len(rollout))
         self.replay.add(rollout)
@@ -231,8 +234,8 @@ class Trainer:
     # Estimate
 
     @torch.no_grad()
-    def estimate(self, rollout: Rollout) -> tuple[Estimates, dict[str, float]]:
-        """Values, advantages and targets, once a step and before any update."""
+    def estimate(self, rollout: Rollout, first_B: Tensor | None = None) -> tuple[Estimates, dict[str, float]]:
+        """Values, advantages and targets, once a step and before any update, which begins with the rows `first_B`."""
         settings = self.config.advantage
         keep_B = torch.ones_like(rollout.rewarded_B)
         if settings.truncation == "mask":
@@ -252,7 +255,7 @@ class Trainer:
         if self.config.actor.kl.place == "reward":
             rewards_BT = rewards_BT - self.kl.coef * (rollout.sampler_logprobs_BT - reference_BT) * mask_BT
 
-        values_BTNM, bootstrap_BNM = self._values(rollout)
+        values_BTNM, bootstrap_BNM = self._values(rollout, first_B)
         if settings.truncation != "bootstrap":
             bootstrap_BNM = torch.zeros_like(bootstrap_BNM)
         bootstrap_BNM = bootstrap_BNM * rollout.truncated_B.view(-1, 1, 1)
@@ -292,19 +295,14 @@ class Trainer:
         lengths_B = rollout.attention_BS[:, rollout.prompt_length :].sum(dim=-1)
         return overlong_penalties(lengths_B, limit, margin) if margin else None
 
-    def _values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    def _values(self, rollout: Rollout, first_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Predictions at every token's state, and at the state after the last token: [B, T, N, M], [B, N, M]."""
         if self.critic is None:
             empty = rollout.rewards_BT.new_zeros(*rollout.mask_BT.shape, 0, 0)
             return empty, empty[:, 0]
-        parts = []
-        for rows in torch.arange(len(rollout), device=self.device).split(self.config.update.microbatch_size):
-            micro = rollout.select(rows)
-            states_BUD = self.critic.states(micro, self.policy)
-            parts.append(self.critic.values(states_BUD, micro, self.policy, self.config.sampling.temperature))
-        values_BUNM = torch.cat(parts)  # of the states before each token, and of the end
-        lengths_B = rollout.attention_BS[:, rollout.prompt_length :].sum(dim=-1)
-        return values_BUNM[:, :-1], values_BUNM[torch.arange(len(rollout), device=self.device), lengths_B]
+        assert self.critic_pass is not None
+        self.critic.learn_verdict_alone(self.step <= self.config.critic.verdict_only_steps)
+        return self.critic_pass.values(rollout, first_B)
 
     @torch.no_grad()
     def _token_figures(self, policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -352,12 +350,13 @@ class Trainer:
 
     def _update_critic(self, rollout: Rollout, estimates: Estimates, rows: Tensor, means: Means) -> None:
         assert self.critic is not None
+        assert self.critic_pass is not None
         assert self.critic_optimiser is not None
         assert self.row.critic_loss is not None
         self.critic.learn_verdict_alone(self.step <= self.config.critic.verdict_only_steps)
         count = token_count(estimates.mask_BT[rows], all_reduce_sum)
         for micro, at, mask_BT in self._microbatches(rollout, estimates, rows):
-            states_KD = self.critic.states(micro, self.policy)[:, :-1][mask_BT]
+            states_KD = self.critic_pass.states(at[0], micro)[:, :-1][mask_BT]
             predictions_KNM = self.critic.predictions(states_KD, micro.response_BT[mask_BT])
             before_KNM, targets_KL = estimates.values_BTNM[at][mask_BT], estimates.targets_BTL[at][mask_BT]
             terms = self.row.critic_loss(predictions_KNM, before_KNM, targets_KL, self.config)
@@ -414,9 +413,10 @@ class Trainer:
     def _logprobs(
         self, policy: Policy, micro: Rollout, mask_BT: Tensor, entropy: bool = False
     ) -> tuple[Tensor, Tensor]:
-        hidden_BSD = policy.hidden_states(micro.tokens_BS, micro.attention_BS)
+        # The last token's own state predicts nothing.
+        states_BTD = policy.hidden_states(micro.tokens_BS[:, :-1], micro.attention_BS[:, :-1], micro.prompt_length - 1)
         return policy.token_logprobs(
-            states(hidden_BSD, micro)[mask_BT],
+            states_BTD[mask_BT],
             micro.response_BT[mask_BT],
             self.config.sampling.temperature,
             entropy,
@@ -477,11 +477,6 @@ class Trainer:
     def _open(self, source: str | Path, weights: Literal["pretrained", "random"] = "pretrained") -> Policy:
         model = self.config.model
         return open_policy(source, self.device, model.dtype, model.gradient_checkpointing, weights)
-
-
-def states(hidden_BSD: Tensor, rollout: Rollout) -> Tensor:
-    """Hidden state of the column *before* each response token: [B, T, D]."""
-    return hidden_BSD[:, rollout.prompt_length - 1 : -1]
 
 
 def starting_model(config: Config) -> str | Path:
