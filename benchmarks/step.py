@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from contest import circumstances, ratio, take_turns, timed
 from reference import COMPLETION, GROUP, GROUPS, PROMPT, make_trainer, write_model
-from turns import circumstances, ratio, take_turns, timed
 
 from dvpo.algorithms import ALGORITHMS
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from contest import Turn, circumstances, ratio, take_turns, timed
 from reference import COMPLETION, GROUP, GROUPS, PROMPT, make_trainer, prompts, write_model
-from turns import Turn, circumstances, ratio, take_turns, timed
 
 HERE = Path(__file__).resolve().parent
 OURS = ("grpo", "dvpo", "ppo")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from contest import ratio, take_turns, upper_bound_of_median
 from reference import make_trainer, write_model
-from turns import ratio, take_turns, upper_bound_of_median
 
 
 def test_a_dvpo_step_takes_less_than_twice_a_ppo_step(tmp_path: Path):
