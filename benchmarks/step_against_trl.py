@@ -25,7 +25,7 @@ from contest import Turn, circumstances, ratio, take_turns, timed
 from reference import COMPLETION, GROUP, GROUPS, PROMPT, make_trainer, prompts, write_model
 
 HERE = Path(__file__).resolve().parent
-OURS = ("grpo", "dvpo", "ppo")
+OURS = ("grpo", "dvpo")
 
 
 class TRL:
