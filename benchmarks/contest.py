@@ -5,36 +5,48 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from dvpo.provenance import machine, source, versions
 
-Turn = Callable[[], float]
-"""Makes one step and returns its seconds."""
+
+class Spent(NamedTuple):
+    """Seconds of one turn: on the wall clock, and of this process on a CPU, where others' work does not show."""
+
+    wall: float
+    cpu: float
+
+
+Turn = Callable[[], Spent]
+"""Makes one step."""
 
 
 def timed(step: Callable[[], object]) -> Turn:
-    def turn() -> float:
-        start = time.perf_counter()
+    def turn() -> Spent:
+        wall, cpu = time.perf_counter(), time.process_time()
         step()
-        return time.perf_counter() - start
+        return Spent(time.perf_counter() - wall, time.process_time() - cpu)
 
     return turn
 
 
-def take_turns(contestants: Mapping[str, Turn], rounds: int, untimed: int = 2) -> dict[str, list[float]]:
-    """Seconds of every contestant's turns, a round after the other; the first ones warm caches and do not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+def take_turns(contestants: Mapping[str, Turn], rounds: int, untimed: int = 2) -> dict[str, list[Spent]]:
+    """Every contestant's turns, a round after the other; the first ones warm caches and do not count."""
+    turns: dict[str, list[Spent]] = {name: [] for name in contestants}
     for number in range(untimed + rounds):
         for name, turn in contestants.items():
             spent = turn()
             if number >= untimed:
-                seconds[name].append(spent)
-    return seconds
+                turns[name].append(spent)
+    return turns
 
 
-def ratio(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
-    """The median over the pairs of turns of one / other, its upper 95% bound, and both medians in milliseconds."""
+def ratio(one: Sequence[Spent], other: Sequence[Spent]) -> dict[str, dict[str, float]]:
+    """By either clock: the median over the pairs of turns of one / other, its upper 95% bound, both medians in ms."""
+    return {clock: _ratio([s[i] for s in one], [s[i] for s in other]) for i, clock in enumerate(Spent._fields)}
+
+
+def _ratio(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
     ratios = [a / b for a, b in zip(one, other, strict=True)]
     return {
         "median_ratio": statistics.median(ratios),
@@ -43,6 +55,15 @@ def ratio(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
         "of_median_ms": 1e3 * statistics.median(other),
         "pairs": len(ratios),
     }
+
+
+def show(title: str, figures: Mapping[str, Mapping[str, float]]) -> None:
+    for clock, row in figures.items():
+        print(
+            f"{title:32}{clock:5}{row['median_ratio']:7.3f} (95% below {row['upper_95']:.3f})"
+            f"{row['median_ms']:9.1f} ms against {row['of_median_ms']:.1f} ms",
+            flush=True,
+        )
 
 
 def upper_bound_of_median(values: Sequence[float], level: float = 0.95) -> float:

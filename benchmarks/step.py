@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contest import circumstances, ratio, take_turns, timed
+from contest import circumstances, ratio, show, take_turns, timed
 from reference import COMPLETION, GROUP, GROUPS, PROMPT, make_trainer, write_model
 
 from dvpo.algorithms import ALGORITHMS
@@ -73,7 +73,9 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def compare(names: list[str], size: str, rounds: int, folder: Path, minibatches: int) -> dict[str, dict[str, float]]:
+def compare(
+    names: list[str], size: str, rounds: int, folder: Path, minibatches: int
+) -> dict[str, dict[str, dict[str, float]]]:
     """Every algorithm's ratio to the last one's."""
     model = folder / size
     if not model.exists():
@@ -82,18 +84,10 @@ def compare(names: list[str], size: str, rounds: int, folder: Path, minibatches:
         name: make_trainer(name, model, folder / f"{size}-{len(names)}-{name}", f"update.minibatches={minibatches}")
         for name in names
     }
-    seconds = take_turns({name: timed(trainer.train_step) for name, trainer in trainers.items()}, rounds)
+    turns = take_turns({name: timed(trainer.train_step) for name, trainer in trainers.items()}, rounds)
     for trainer in trainers.values():
         trainer.close()
-    return {name: ratio(seconds[name], seconds[names[-1]]) for name in names[:-1]}
-
-
-def show(title: str, row: dict[str, float]) -> None:
-    print(
-        f"{title:32}{row['median_ratio']:7.3f} (95% below {row['upper_95']:.3f}){row['median_ms']:9.1f} ms "
-        f"against {row['of_median_ms']:.1f} ms",
-        flush=True,
-    )
+    return {name: ratio(turns[name], turns[names[-1]]) for name in names[:-1]}
 
 
 def memory(options: argparse.Namespace) -> dict[str, Any]:

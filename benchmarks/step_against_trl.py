@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contest import Turn, circumstances, ratio, take_turns, timed
+from contest import Spent, Turn, circumstances, ratio, show, take_turns, timed
 from reference import COMPLETION, GROUP, GROUPS, PROMPT, make_trainer, prompts, write_model
 
 HERE = Path(__file__).resolve().parent
@@ -45,7 +45,7 @@ class TRL:
         )
         self.log, self.peak = work / "trl.log", 0
 
-    def turn(self) -> float:
+    def turn(self) -> Spent:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write("go\n")
@@ -55,7 +55,7 @@ class TRL:
             sys.exit(f"TRL's process ended:\n{self.log.read_text()[-2000:]}")
         row = json.loads(line)
         self.peak = row["peak"]
-        return float(row["seconds"])
+        return Spent(row["wall"], row["cpu"])
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -85,23 +85,19 @@ def main() -> None:
             },
         )
         contestants: dict[str, Turn] = {row: timed(trainer.train_step) for row, trainer in trainers.items()}
-        seconds = take_turns({"trl_grpo": trl.turn, **contestants}, options.pairs)
+        turns = take_turns({"trl_grpo": trl.turn, **contestants}, options.pairs)
         trl.close()
         for trainer in trainers.values():
             trainer.close()
     result: dict[str, Any] = {
         "sizes": {"prompt": PROMPT, "completion": COMPLETION, "prompts": GROUPS, "samples": GROUP, "minibatches": 1},
-        **{f"{row}_over_trl_grpo": ratio(seconds[row], seconds["trl_grpo"]) for row in OURS},
+        **{f"{row}_over_trl_grpo": ratio(turns[row], turns["trl_grpo"]) for row in OURS},
         "trl_peak_bytes": trl.peak,
         "trl_environment": frozen(options.trl_python),
         **circumstances(),
     }
     for row in OURS:
-        figures = result[f"{row}_over_trl_grpo"]
-        print(
-            f"{row} / TRL GRPO {figures['median_ratio']:.3f} (95% below {figures['upper_95']:.3f}) "
-            f"{figures['median_ms']:.0f} ms against {figures['of_median_ms']:.0f} ms"
-        )
+        show(f"{row} / TRL GRPO", result[f"{row}_over_trl_grpo"])
     options.output.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer as a contestant: a process that makes a step whenever it reads a line, and answers its seconds.
+"""TRL's GRPOTrainer as a contestant: a process that makes a step whenever it reads a line, and answers what it took.
 
 Runs in an environment of its own (`make bench-trl` makes it) and knows nothing of this project. A turn is everything
 from one step to the next: generation, reward, the forward and backward pass, the optimiser's step, logging.
@@ -19,14 +19,15 @@ class Turns(TrainerCallback):
     """Waits before each step until the other side says go."""
 
     def __init__(self) -> None:
-        self.started: float | None = None
+        self.started: tuple[float, float] | None = None
 
     def on_step_begin(self, *arguments, **keywords) -> None:
         if self.started is not None:
-            answer({"seconds": time.perf_counter() - self.started, "peak": peak()})
+            wall, cpu = self.started
+            answer({"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "peak": peak()})
         if not sys.stdin.readline():
             sys.exit()
-        self.started = time.perf_counter()
+        self.started = time.perf_counter(), time.process_time()
 
 
 def answer(row: dict) -> None:

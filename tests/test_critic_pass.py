@@ -62,7 +62,7 @@ def test_a_run_is_the_same_with_two_passes(tmp_path: Path, settings: tuple[str, 
 
 def test_what_was_kept_is_dropped_once_a_weight_has_moved(tmp_path: Path):
     trainer = opened(tmp_path / "run")
-    rollout, _ = trainer.score(trainer.sample())
+    rollout, _ = trainer.collect()
     first_B = torch.tensor([4, 1])
     micro = rollout.select(first_B).trimmed()
     before_BUD = trainer.critic.states(micro, trainer.policy).detach()
@@ -79,7 +79,7 @@ def test_what_was_kept_is_dropped_once_a_weight_has_moved(tmp_path: Path):
 
 def test_values_stand_in_the_rows_order_whichever_came_first(tmp_path: Path):
     trainer = opened(tmp_path / "run", "advantage.truncation=bootstrap")
-    rollout, _ = trainer.score(trainer.sample())
+    rollout, _ = trainer.collect()
     plain = trainer.critic_pass.values(rollout)
     kept = trainer.critic_pass.values(rollout, torch.tensor([5, 0, 3]))
     for one, other in zip(plain, kept, strict=True):
