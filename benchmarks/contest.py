@@ -20,6 +20,9 @@ class Spent(NamedTuple):
 Turn = Callable[[], Spent]
 """Makes one step."""
 
+Ratio = dict[str, dict[str, float]]
+"""Clock -> figures."""
+
 
 def timed(step: Callable[[], object]) -> Turn:
     def turn() -> Spent:
@@ -41,7 +44,7 @@ def take_turns(contestants: Mapping[str, Turn], rounds: int, untimed: int = 2) -
     return turns
 
 
-def ratio(one: Sequence[Spent], other: Sequence[Spent]) -> dict[str, dict[str, float]]:
+def ratio(one: Sequence[Spent], other: Sequence[Spent]) -> Ratio:
     """By either clock: the median over the pairs of turns of one / other, its upper 95% bound, both medians in ms."""
     return {clock: _ratio([s[i] for s in one], [s[i] for s in other]) for i, clock in enumerate(Spent._fields)}
 
@@ -57,7 +60,7 @@ def _ratio(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
     }
 
 
-def show(title: str, figures: Mapping[str, Mapping[str, float]]) -> None:
+def show(title: str, figures: Ratio) -> None:
     for clock, row in figures.items():
         print(
             f"{title:32}{clock:5}{row['median_ratio']:7.3f} (95% below {row['upper_95']:.3f})"

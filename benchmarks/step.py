@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contest import circumstances, ratio, show, take_turns, timed
+from contest import Ratio, circumstances, ratio, show, take_turns, timed
 from reference import COMPLETION, GROUP, GROUPS, PROMPT, make_trainer, write_model
 
 from dvpo.algorithms import ALGORITHMS
