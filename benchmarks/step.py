@@ -73,9 +73,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def compare(
-    names: list[str], size: str, rounds: int, folder: Path, minibatches: int
-) -> dict[str, dict[str, dict[str, float]]]:
+def compare(names: list[str], size: str, rounds: int, folder: Path, minibatches: int) -> dict[str, Ratio]:
     """Every algorithm's ratio to the last one's."""
     model = folder / size
     if not model.exists():
