@@ -40,7 +40,8 @@ def test_the_first_microbatch_goes_through_the_trunk_once(tmp_path: Path, miniba
 class Twice(Trainer):
     """Never keeps a pass."""
 
-    def estimate(self, rollout, first_B=None):
+    def estimate(self, rollout):
+        self.critic_pass.expect(torch.arange(0))
         return super().estimate(rollout)
 
 
@@ -67,10 +68,12 @@ def test_what_was_kept_is_dropped_once_a_weight_has_moved(tmp_path: Path):
     micro = rollout.select(first_B).trimmed()
     before_BUD = trainer.critic.states(micro, trainer.policy).detach()
 
-    trainer.critic_pass.values(rollout, first_B)
+    trainer.critic_pass.expect(first_B)
+    trainer.critic_pass.values(rollout)
     assert torch.equal(trainer.critic_pass.states(first_B, micro), before_BUD)
 
-    trainer.critic_pass.values(rollout, first_B)
+    trainer.critic_pass.expect(first_B)
+    trainer.critic_pass.values(rollout)
     with torch.no_grad():
         trainer.critic.trunk.norm.weight.mul_(2.0)
     assert not torch.allclose(trainer.critic_pass.states(first_B, micro), before_BUD)
@@ -81,7 +84,8 @@ def test_values_stand_in_the_rows_order_whichever_came_first(tmp_path: Path):
     trainer = opened(tmp_path / "run", "advantage.truncation=bootstrap")
     rollout, _ = trainer.collect()
     plain = trainer.critic_pass.values(rollout)
-    kept = trainer.critic_pass.values(rollout, torch.tensor([5, 0, 3]))
+    trainer.critic_pass.expect(torch.tensor([5, 0, 3]))
+    kept = trainer.critic_pass.values(rollout)
     for one, other in zip(plain, kept, strict=True):
         mask = rollout.mask_BT if one.dim() == 4 else slice(None)
         torch.testing.assert_close(one[mask], other[mask], rtol=1e-5, atol=1e-6)

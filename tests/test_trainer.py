@@ -136,7 +136,7 @@ def test_a_second_epoch_trains_on_the_advantages_and_log_probs_of_the_sampler(tm
     trainer = Trainer(run_config(tmp_path / "run", "update.epochs=3"), task=Parity())
     made = []
     estimate = trainer.estimate
-    monkeypatch.setattr(trainer, "estimate", lambda *given: made.append(given) or estimate(*given))
+    monkeypatch.setattr(trainer, "estimate", lambda rollout: made.append(rollout) or estimate(rollout))
     trainer.train_step()
     assert len(made) == 1
     trainer.close()

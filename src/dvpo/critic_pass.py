@@ -34,18 +34,19 @@ class CriticPass:
     def __init__(self, critic: Critic, policy: Policy, config: Config) -> None:
         self.critic, self.policy = critic, policy
         self.microbatch_size, self.temperature = config.update.microbatch_size, config.sampling.temperature
+        self._expected: Tensor | None = None
         self._kept: _Kept | None = None
 
-    @torch.no_grad()
-    def values(self, rollout: Rollout, first_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Predictions at every token's state, and at the state after the last token: [B, T, N, M], [B, N, M].
+    def expect(self, minibatch: Tensor) -> None:
+        """Announce the rows that the critic learns from first, of the rollout that `values` is asked for next."""
+        self._expected = minibatch[: self.microbatch_size]
 
-        Args:
-            rollout: the responses.
-            first_B: rows that `states` is going to be asked for before any weight moves.
-        """
+    @torch.no_grad()
+    def values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Predictions at every token's state, and at the state after the last token: [B, T, N, M], [B, N, M]."""
         every_B = torch.arange(len(rollout), device=rollout.mask_BT.device)
-        first_B = every_B[:0] if first_B is None else first_B
+        first_B = every_B[:0] if self._expected is None else self._expected
+        self._expected = None
         rest_B = every_B[torch.isin(every_B, first_B, invert=True)]
         parts = [part for part in (first_B, *rest_B.split(self.microbatch_size)) if len(part)]
         width, pieces = rollout.mask_BT.shape[1] + 1, []

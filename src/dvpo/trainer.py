@@ -182,8 +182,9 @@ class Trainer:
         if self.step == 1:
             refuse_broken_reward(collected.scored.faults, len(collected.sampled))
         scored = time.perf_counter()
-        first_B = self._minibatches(rollout, "rows", self.step, 0)[0][: self.config.update.microbatch_size]
-        estimates, figures = self.estimate(rollout, first_B)
+        if self.critic_pass is not None:
+            self.critic_pass.expect(self._minibatches(rollout, "rows", self.step, 0)[0])
+        estimates, figures = self.estimate(rollout)
         figures |= self.update(rollout, estimates) | self.update_from_replay()
         self.kl.observe(figures.get("actor/kl_sampled", math.nan), len(rollout))
         self.replay.add(rollout)
@@ -234,8 +235,8 @@ class Trainer:
     # Estimate
 
     @torch.no_grad()
-    def estimate(self, rollout: Rollout, first_B: Tensor | None = None) -> tuple[Estimates, dict[str, float]]:
-        """Values, advantages and targets, once a step and before any update, which begins with the rows `first_B`."""
+    def estimate(self, rollout: Rollout) -> tuple[Estimates, dict[str, float]]:
+        """Values, advantages and targets, once a step and before any update."""
         settings = self.config.advantage
         keep_B = torch.ones_like(rollout.rewarded_B)
         if settings.truncation == "mask":
@@ -255,7 +256,7 @@ class Trainer:
         if self.config.actor.kl.place == "reward":
             rewards_BT = rewards_BT - self.kl.coef * (rollout.sampler_logprobs_BT - reference_BT) * mask_BT
 
-        values_BTNM, bootstrap_BNM = self._values(rollout, first_B)
+        values_BTNM, bootstrap_BNM = self._values(rollout)
         if settings.truncation != "bootstrap":
             bootstrap_BNM = torch.zeros_like(bootstrap_BNM)
         bootstrap_BNM = bootstrap_BNM * rollout.truncated_B.view(-1, 1, 1)
@@ -295,14 +296,14 @@ class Trainer:
         lengths_B = rollout.attention_BS[:, rollout.prompt_length :].sum(dim=-1)
         return overlong_penalties(lengths_B, limit, margin) if margin else None
 
-    def _values(self, rollout: Rollout, first_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Predictions at every token's state, and at the state after the last token: [B, T, N, M], [B, N, M]."""
         if self.critic is None:
             empty = rollout.rewards_BT.new_zeros(*rollout.mask_BT.shape, 0, 0)
             return empty, empty[:, 0]
         assert self.critic_pass is not None
         self.critic.learn_verdict_alone(self.step <= self.config.critic.verdict_only_steps)
-        return self.critic_pass.values(rollout, first_B)
+        return self.critic_pass.values(rollout)
 
     @torch.no_grad()
     def _token_figures(self, policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor]:
