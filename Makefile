@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+TRL    := .venv-trl
 
-.PHONY: demo test test-all bench faults lint format wheel-test learns clean
+.PHONY: demo test test-all bench bench-trl faults lint format wheel-test learns clean
 
 # The set-up is one pinned environment; it is remade when the pins change.
 $(READY): pyproject.toml constraints.txt
@@ -25,6 +26,17 @@ test-all: $(READY) lint
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quantile_loss.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gae.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step.py
+
+# TRL has an environment of its own, with our torch and transformers.
+$(TRL)/.ready: benchmarks/trl-requirements.txt constraints.txt
+	$(PYTHON) -m venv $(TRL)
+	$(TRL)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch transformers
+	$(TRL)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/trl-requirements.txt
+	touch $@
+
+bench-trl: $(READY) $(TRL)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_against_trl.py --trl-python $(TRL)/bin/python
 
 # What a run survives, experiment by experiment; some minutes each on 2 cores (docs/faults.md).
 faults: $(READY)
@@ -50,4 +62,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TRL) build dist .mypy_cache .ruff_cache

@@ -20,7 +20,8 @@ from dvpo.core.categorical import histogram_centres
 from dvpo.core.quantiles import quantile_levels
 from dvpo.errors import InputError
 from dvpo.heads import CategoricalHeads, ImplicitHeads, QuantileHeads, Verdict, VocabularyHead
-from dvpo.policy import Policy, compute_type, hidden_states
+from dvpo.policy import Policy, compute_type
+from dvpo.prefix import hidden_states
 
 Kind = Literal["scalar", "quantile", "implicit", "categorical", "vocabulary"]
 
@@ -85,8 +86,7 @@ class Critic(nn.Module):
         if not isinstance(self.heads, VocabularyHead):
             values_BUNM: Tensor = self(states_BUD)
             return values_BUNM
-        policy_BSD = policy.hidden_states(rollout.tokens_BS, rollout.attention_BS)
-        policy_BUD = policy_BSD[:, rollout.prompt_length - 1 :]
+        policy_BUD = policy.hidden_states(rollout.tokens_BS, rollout.attention_BS, rollout.prompt_length - 1)
         values_K = self.heads.expected(states_BUD.flatten(0, 1), policy_BUD.flatten(0, 1), policy, temperature)
         return values_K.view(*states_BUD.shape[:2], 1, 1)
 
@@ -119,7 +119,7 @@ class Critic(nn.Module):
         tokens_BS = torch.cat([rollout.hints_BH.clamp(min=0), rollout.tokens_BS], dim=1)
         attention_BS = torch.cat([hint_BH, rollout.attention_BS], dim=1)
         first = hint_BH.shape[1] + rollout.prompt_length - 1
-        states_BUD = self.hidden_states(tokens_BS, attention_BS, policy)[:, first:]
+        states_BUD = self.hidden_states(tokens_BS, attention_BS, policy, first)
         if not self.shape.features:
             return states_BUD
         features_BT2 = torch.stack([rollout.sampler_logprobs_BT, rollout.entropies_BT], dim=-1)
@@ -148,13 +148,13 @@ class Critic(nn.Module):
         yield from self.heads.parameters()
         yield self.verdict.direction
 
-    def hidden_states(self, tokens_BS: Tensor, attention_BS: Tensor, policy: Policy) -> Tensor:
-        """Hidden states [B, S, D] that the heads read; from the policy, detached, where the trunk is shared."""
+    def hidden_states(self, tokens_BS: Tensor, attention_BS: Tensor, policy: Policy, first: int = 0) -> Tensor:
+        """Hidden states [B, S - first, D] that the heads read; the policy's, detached, where the trunk is shared."""
         if self.trunk is None:
             with torch.no_grad():
-                return policy.hidden_states(tokens_BS, attention_BS)
+                return policy.hidden_states(tokens_BS, attention_BS, first)
         with compute_type(self.dtype, tokens_BS.device):
-            return hidden_states(self.trunk, tokens_BS, attention_BS)
+            return hidden_states(self.trunk, tokens_BS, attention_BS, first)
 
     def save(self, folder: Path) -> None:
         """Write `critic.safetensors`, `critic.json` and the trunk's `config.json`."""

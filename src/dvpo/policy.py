@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from dvpo.errors import InputError
+from dvpo.prefix import hidden_states
 
 # Loading bars of single files would tear the progress display.
 disable_progress_bar()
@@ -74,10 +75,10 @@ class Policy:
     def autocast(self) -> AbstractContextManager[Any]:
         return compute_type(self.dtype, self.device)
 
-    def hidden_states(self, tokens_BS: Tensor, attention_BS: Tensor) -> Tensor:
-        """Last hidden state of every column, after the final norm: [B, S, D]."""
+    def hidden_states(self, tokens_BS: Tensor, attention_BS: Tensor, first: int = 0) -> Tensor:
+        """Last hidden states from column `first` on, the last one of the prompts: [B, S - first, D]."""
         with self.autocast():
-            return hidden_states(self.trunk, tokens_BS, attention_BS)
+            return hidden_states(self.trunk, tokens_BS, attention_BS, first)
 
     @property
     def logit_scale(self) -> float:
@@ -146,13 +147,6 @@ def in_chunks(function: Callable[..., tuple[Tensor, ...]], vocabulary: int, *ten
 def compute_type(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
     """Autocast to `dtype`, or nothing for float32: master weights stay float32 either way."""
     return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype=dtype)
-
-
-def hidden_states(trunk: nn.Module, tokens_BS: Tensor, attention_BS: Tensor) -> Tensor:
-    """Last hidden state [B, S, D] of a transformer trunk; positions count real tokens, so padding does not matter."""
-    positions_BS = (attention_BS.long().cumsum(dim=-1) - 1).clamp(min=0)
-    out = trunk(input_ids=tokens_BS, attention_mask=attention_BS.long(), position_ids=positions_BS, use_cache=False)
-    return out.last_hidden_state
 
 
 def open_policy(

@@ -18,6 +18,7 @@ from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsW
 
 from dvpo.batch import Rollout
 from dvpo.config import SamplingConfig
+from dvpo.decoding import Decoder
 from dvpo.errors import InputError
 from dvpo.policy import Policy
 from dvpo.seeding import derive_seed
@@ -250,62 +251,41 @@ class HuggingFaceSampler:
         self, contexts: Sequence[Sequence[int]], budgets: Sequence[int], seeds: Sequence[int]
     ) -> list[Turn]:
         device, longest = self.policy.device, max(budgets)
-        tokens_BS, attention_BS = pad_left(contexts, self.policy.pad_id)
+        tokens_BS, attention_BS = (tensor.to(device) for tensor in pad_left(contexts, self.policy.pad_id))
         # float64, like the inverted distribution: a grid of 2^-24 is too coarse for a vocabulary of 150,000.
         uniforms_BT = torch.stack(
             [torch.rand(longest, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
-        )
+        ).to(device)
         budgets_B = torch.tensor(budgets, device=device)
-        end_ids = torch.tensor(sorted(self.policy.end_ids), device=device)
-        tokens_BS, attention_BS = tokens_BS.to(device), attention_BS.to(device)
-        uniforms_BT = uniforms_BT.to(device)
+        end_ids_1E = torch.tensor([sorted(self.policy.end_ids)], device=device)
 
-        # The record, in the order of the contexts; `rows` says which of them are still being written.
+        # The record, in the order of the contexts; `rows` says which of them are still carried along. What a row that
+        # is over goes on to write lies behind its length. No mask is used as an index: on a GPU that would wait for it.
         written_BT = torch.zeros(len(contexts), longest, dtype=torch.long, device=device)
         logprobs_BT = torch.zeros(len(contexts), longest, device=device)
-        lengths_B = budgets_B.clone()
+        lengths_B = torch.zeros_like(budgets_B)
         finished_B = torch.zeros(len(contexts), dtype=torch.bool, device=device)
         rows = torch.arange(len(contexts), device=device)
-        inputs, cache = tokens_BS, None
-        positions = (attention_BS.long().cumsum(dim=-1) - 1).clamp(min=0)
         going_on = torch.ones_like(finished_B)
+        decoder = Decoder(self.policy, tokens_BS, attention_BS, longest)
         for t in range(longest):
-            out = self.policy.trunk(
-                input_ids=inputs,
-                attention_mask=attention_BS.long(),
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache = out.past_key_values
-            logits = self.policy.logits(out.last_hidden_state[:, -1])
-            chosen, logprobs = self._choose(logits, uniforms_BT[rows, t])
-            writing = rows[going_on]
-            written_BT[writing, t] = chosen[going_on]
-            logprobs_BT[writing, t] = logprobs[going_on]
-
-            stopped = torch.isin(chosen, end_ids) | self._at_stop_string(written_BT[rows, : t + 1])
-            now = going_on & stopped
-            lengths_B[rows[now]] = t + 1
-            finished_B[rows[now]] = True
+            chosen, logprobs = self._choose(decoder.logits_BV, uniforms_BT[rows, t])
+            written_BT[rows, t], logprobs_BT[rows, t] = chosen, logprobs
+            lengths_B[rows] += going_on
+            stopped = (chosen.unsqueeze(-1) == end_ids_1E).any(dim=-1)
+            if self.settings.stop:
+                stopped |= self._at_stop_string(written_BT[rows, : t + 1])
+            finished_B[rows] |= going_on & stopped
             going_on = going_on & ~stopped & (t + 1 < budgets_B[rows])
             left = int(going_on.sum())
             if left == 0:
                 break
-            attention_BS = torch.cat([attention_BS, attention_BS.new_ones(len(rows), 1)], dim=1)
-            # Finished rows stand still, or they would run out of the positions that the model knows.
-            inputs, positions = chosen.unsqueeze(-1), positions[:, -1:] + going_on.unsqueeze(-1)
-            if left <= len(rows) // 2 and hasattr(cache, "batch_select_indices"):
+            if left <= len(rows) // 2 and decoder.can_select:
                 # Finished rows are dropped once they are half of the batch: each drop copies the cache.
                 keep = going_on.nonzero().squeeze(-1)
-                cache.batch_select_indices(keep)
-                rows, attention_BS, inputs, positions = (
-                    rows[keep],
-                    attention_BS[keep],
-                    inputs[keep],
-                    positions[keep],
-                )
-                going_on = going_on[keep]
+                decoder.select(keep)
+                rows, chosen, going_on = rows[keep], chosen[keep], going_on[keep]
+            decoder.step(chosen, going_on)
 
         record = zip(written_BT.tolist(), logprobs_BT.tolist(), lengths_B.tolist(), finished_B.tolist(), strict=True)
         return [Turn(tokens[:n], logprobs[:n], finished) for tokens, logprobs, n, finished in record]
@@ -333,8 +313,6 @@ class HuggingFaceSampler:
         A token carries at least one byte, so a short tail of the turn holds every string that its last token completes.
         """
         stop = self.settings.stop
-        if not stop:
-            return torch.zeros(len(written_BT), dtype=torch.bool, device=written_BT.device)
         window = max(len(s.encode()) for s in stop) + 4
         texts = self.policy.tokenizer.batch_decode(written_BT[:, -window:])
         return torch.tensor([any(s in text for s in stop) for text in texts], device=written_BT.device)

@@ -26,6 +26,7 @@ from dvpo.core.losses import aggregation_weights, kl_estimate
 from dvpo.core.masks import token_count, whiten
 from dvpo.core.returns import gae
 from dvpo.critic import load_critic, make_critic
+from dvpo.critic_pass import CriticPass
 from dvpo.data import open_prompts
 from dvpo.distributed import all_reduce_sum, barrier, init_from_env, is_main, world_size
 from dvpo.errors import InputError, RunStoppedError
@@ -123,6 +124,7 @@ class Trainer:
             how = (self.device, self.policy.dtype, config.model.gradient_checkpointing)
             self.critic = load_critic(checkpoint / "critic", *how)
 
+        self.critic_pass = CriticPass(self.critic, self.policy, config) if self.critic else None
         self.prompts = open_prompts(self.task, train, config.seed)
         self.rates = open_rates(config, self.task, train)
         self.policy_optimiser = Optimiser(self.policy.model, config.policy_optimiser, config.steps)
@@ -211,6 +213,8 @@ class Trainer:
             refuse_broken_reward(faults, sampled)
         stop_at_faults(faults, sampled, self.step, self.config.reward)
         scored = time.perf_counter()
+        if self.critic_pass is not None:
+            self.critic_pass.expect(self._minibatches(rollout, "rows", self.step, 0)[0])
         estimates, figures = self.estimate(rollout)
         figures |= self.scorer.figures(all_reduce_sum)
         with deferred():  # weights change: a signal waits for the end of the step
@@ -332,14 +336,9 @@ class Trainer:
         if self.critic is None:
             empty = rollout.rewards_BT.new_zeros(*rollout.mask_BT.shape, 0, 0)
             return empty, empty[:, 0]
-        parts = []
-        for rows in torch.arange(len(rollout), device=self.device).split(self.config.update.microbatch_size):
-            micro = rollout.select(rows)
-            states_BUD = self.critic.states(micro, self.policy)
-            parts.append(self.critic.values(states_BUD, micro, self.policy, self.config.sampling.temperature))
-        values_BUNM = torch.cat(parts)  # of the states before each token, and of the end
-        lengths_B = rollout.attention_BS[:, rollout.prompt_length :].sum(dim=-1)
-        return values_BUNM[:, :-1], values_BUNM[torch.arange(len(rollout), device=self.device), lengths_B]
+        assert self.critic_pass is not None
+        self.critic.learn_verdict_alone(self.step <= self.config.critic.verdict_only_steps)
+        return self.critic_pass.values(rollout)
 
     @torch.no_grad()
     def _token_figures(self, policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -387,6 +386,7 @@ class Trainer:
 
     def _update_critic(self, rollout: Rollout, estimates: Estimates, rows: Tensor, means: Means) -> None:
         assert self.critic is not None
+        assert self.critic_pass is not None
         assert self.critic_optimiser is not None
         assert self.row.critic_loss is not None
         self.critic.learn_verdict_alone(self.step <= self.config.critic.verdict_only_steps)
@@ -395,7 +395,7 @@ class Trainer:
         count = token_count(estimates.mask_BT[rows], all_reduce_sum)
         loss = torch.zeros((), device=self.device)
         for micro, at, mask_BT in self._microbatches(rollout, estimates, rows):
-            states_KD = self.critic.states(micro, self.policy)[:, :-1][mask_BT]
+            states_KD = self.critic_pass.states(at[0], micro)[:, :-1][mask_BT]
             predictions_KNM = self.critic.predictions(states_KD, micro.response_BT[mask_BT])
             before_KNM, targets_KL = estimates.values_BTNM[at][mask_BT], estimates.targets_BTL[at][mask_BT]
             terms = self.row.critic_loss(predictions_KNM, before_KNM, targets_KL, config)
@@ -459,9 +459,10 @@ class Trainer:
     def _logprobs(
         self, policy: Policy, micro: Rollout, mask_BT: Tensor, entropy: bool = False
     ) -> tuple[Tensor, Tensor]:
-        hidden_BSD = policy.hidden_states(micro.tokens_BS, micro.attention_BS)
+        # The last token's own state predicts nothing.
+        states_BTD = policy.hidden_states(micro.tokens_BS[:, :-1], micro.attention_BS[:, :-1], micro.prompt_length - 1)
         return policy.token_logprobs(
-            states(hidden_BSD, micro)[mask_BT],
+            states_BTD[mask_BT],
             micro.response_BT[mask_BT],
             self.config.sampling.temperature,
             entropy,
@@ -521,11 +522,6 @@ class Trainer:
     def _open(self, source: str | Path, weights: Literal["pretrained", "random"] = "pretrained") -> Policy:
         model = self.config.model
         return open_policy(source, self.device, model.dtype, model.gradient_checkpointing, weights)
-
-
-def states(hidden_BSD: Tensor, rollout: Rollout) -> Tensor:
-    """Hidden state of the column *before* each response token: [B, T, D]."""
-    return hidden_BSD[:, rollout.prompt_length - 1 : -1]
 
 
 def starting_model(config: Config) -> str | Path:

@@ -1,0 +1,76 @@
+"""The critic's forward passes over a rollout; the one before the update serves the update's beginning as well."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dvpo.batch import Rollout
+from dvpo.config import Config
+from dvpo.critic import Critic
+from dvpo.policy import Policy
+
+
+class _Kept(NamedTuple):
+    rows: Tensor
+    states_BUD: Tensor
+    version: int
+    """Of the critic's weights."""
+
+
+class CriticPass:
+    """Values of a whole rollout without a gradient, states of a micro-batch with one.
+
+    Between the estimate and the critic's first micro-batch no weight moves. That micro-batch goes through the trunk
+    once: its states keep their graph, the memory of one micro-batch, until the update takes them.
+
+    Args:
+        critic: whose passes they are.
+        policy: what a trunkless critic reads, and whose next token a vocabulary critic expects.
+        config: says how many sequences go through at once, and the temperature of sampling.
+    """
+
+    def __init__(self, critic: Critic, policy: Policy, config: Config) -> None:
+        self.critic, self.policy = critic, policy
+        self.microbatch_size, self.temperature = config.update.microbatch_size, config.sampling.temperature
+        self._expected: Tensor | None = None
+        self._kept: _Kept | None = None
+
+    def expect(self, minibatch: Tensor) -> None:
+        """Announce the rows that the critic learns from first, of the rollout that `values` is asked for next."""
+        self._expected = minibatch[: self.microbatch_size]
+
+    @torch.no_grad()
+    def values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Predictions at every token's state, and at the state after the last token: [B, T, N, M], [B, N, M]."""
+        every_B = torch.arange(len(rollout), device=rollout.mask_BT.device)
+        first_B = every_B[:0] if self._expected is None else self._expected
+        self._expected = None
+        rest_B = every_B[torch.isin(every_B, first_B, invert=True)]
+        parts = [part for part in (first_B, *rest_B.split(self.microbatch_size)) if len(part)]
+        width, pieces = rollout.mask_BT.shape[1] + 1, []
+        for rows in parts:
+            micro = rollout.select(rows).trimmed()
+            with torch.set_grad_enabled(rows is first_B):
+                states_BUD = self.critic.states(micro, self.policy)
+            if rows is first_B:
+                self._kept = _Kept(rows, states_BUD, self._version())
+            piece_BUNM = self.critic.values(states_BUD, micro, self.policy, self.temperature)
+            pieces.append(F.pad(piece_BUNM, (0, 0, 0, 0, 0, width - piece_BUNM.shape[1])))
+        values_BUNM = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        if len(first_B):
+            values_BUNM = values_BUNM[torch.cat(parts).argsort()]
+        lengths_B = rollout.attention_BS[:, rollout.prompt_length :].sum(dim=-1)
+        return values_BUNM[:, :-1], values_BUNM[every_B, lengths_B]
+
+    def states(self, rows: Tensor, micro: Rollout) -> Tensor:
+        """What the heads read of these rows of the rollout, trimmed: [B, U, D]; what was kept is handed out once."""
+        kept, self._kept = self._kept, None
+        if kept is not None and kept.version == self._version() and torch.equal(kept.rows, rows):
+            return kept.states_BUD
+        return self.critic.states(micro, self.policy)
+
+    def _version(self) -> int:
+        """Grows with every change of a weight."""
+        return sum(parameter._version for parameter in self.critic.parameters())

@@ -1,0 +1,92 @@
+"""The forward pass of the estimate serves the critic's first micro-batch too, and no stale one ever does."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dvpo.trainer import Trainer
+from runs import Parity, run_config
+from test_trainer import farthest, rows, weights
+
+
+def opened(folder: Path, *overrides: str) -> Trainer:
+    return Trainer(run_config(folder, "algorithm=dvpo", *overrides), task=Parity())
+
+
+def passes(trainer: Trainer) -> list[bool]:
+    """Whether each forward pass of the critic's states had a gradient, in a list that grows."""
+    calls: list[bool] = []
+    states = trainer.critic.states
+    trainer.critic.states = lambda *arguments: (calls.append(torch.is_grad_enabled()), states(*arguments))[1]
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("minibatches", "expected"),
+    [
+        (1, [True]),  # the estimate's pass is the update's
+        (2, [True, False, True]),  # first half kept; second half for the estimate; second half anew: weights moved
+    ],
+)
+def test_the_first_microbatch_goes_through_the_trunk_once(tmp_path: Path, minibatches: int, expected: list[bool]):
+    trainer = opened(tmp_path / "run", f"update.minibatches={minibatches}")
+    calls = passes(trainer)
+    trainer.train_step()
+    trainer.close()
+    assert calls == expected
+
+
+class Twice(Trainer):
+    """Never keeps a pass."""
+
+    def estimate(self, rollout):
+        self.critic_pass.expect(torch.arange(0))
+        return super().estimate(rollout)
+
+
+@pytest.mark.parametrize("settings", [(), ("critic.trunk=shared",), ("update.epochs=2", "update.microbatch_size=2")])
+def test_a_run_is_the_same_with_two_passes(tmp_path: Path, settings: tuple[str, ...]):
+    # Adam with a large eps is linear in the gradient: rounding stays rounding.
+    linear = [f"{name}.{key}" for name in ("policy_optimiser", "critic_optimiser") for key in ("eps=10", "lr=1")]
+    runs = []
+    for kind in (Trainer, Twice):
+        config = run_config(tmp_path / kind.__name__, "algorithm=dvpo", *linear, *settings)
+        trainer = kind(config, task=Parity())
+        trainer.train()
+        runs.append((weights(trainer), rows(trainer)))
+    (one, log), (other, other_log) = runs
+    assert farthest(one, other) < 1e-5
+    for row, other_row in zip(log, other_log, strict=True):
+        assert row == pytest.approx(other_row, rel=1e-3, abs=1e-5, nan_ok=True)
+
+
+def test_what_was_kept_is_dropped_once_a_weight_has_moved(tmp_path: Path):
+    trainer = opened(tmp_path / "run")
+    rollout, _ = trainer.collect()
+    first_B = torch.tensor([4, 1])
+    micro = rollout.select(first_B).trimmed()
+    before_BUD = trainer.critic.states(micro, trainer.policy).detach()
+
+    trainer.critic_pass.expect(first_B)
+    trainer.critic_pass.values(rollout)
+    assert torch.equal(trainer.critic_pass.states(first_B, micro), before_BUD)
+
+    trainer.critic_pass.expect(first_B)
+    trainer.critic_pass.values(rollout)
+    with torch.no_grad():
+        trainer.critic.trunk.norm.weight.mul_(2.0)
+    assert not torch.allclose(trainer.critic_pass.states(first_B, micro), before_BUD)
+    trainer.close()
+
+
+def test_values_stand_in_the_rows_order_whichever_came_first(tmp_path: Path):
+    trainer = opened(tmp_path / "run", "advantage.truncation=bootstrap")
+    rollout, _ = trainer.collect()
+    plain = trainer.critic_pass.values(rollout)
+    trainer.critic_pass.expect(torch.tensor([5, 0, 3]))
+    kept = trainer.critic_pass.values(rollout)
+    for one, other in zip(plain, kept, strict=True):
+        mask = rollout.mask_BT if one.dim() == 4 else slice(None)
+        torch.testing.assert_close(one[mask], other[mask], rtol=1e-5, atol=1e-6)
+    trainer.close()

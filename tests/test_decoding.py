@@ -1,0 +1,75 @@
+"""The decoder spares work and changes no draw: shared contexts, buffers with room, rows that are dropped."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from dvpo.config import SamplingConfig
+from dvpo.decoding import Decoder, RoomyLayer
+from dvpo.policy import Policy
+from dvpo.sampling import HuggingFaceSampler, pad_left
+from tiny_models import FAMILIES, tiny_policy
+
+CONTEXTS = [[70, 81, 92], [17] * 5, [70, 81, 92], [40], [17] * 5]
+
+
+@torch.no_grad()
+def plain_logits(policy: Policy, rows: list[list[int]]) -> Tensor:
+    """Each row by itself, without a cache."""
+    return torch.stack(
+        [policy.logits(policy.trunk(input_ids=torch.tensor([r])).last_hidden_state[0, -1]) for r in rows]
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("contexts", [CONTEXTS, [c for c in CONTEXTS if len(c) == 3], [[9, 8], [7, 6], [5, 4]]])
+@torch.no_grad()
+def test_every_steps_logits_are_those_of_a_forward_of_each_row_by_itself(family: str, contexts: list[list[int]]):
+    """Ragged and shared; of one length and shared, which needs no mask; distinct, in an order that is not sorted."""
+    policy, rows = tiny_policy(family), [list(context) for context in contexts]
+    decoder = Decoder(policy, *pad_left(contexts, policy.pad_id), room=4)
+    for t in range(4):
+        torch.testing.assert_close(decoder.logits_BV, plain_logits(policy, rows), rtol=1e-4, atol=1e-5)
+        if t == 1:  # the last rows go on, in another order
+            keep = [len(rows) - 1, 1]
+            decoder.select(torch.tensor(keep))
+            rows = [rows[i] for i in keep]
+        tokens = [30 + t + i for i in range(len(rows))]
+        decoder.step(torch.tensor(tokens), torch.ones(len(rows), dtype=torch.bool))
+        rows = [[*row, token] for row, token in zip(rows, tokens, strict=True)]
+
+
+def test_a_context_that_rows_share_is_read_once():
+    policy, read = tiny_policy(), []
+    policy.trunk.register_forward_pre_hook(
+        lambda _module, _args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    sampler = HuggingFaceSampler(policy, SamplingConfig())
+    sampler.sample([[2, 5, 3]] * 6 + [[9, 9]] * 2, [2] * 8, list(range(8)))
+    assert read[0] == 2
+
+
+def test_keys_and_values_stand_where_they_were_put_until_there_is_no_room():
+    layer, draw = RoomyLayer(room=5), torch.Generator().manual_seed(0)
+    states = [torch.randn(3, 2, n, 4, generator=draw) for n in (2, 1, 2, 3)]
+    places = []
+    for i, new in enumerate(states):
+        keys, values = layer.update(new, -new)
+        assert torch.equal(keys, torch.cat(states[: i + 1], dim=-2))
+        assert torch.equal(values, -keys)
+        places.append(keys.data_ptr())
+    assert places[0] == places[1] == places[2]  # 2, 3 and 5 tokens fit
+    assert places[3] != places[2]  # the eighth does not
+    layer.batch_select_indices(torch.tensor([2, 0, 2]))
+    expected = torch.cat(states, dim=-2)[[2, 0, 2]]
+    more = torch.randn(3, 2, 1, 4, generator=draw)
+    assert torch.equal(layer.update(more, more)[0], torch.cat([expected, more], dim=-2))
+
+
+def test_a_layer_that_forgets_what_lies_behind_its_window_stays_transformers_own():
+    policy = tiny_policy("gemma2")
+    decoder = Decoder(policy, *pad_left(CONTEXTS, policy.pad_id), room=4)
+    expected = [type(layer).is_sliding for layer in DynamicCache(config=policy.model.config).layers]
+    assert [not isinstance(layer, RoomyLayer) for layer in decoder._cache.layers] == expected
+    assert any(expected)
