@@ -72,8 +72,8 @@ def test_other_noise_comes_on_top_of_pseudo_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[1]", 'line 1 is no JSON object with "id"'),
-        ('{"id": "a", "answer": 1}\n{oops', "line 2 is no JSON object"),
+        ("[1]", "line 1 is [1]; write one JSON object a line"),
+        ('{"id": "a", "answer": 1}\n{oops', "line 2 is no JSON ("),
         ('{"id": 3, "answer": 1}', "line 1 is no JSON object"),
         ('{"id": "a"}', "line 1 is no JSON object"),
         ('{"id": "a", "answer": 1}\n{"id": "a", "answer": 2}', "line 2 labels 'a' again"),

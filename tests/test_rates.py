@@ -200,7 +200,10 @@ def test_estimating_changes_nothing_but_the_log(tmp_path: Path) -> None:
     [
         (["reward.correction=backward"], "reward.correction = backward needs rates: set reward.trusted, to 0.05 say"),
         (["advantage.law.functional=denoised"], "advantage.law.functional = denoised needs rates: set reward.trusted"),
-        (["reward.rates.false_negative=0.2"], "reward.rates are used by nothing: set reward.correction, or drop them"),
+        (
+            ["reward.rates.false_negative=0.2"],
+            "reward.rates are used by nothing: set reward.correction, advantage.law.functional or",
+        ),
         (
             ["reward.correction=backward", "reward.rates.false_negative=0.2"],
             "reward.correction = backward needs reward.rates.false_positive too: set it, to 0",

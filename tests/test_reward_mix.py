@@ -10,10 +10,11 @@ import pytest
 from dvpo.config import NoiseConfig, load_config
 from dvpo.core.masks import identity
 from dvpo.errors import InputError
+from dvpo.faults import refuse_broken_reward
 from dvpo.noise import make_noise
 from dvpo.reward_mix import Part, RewardMix
 from dvpo.rewards import Fault, Scores
-from dvpo.scoring import open_reward, refuse_broken_reward
+from dvpo.scoring import open_reward
 from dvpo.tasks import Reward
 from dvpo.trainer import Trainer
 from runs import Parity, run_config
