@@ -38,6 +38,8 @@ TALK = Demonstrated(
 SHIPPED = {
     ("math", 1.0): "math-checker1-seed0-ca72c8416b00",
     ("math", 0.0): "math-checker0-seed0-73ad66cfb7a9",
+    ("science", 1.0): "science-checker1-seed0-3a75126157cf",
+    ("dialogue", 1.0): "dialogue-checker1-seed0-051ddc6d1e97",
 }
 """Task and dial -> the folder, by a name that later versions of the code must not change."""
 

@@ -92,7 +92,7 @@ def science_lesson(demonstration: science.Demonstration, checker: float) -> Demo
 
 
 def draw_dialogue(rng: random.Random, easy: bool, checker: float) -> Demonstrated:
-    """Draw a goal of a seen or an invented domain, and the demonstrator's conversation about it."""
+    """Draw a goal of a seen domain, and the demonstrator's conversation about it."""
     del easy  # there is no easier half
     return dialogue_lesson(dialogue_agents.draw_demonstration(rng), checker)
 
@@ -128,7 +128,7 @@ SOURCES: Mapping[str, Source] = {
     "math": Source(math.TASK_VERSION, math.ChainArithmetic, draw_math, answer_length),
     "science": Source(science.TASK_VERSION, science.Science, draw_science, whole_length, steps=6000),
     "dialogue": Source(
-        dialogue.DIALOGUE_VERSION, dialogue.SlotFilling, draw_dialogue, whole_length, steps=4000, batch_size=32
+        dialogue.DIALOGUE_VERSION, dialogue.SlotFilling, draw_dialogue, whole_length, steps=2500, batch_size=32
     ),
 }
 """Every task with an embedded model."""

@@ -20,6 +20,7 @@ are made again by `python -m dvpo.warmstart --rebuild --out src/dvpo/assets [--t
 import argparse
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -157,7 +158,11 @@ def build(recipe: Recipe, folder: Path, progress: bool = True, replace: bool = F
         with progress_reports(recipe.steps, progress) as report:
             train(model, tokenizer, recipe, report)
         metrics = measure(Policy(model, tokenizer), SOURCES[recipe.task].make_task())
-        story = json.dumps({"recipe": asdict(recipe), "metrics": metrics}, indent=2) + "\n"
+        known = {
+            split: {name: None if math.isnan(value) else value for name, value in row.items()}
+            for split, row in metrics.items()
+        }
+        story = json.dumps({"recipe": asdict(recipe), "metrics": known}, indent=2) + "\n"
         with disk_full_named(folder):
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)

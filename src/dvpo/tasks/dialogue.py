@@ -39,7 +39,7 @@ from dvpo.tasks import Environment, Example, Message, Prompt, Reward, Step
 from dvpo.tasks.dialogue_goals import SEEN, UNSEEN, Domain, Goal, draw_goal
 from dvpo.tasks.splits import draw_split
 
-DIALOGUE_VERSION = 2
+DIALOGUE_VERSION = 1
 """Raised when goals, user, grammar or demonstrations change, so that no cached warm start outlives its task."""
 
 MOST_TURNS = 6

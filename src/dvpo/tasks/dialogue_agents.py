@@ -21,7 +21,7 @@ from typing import NamedTuple
 from dvpo.seeding import derive_uniform
 from dvpo.tasks import Environment, Message
 from dvpo.tasks.dialogue import Conversation, Metrics
-from dvpo.tasks.dialogue_goals import SEEN, Goal, draw_goal, invent_domain
+from dvpo.tasks.dialogue_goals import SEEN, Goal, draw_goal
 
 FLAWED_SHARE = 0.5
 FLAW_PROBABILITIES = (0.35, 0.85)
@@ -157,14 +157,9 @@ def demonstrate(goal: Goal, rng: random.Random) -> Demonstration:
     return Demonstration(goal, messages, learnt, slips, conversation.metrics)
 
 
-INVENTED_SHARE = 0.5
-"""Of the demonstrations, those of domains that were made up for them alone."""
-
-
 def draw_demonstration(rng: random.Random) -> Demonstration:
-    """Draw a goal of a seen or an invented domain that is not held out, and the demonstrator's conversation on it."""
+    """Draw a goal of a seen domain that is not held out, and the demonstrator's conversation about it."""
     while True:
-        invented = rng.random() < INVENTED_SHARE
-        goal = draw_goal({"invented": invent_domain(rng)} if invented else SEEN, rng)
+        goal = draw_goal(SEEN, rng)
         if not goal.held_out:
             return demonstrate(goal, rng)

@@ -7,7 +7,6 @@ schema, and that is what carries over to domains that it has never seen.
 
 import json
 import random
-import string
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -84,31 +83,6 @@ UNSEEN = {
     ),
 }
 """The domains of the split `ood`: no verb, attribute, slot or value of theirs occurs in a seen one."""
-
-WORDS = {
-    word
-    for verb, attributes, slots in (SEEN | UNSEEN).values()
-    for word in (verb, *attributes, *slots, *(value for values in slots.values() for value in values))
-}
-"""Of all five domains."""
-
-
-def invent_domain(rng: random.Random) -> Domain:
-    """Make up a domain of words that mean nothing, none of them a word of the five.
-
-    Who has learnt three domains only knows their words by heart. Among many, one learns to read a schema.
-    """
-    words: set[str] = set()
-
-    def word() -> str:
-        while True:
-            made = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 5)))
-            if made not in words | WORDS:
-                words.add(made)
-                return made
-
-    slots = {word(): tuple(word() for _ in range(VALUES_SHOWN)) for _ in range(SLOTS_SHOWN)}
-    return Domain(word(), (word(),), slots)
 
 
 @dataclass(frozen=True)
