@@ -82,7 +82,7 @@ def test_other_noise_comes_on_top_of_pseudo_labels(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_label_files_are_refused_in_one_sentence(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(InputError, match=r"^noise.path = .*labels.jsonl") as caught:
+    with pytest.raises(InputError, match=r"^noise.path(:| =) .*labels.jsonl") as caught:
         make_noise(labelled(tmp_path, text), 0, list(QUESTIONS.values()))
     assert message in str(caught.value)
 

@@ -202,7 +202,7 @@ def test_estimating_changes_nothing_but_the_log(tmp_path: Path) -> None:
         (["advantage.law.functional=denoised"], "advantage.law.functional = denoised needs rates: set reward.trusted"),
         (
             ["reward.rates.false_negative=0.2"],
-            "reward.rates are used by nothing: set reward.correction, advantage.law.functional or",
+            "reward.rates are used by nothing: set reward.correction",
         ),
         (
             ["reward.correction=backward", "reward.rates.false_negative=0.2"],

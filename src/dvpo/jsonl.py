@@ -26,7 +26,7 @@ def json_objects(path: Path, field: str = "") -> Iterator[tuple[str, dict[str, A
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             place = f"{path}, line {number}"
-            where = f"{field} = {place}" if field else place
+            where = f"{field}: {place}" if field else place
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:

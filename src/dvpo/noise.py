@@ -358,9 +358,9 @@ def read_labels(path: str | Path) -> dict[str, Any]:
     labels: dict[str, Any] = {}
     for place, row in rows:
         if not (isinstance(row.get("id"), str) and "answer" in row):
-            raise InputError(f'noise.path = {place} is no JSON object with "id" (text) and "answer"')
+            raise InputError(f'noise.path: {place} is no JSON object with "id" (text) and "answer"')
         if row["id"] in labels:
-            raise InputError(f"noise.path = {place} labels {row['id']!r} again; keep one line a prompt")
+            raise InputError(f"noise.path: {place} labels {row['id']!r} again; keep one line a prompt")
         labels[row["id"]] = row["answer"]
     return {name: answer for name, answer in labels.items() if answer is not None}
 
