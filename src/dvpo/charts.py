@@ -121,6 +121,7 @@ class _Place:
 
     def y(self, value: float) -> float:
         low, high, _ = self.y_axis
+        value = min(max(value, low), high)  # a wild step behind a smoothed line stays in the picture
         return round(HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
 
     def path(self, points: Sequence[Point]) -> str:
@@ -136,7 +137,8 @@ def _scales(chart: Chart) -> tuple[Axis, Axis]:
     else:
         low, high = min(xs), max(xs)
         high = high if high > low else low + 1
-        x_axis = (low, high, [t for t in ticks(low, high) if low <= t <= high])
+        marks = [tick for tick in ticks(low, high) if low <= tick <= high]
+        x_axis = (low, high, [tick for tick in marks if tick % 1 == 0] if chart.x_label == "step" else marks)
     low, high = min(ys), max(ys)
     if chart.whole or 0 < low < 0.3 * high:
         low = min(low, 0.0)

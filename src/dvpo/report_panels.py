@@ -1,4 +1,4 @@
-"""The panels of a report: which figures are drawn, how runs of several seeds become one line, what faults there were."""
+"""The panels of a report: which figures are drawn, how several seeds become one line, what faults there were."""
 
 import math
 from collections import Counter
@@ -36,7 +36,8 @@ LEARNING = (
     Figure("True accuracy, out of distribution", "eval/ood/accuracy", "the same on other prompts", percent=True),
     Figure("Reward", "reward/true", "true (solid) and observed (dashed) return of the sampled responses",
            "reward/observed", ("true", "observed")),
-    Figure("Reward accuracy", "reward/accuracy", "share of responses whose observed return is the true one", percent=True),
+    Figure("Reward accuracy", "reward/accuracy", "share of responses whose observed return is the true one",
+           percent=True),
     Figure("Pairwise reward accuracy", "reward/pairwise_accuracy",
            "share of pairs with the same prompt that the observed reward orders rightly; .5 is chance", percent=True),
     Figure("Missing rewards", "reward/missing", "share of responses without an observed reward", percent=True),
@@ -44,14 +45,15 @@ LEARNING = (
 
 CRITIC = (
     Figure("Explained variance", "critic/explained_variance",
-           "of the return by V; 1 is all of it, 0 none, values below −1 are drawn at −1", floor=-1.0),
+           "of the return by V; 1 is all of it, 0 none, values below -1 are drawn at -1", floor=-1.0),
     Figure("Correlation with the truth", "critic/true_correlation", "of V with the true return, over tokens"),
     Figure("Calibration error", "critic/calibration_error", "mean gap of V and return, over ten bins of V"),
-    Figure("Value error", "critic/value_error", "root of the mean of (V − return)²"),
+    Figure("Value error", "critic/value_error", "root of the mean of (V - return)^2"),
     Figure("Value and return", "critic/value_mean", "mean V (solid) and mean return (dashed)",
            "critic/return_mean", ("V", "return")),
     Figure("Width of the value law", "critic/spread", "90% level less 10% level of the ensemble, mean over tokens"),
-    Figure("Crossing quantiles", "critic/crossing_share", "share of neighbouring quantiles in the wrong order", percent=True),
+    Figure("Crossing quantiles", "critic/crossing_share", "share of neighbouring quantiles in the wrong order",
+           percent=True),
     Figure("Disagreement of heads", "critic/head_disagreement", "deviation of the heads' means"),
     Figure("Gradient norm", "critic/grad_norm", "before clipping"),
 )  # fmt: skip
@@ -159,11 +161,9 @@ def over_seeds(curves: Sequence[Sequence[Point]]) -> tuple[list[Point], list[Poi
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """Centred running mean over one `SMOOTHED_OVER`-th of the points."""
-    reach = len(points) // SMOOTHED_OVER // 2 + (len(points) >= SMOOTHED_OVER)
-    return [
-        (x, fmean(y for _, y in points[max(0, i - reach) : i + reach + 1])) for i, (x, _) in enumerate(points)
-    ]
+    """Centred running mean over about one `SMOOTHED_OVER`-th of the points; fewer points stay as they are."""
+    reach = max(len(points) // SMOOTHED_OVER // 2, 1) if len(points) >= SMOOTHED_OVER else 0
+    return [(x, fmean(y for _, y in points[max(0, i - reach) : i + reach + 1])) for i, (x, _) in enumerate(points)]
 
 
 def _over_items(runs: Sequence[Run], key: str) -> tuple[list[Point], list[Point]]:

@@ -8,7 +8,7 @@ from dvpo.report_data import Place, Run, Series
 from dvpo.report_panels import over_seeds
 from dvpo.report_words import SPLITS, ends
 
-NONE = "–"
+NONE = "-"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,9 @@ def _end(runs: Sequence[Run], split: str, index: int) -> str:
         return NONE
     if len(known) == 1:
         place = -1 if index else 0
-        points = [curve[place][1] if (curve := known[0].curve(f"{key}{end}")) else None for end in ("", "_low", "_high")]
+        points = [
+            curve[place][1] if (curve := known[0].curve(f"{key}{end}")) else None for end in ("", "_low", "_high")
+        ]
         return _text(*points)
     pairs = [pair for run in known if (pair := ends(run, split))]
     low, middle, high = over_seeds([[(0.0, pair[index])] for pair in pairs])

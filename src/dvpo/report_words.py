@@ -61,7 +61,9 @@ def _compared(series: Series, reference: Series) -> str:
     parts = []
     pairs = 0
     for split, name in SPLITS:
-        mine, theirs = ({run.seed: pair[1] for run in s.runs if (pair := ends(run, split))} for s in (series, reference))
+        mine, theirs = (
+            {run.seed: pair[1] for run in s.runs if (pair := ends(run, split))} for s in (series, reference)
+        )
         seeds = sorted(mine.keys() & theirs.keys())
         if not seeds:
             continue
@@ -115,7 +117,9 @@ def _warnings(series: Series) -> list[str]:
         if (cut := _late_of(run, "rollout/truncated")) is not None and cut > 0.2:
             found.append(f"{run.label}: {_percent(cut)} of the last responses were cut by the length limit.")
         if (mismatch := _late_of(run, "actor/sampler_mismatch")) is not None and mismatch > 0.01:
-            found.append(f"{run.label}: sampler and trainer differ by {mismatch:.2g} in log-prob; it should be rounding.")
+            found.append(
+                f"{run.label}: sampler and trainer differ by {mismatch:.2g} in log-prob; it should be rounding."
+            )
         if run.faults:
             found.append(f"{run.label}: {len(run.faults)} faults were survived; they are listed below.")
     return found

@@ -63,7 +63,7 @@ def token_rows(
                 "prompt": episode.example.prompt,
                 "observed": float(rollout.observed_B[index]),
                 "true": float(rollout.true_B[index]),
-                "tokens": token_texts(encoder, episode.tokens),
+                "tokens": token_texts(encoder, episode.tokens, episode.turns),
                 "turns": list(episode.turns),
                 "advantages": _listed(estimates.advantages_BT[index, :length], mask_T),
                 **critic_columns(estimates.values_BTNM[index, :length], mask_T, critic),
@@ -100,17 +100,18 @@ def critic_columns(values_TNM: Tensor, mask_T: Tensor, critic: CriticConfig) -> 
     }
 
 
-def token_texts(encoder: ChatEncoder, tokens: Sequence[int]) -> list[str]:
+def token_texts(encoder: ChatEncoder, tokens: Sequence[int], turns: Sequence[int]) -> list[str]:
     """The text that each token adds, special tokens included; together they are the text of all.
 
-    A token that ends amid a character adds nothing, the one that completes it adds the whole of it.
+    A token that ends amid a character adds nothing, the one that completes it (in the same turn) the whole of it.
     """
     texts: list[str] = []
     before = start = 0  # a token is decoded behind its predecessor, for some tokenizers drop a space at the beginning
     for end in range(1, len(tokens) + 1):
         known = _decoded(encoder, tokens[before:start])
         text = _decoded(encoder, tokens[before:end])
-        if text.endswith("\ufffd") and end < len(tokens) and end - start < LONGEST_CHARACTER:
+        same_turn = end < len(tokens) and turns[end] == turns[end - 1]
+        if text.endswith("\ufffd") and same_turn and end - start < LONGEST_CHARACTER:
             texts.append("")
             continue
         texts.append(text[len(known) :])

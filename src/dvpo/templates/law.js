@@ -1,6 +1,6 @@
 // The value law of one token: figures, quantile function and histogram of all heads with the tails marked, and how the
 // value moved along the response.
-const W = 460, H = 230, TOP = 18, BOTTOM = 200, FIRST = 44, MIDDLE = 292, THIRD = 312, LAST = 448, BINS = 24;
+const W = 460, H = 230, TOP = 18, BOTTOM = 200, FIRST = 44, MIDDLE = 292, THIRD = 312, LAST = 448;
 
 function law(view, index, views, row) {
   const facts = [
@@ -9,7 +9,7 @@ function law(view, index, views, row) {
   ].filter(([, column]) => column).map(([name, column]) => make("div", {}, make("dt", {}, name), make("dd", {}, number(column[index]))));
   const head = make("h4", {}, `Token ${index + 1} of ${view.tokens.length}: `, make("bdi", {}, JSON.stringify(view.tokens[index])));
   const parts = [head, make("dl", {}, ...facts)];
-  if (view.value) parts.push(course(view, index));
+  if (view.value) parts.push(course(view, index, views));
   if (view.quantiles && view.quantiles[index][0].length > 1) parts.push(picture(view, index, views, row));
   else if (view.quantiles) parts.push(make("p", { class: "note" }, "A scalar critic: one number a head and no law to draw."));
   else parts.push(make("p", { class: "note" }, "This algorithm has no critic."));
@@ -18,16 +18,15 @@ function law(view, index, views, row) {
 
 const share = (mass) => (mass === undefined ? "" : `${number(100 * mass)}%`);
 
-function span(values) {
-  const low = Math.min(...values), high = Math.max(...values);
+function span([low, high]) {
   const room = 0.06 * (high - low) || 0.1;
   return [low - room, high + room];
 }
 
 // V along the response with its tails, the token marked.
-function course(view, index) {
+function course(view, index, views) {
   const places = view.value.map((value, i) => (value === null ? -1 : i)).filter((i) => i >= 0);
-  const [low, high] = span([...places.map((i) => view.value[i]), ...places.map((i) => view.lower?.[i] ?? view.value[i]), ...places.map((i) => view.upper?.[i] ?? view.value[i])]);
+  const [low, high] = span(bounds(["value", "lower", "upper"].flatMap((name) => numbers(views, name))));
   const x = (i) => FIRST + ((LAST - FIRST) * places.indexOf(i)) / Math.max(places.length - 1, 1);
   const y = (v) => 8 + ((high - v) / (high - low)) * 48;
   const path = (column, list = places) => list.map((i) => `${x(i).toFixed(1)} ${y(column[i]).toFixed(1)}`).join("L");
@@ -42,7 +41,7 @@ function course(view, index) {
 function picture(view, index, views, row) {
   const heads = view.quantiles[index];
   const atoms = views.flatMap((v) => (v && v.quantiles ? v.quantiles.flat(2) : [])).filter((x) => x !== null);
-  const [low, high] = span(bounds(atoms));
+  const [low, high] = span(withOutcomes(bounds(atoms), row));
   const y = (value) => TOP + ((high - value) / (high - low)) * (BOTTOM - TOP);
   const x = (level) => FIRST + level * (MIDDLE - FIRST);
   const curve = (values) => `M${view.levels.map((level, i) => `${x(level).toFixed(1)} ${y(values[i]).toFixed(1)}`).join("L")}`;
@@ -58,6 +57,12 @@ function picture(view, index, views, row) {
     ...[0, 0.5, 1].map((level) => label(x(level), BOTTOM + 13, "x", String(level))),
     label((FIRST + MIDDLE) / 2, H - 3, "x", "quantile function: level"), label((THIRD + LAST) / 2, H - 3, "x", `all ${heads.length} heads`));
   return svg;
+}
+
+// What came out belongs into the picture unless it lies far away.
+function withOutcomes([low, high], row) {
+  const near = [row.true, row.observed].filter((x) => x !== null && x > low - 2 * (high - low) && x < high + 2 * (high - low));
+  return [Math.min(low, ...near), Math.max(high, ...near)];
 }
 
 // Many numbers: Math.min(...) would overflow the stack.
@@ -76,11 +81,12 @@ function rules(low, high, y) {
 }
 
 function histogram(view, heads, low, high, y) {
-  const size = (high - low) / BINS;
-  const bins = Array.from({ length: BINS }, () => ({ lower: 0, middle: 0, upper: 0 }));
+  const count = Math.max(8, Math.min(24, Math.round(heads.flat().length / 4)));
+  const size = (high - low) / count;
+  const bins = Array.from({ length: count }, () => ({ lower: 0, middle: 0, upper: 0 }));
   heads.forEach((head) => head.forEach((value, i) => {
     const kind = view.levels[i] <= view.alpha ? "lower" : view.levels[i] >= 1 - view.beta ? "upper" : "middle";
-    bins[Math.max(0, Math.min(BINS - 1, Math.floor((value - low) / size)))][kind] += 1;
+    bins[Math.max(0, Math.min(count - 1, Math.floor((value - low) / size)))][kind] += 1;
   }));
   const most = Math.max(...bins.map((bin) => bin.lower + bin.middle + bin.upper));
   return bins.flatMap((bin, i) => {
