@@ -21,7 +21,7 @@ def test_half_a_surrogate_pair_shows_its_code_and_can_be_written():
 
 
 def test_lines_letters_of_any_script_and_joined_emoji_stay_as_they_are():
-    text = "two\nlines\tهو 山 👩\u200d👩\u200d👧 é"
+    text = "two\nlines\t\u0647\u0648 山 👩\u200d👩\u200d👧 é"
     assert visible(text) == text
 
 
