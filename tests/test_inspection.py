@@ -112,7 +112,7 @@ def test_what_a_response_contains_does_not_reach_the_terminal(runs: Path):
 def test_of_a_long_response_the_table_lists_the_strongest_tokens():
     count = LISTED + 10
     row = {"prompt": "p", "tokens": ["t"] * count, "turns": [0] * count, "value": [float(i) for i in range(count)],
-           "quantiles": [[[0.0]]] * count, "observed": None, "true": float("nan")}  # fmt: skip
+           "quantiles": [[[0.0]]] * count, "observed": None, "true": None}  # fmt: skip
     out = StringIO()
     print_view(Console(file=out, width=100), row, "title", "value")
     numbers = [int(n) for n in re.findall(r"^│ +(\d+) │", out.getvalue(), re.MULTILINE)]

@@ -1,6 +1,5 @@
 """The token view in a terminal: coloured tokens, and a table of the critic's figures."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,4 +101,4 @@ def _bars(heads: Sequence[Sequence[float]], low: float, high: float) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.3g}"
+    return "-" if value is None else f"{value:.3g}"

@@ -13,6 +13,7 @@ One row of `tokens.jsonl` is one response. Lists with one entry a token hold nul
     alpha, beta                 mass of the tails
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,8 +62,8 @@ def token_rows(
                 "visit": episode.visit,
                 "sample": episode.sample,
                 "prompt": episode.example.prompt,
-                "observed": float(rollout.observed_B[index]),
-                "true": float(rollout.true_B[index]),
+                "observed": _known(rollout.observed_B[index]),
+                "true": _known(rollout.true_B[index]),
                 "tokens": token_texts(encoder, episode.tokens, episode.turns),
                 "turns": list(episode.turns),
                 "advantages": _listed(estimates.advantages_BT[index, :length], mask_T),
@@ -123,6 +124,10 @@ def _decoded(encoder: ChatEncoder, tokens: Sequence[int]) -> str:
     return str(encoder.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)) if tokens else ""
 
 
+def _known(reward: Tensor) -> float | None:
+    return float(reward) if reward.isfinite() else None
+
+
 def _listed(values_T: Tensor, mask_T: Tensor) -> list[Any]:
     """Rounded numbers, nested as the tensor is; None where the policy wrote nothing."""
     numbers = _rounded(values_T.tolist())
@@ -133,5 +138,5 @@ def _rounded(value: Any) -> Any:
     return [_rounded(item) for item in value] if isinstance(value, list) else _short(value)
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.{DIGITS}g}")
+def _short(value: float) -> float | None:
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
