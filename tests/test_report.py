@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dvpo import Trainer
 from dvpo.cli import main
@@ -16,8 +17,10 @@ from dvpo.plain_text import visible
 from dvpo.report import run_folders, write_report
 from dvpo.report_data import Place, Run, Series, place_of_runs
 from dvpo.report_panels import fault_lines, learning_panel, over_seeds, smoothed
+from dvpo.report_study import noise_axis
 from dvpo.report_texts import page_data, script_json
 from dvpo.report_words import sentences
+from dvpo.study import load_study
 from report_runs import HOSTILE, write_run
 from runs import Parity, run_config
 
@@ -240,3 +243,48 @@ def test_numbers_that_are_none_stay_so(tmp_path: Path):
     (folder / "tokens.jsonl").write_text(text)
     (row,) = page_data(place_of_runs([folder]).runs)["completions"]
     assert row["observed"] is None
+
+
+# Studies
+
+
+def study_rows(path: Path) -> Path:
+    """Results of a study of two algorithms under two rates, two seeds each; ppo is 10 points better throughout."""
+    rows = [
+        {"task": "math", "noise": noise, "algorithm": name, "seed": seed, "id_before": 0.4, "ood_before": 0.3,
+         "id_true": end + 0.02 * seed, "ood_true": None, "peak_true": end, "curve": [[0, 0.4, None], [4, end, None]],
+         "corr": None, "seconds": 1.0, "machine": "m", "config_hash": "h", "commit": "c"}
+        for noise, loss in (("clean", 0.0), ("flip", 0.2))
+        for name, end in (("dvpo", 0.7 - loss), ("ppo", 0.8 - loss))
+        for seed in (101, 102)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_study_is_shown_from_its_rows_alone(tmp_path: Path):
+    rows = study_rows(tmp_path / "rows.jsonl")
+    study = str(ROOT / "configs" / "studies" / "tiny.yaml")
+    file = write_report([study], output=str(tmp_path / "study.html"), results=str(rows))
+    text = file.read_text(encoding="utf-8")
+    page = Page(text)
+    assert "noise" in page.ids
+    assert "Over all 2 pairs of task and noise" in text
+    assert "dvpo against ppo: it ends 10.0 points below it in distribution" in text
+    assert page.data["completions"] == []
+
+
+def test_the_noise_axis_is_the_rate_where_one_kind_is_varied_and_names_otherwise(tmp_path: Path):
+    study = load_study(ROOT / "configs" / "studies" / "mini.yaml")
+    assert noise_axis(study) == ([], [(0.0, "clean"), (0.2, "flip_20"), (0.4, "flip_40")])
+    mixed = yaml.safe_load((ROOT / "configs" / "studies" / "mini.yaml").read_text())
+    mixed["noises"]["spiky"] = {"kind": "spikes", "rate": 0.1, "sd": 3.0}
+    (tmp_path / "mixed.yaml").write_text(yaml.safe_dump(mixed))
+    names = ["clean", "flip_20", "flip_40", "spiky"]
+    assert noise_axis(load_study(tmp_path / "mixed.yaml")) == (names, [*enumerate(names)])
+
+
+def test_a_study_without_rows_says_so(tmp_path: Path):
+    (tmp_path / "rows.jsonl").write_text("")
+    with pytest.raises(InputError, match="run the study first"):
+        write_report([str(ROOT / "configs/studies/tiny.yaml")], results=str(tmp_path / "rows.jsonl"))

@@ -26,7 +26,7 @@ from dvpo.scoring import Scorer
 from dvpo.seeding import derive_seed
 from dvpo.tasks import Example, SingleTurn, Task, make_task
 from dvpo.token_terminal import print_view
-from dvpo.token_view import token_rows
+from dvpo.token_view import token_row
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def look(subject: Subject, example: Example, episode: Episode, question: Questio
     episode = replace(episode, prompt_tokens=subject.encoder.prompt(example.prompt))
     rollout = _rollout(subject, example, episode, question)
     estimates = _estimates(subject, rollout)
-    (row,) = token_rows([episode], rollout, estimates, subject.encoder, subject.config.critic)
+    row = token_row(0, episode, rollout, estimates, subject.encoder, subject.config.critic)
     if not rollout.rewarded_B.any() or subject.critic is None:
         del row["advantages"]  # without a reward, or with a group of one, there is nothing to weigh
     step = checkpoint_step(subject.folder)

@@ -23,7 +23,7 @@ from dvpo.report_panels import critic_panel, fault_lines, learning_panel, policy
 from dvpo.report_study import robustness_panels
 from dvpo.report_summary import summary_table
 from dvpo.report_texts import page_data, script_json
-from dvpo.report_words import sentences
+from dvpo.report_words import overall, sentences
 from dvpo.study import Study, load_study
 from dvpo.study_results import Row, read_results
 from dvpo.study_table import make_report
@@ -109,6 +109,7 @@ def _page(places: Sequence[Place], baseline: str) -> dict[str, Any]:
     runs = [run for place in places for run in place.runs]
     data = page_data(runs)
     return {
+        "overall": overall(places, baseline) if len(places) > 1 else [],
         "places": [{"title": place.title, "sentences": sentences(place, baseline)} for place in places],
         "tables": [summary_table(place) for place in places],
         "series": [series.name for series in places[0].series],

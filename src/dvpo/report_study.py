@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
 
-from dvpo.charts import Chart, Line, Point
+from dvpo.charts import COLOURS, Chart, Line
 from dvpo.report_panels import Panel
 from dvpo.stats import bootstrap_interval, iqm
 from dvpo.study import Study
@@ -22,49 +21,45 @@ def robustness_panels(study: Study, rows: Sequence[Row]) -> list[Panel]:
     return [panel for panel in panels if panel.charts]
 
 
-def noise_scale(study: Study) -> tuple[list[Any], list[float]]:
-    """The study's noises with their places on the axis: their rates if one kind (and none at all) is varied."""
-    noises = study.names("noise")
+def noise_axis(study: Study) -> tuple[list[str], list[tuple[float, str]]]:
+    """Names of the axis' places, if it has names, and the study's noises with their places on it.
+
+    Where one kind of noise is varied by its rate (and none at all counts as 0), the axis is that rate.
+    """
     configs = {cell.noise: cell.config.noise for cell in study.cells}
-    strength = {name: 0.0 if c.kind == "none" else c.rate for name, c in configs.items() if not c.then}
-    kinds = {c.kind for c in configs.values()} - {"none"}
-    rates = [strength.get(name) for name in noises]
-    if len(kinds) == 1 and None not in rates and len(set(rates)) == len(rates) > 1:
-        pairs = sorted((rate, name) for rate, name in zip(rates, noises, strict=True) if rate is not None)
-        return [], [rate for rate, _ in pairs]
-    return noises, [float(i) for i in range(len(noises))]
+    rates = {name: 0.0 if config.kind == "none" else config.rate for name, config in configs.items()}
+    kinds = {config.kind for config in configs.values()} - {"none"}
+    known = {rate for rate in rates.values() if rate is not None}
+    if len(kinds) == 1 and len(known) == len(rates) > 1 and not any(config.then for config in configs.values()):
+        return [], sorted((rate, name) for name, rate in rates.items() if rate is not None)
+    names = study.names("noise")
+    return names, [(float(place), name) for place, name in enumerate(names)]
 
 
-def _chart(study: Study, rows: Sequence[Row], split: str, name: str) -> Chart:
-    categories, _ = noise_scale(study)
+def _chart(study: Study, rows: Sequence[Row], split: str, where: str) -> Chart:
+    categories, places = noise_axis(study)
     lines = []
     for colour, algorithm in enumerate(study.names("algorithm")):
-        points, low, high = [], [], []
-        for x, noise in _placed(study):
-            scores = [
-                row[f"{split}_true"]
-                for row in rows
-                if (row["algorithm"], row["noise"]) == (algorithm, noise) and row[f"{split}_true"] is not None
-            ]
-            if scores:
-                points.append((x, iqm(scores)))
-                ends = bootstrap_interval(iqm, scores) if len(scores) > 1 else (points[-1][1],) * 2
-                low.append((x, ends[0]))
-                high.append((x, ends[1]))
-        lines.append(Line(algorithm, colour, points, low, high, marks=True))
+        mine = [row for row in rows if row["algorithm"] == algorithm and row[f"{split}_true"] is not None]
+        lines.append(_line(algorithm, colour, places, mine, f"{split}_true"))
     befores = [row[f"{split}_before"] for row in rows if row[f"{split}_before"] is not None]
     if befores:
-        start: list[Point] = [(x, fmean(befores)) for x, _ in _placed(study)]
-        lines.append(Line("before training", len(lines), start, dashed=True))
+        start = [(x, fmean(befores)) for x, _ in places]
+        lines.append(Line("before training", COLOURS - 1, start, dashed=True))
+    note = "at the end: interquartile mean and bootstrap interval over seeds; dashed: before training"
     label = "noise" if categories else "rate of the noise"
-    note = "true greedy accuracy at the end: interquartile mean and bootstrap interval over seeds"
-    return Chart(f"True accuracy, {name}", lines, note, label, percent=True, categories=categories)
+    return Chart(f"True accuracy, {where}", lines, note, label, percent=True, categories=categories)
 
 
-def _placed(study: Study) -> list[tuple[float, str]]:
-    categories, places = noise_scale(study)
-    if categories:
-        return list(zip(places, categories, strict=True))
-    configs = {cell.noise: cell.config.noise for cell in study.cells}
-    rates = {name: 0.0 if c.kind == "none" else float(c.rate or 0) for name, c in configs.items()}
-    return sorted((rate, name) for name, rate in rates.items())
+def _line(name: str, colour: int, places: Sequence[tuple[float, str]], rows: Sequence[Row], field: str) -> Line:
+    """The interquartile mean over seeds at each noise, with its interval where there are several."""
+    points, low, high = [], [], []
+    for x, noise in places:
+        scores = [row[field] for row in rows if row["noise"] == noise]
+        if scores:
+            middle = iqm(scores)
+            ends = bootstrap_interval(iqm, scores) if len(scores) > 1 else (middle, middle)
+            points.append((x, middle))
+            low.append((x, ends[0]))
+            high.append((x, ends[1]))
+    return Line(name, colour, points, low, high, marks=True)

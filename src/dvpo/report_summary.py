@@ -32,7 +32,9 @@ def summary_table(place: Place) -> SummaryTable:
         else "True greedy accuracy on held-out prompts in %; in brackets 95% Wilson intervals over the prompts, which "
         "say nothing about other seeds."
     )
-    return SummaryTable(place.title, columns, [_line(series) for series in place.series], note)
+    lines = [_line(series) for series in place.series]
+    known = [index for index in range(len(columns)) if any(line[index] != NONE for line in lines)]
+    return SummaryTable(place.title, [columns[i] for i in known], [[line[i] for i in known] for line in lines], note)
 
 
 def _line(series: Series) -> list[str]:
@@ -63,7 +65,7 @@ def _end(runs: Sequence[Run], split: str, index: int) -> str:
         return _text(*points)
     pairs = [pair for run in known if (pair := ends(run, split))]
     low, middle, high = over_seeds([[(0.0, pair[index])] for pair in pairs])
-    return _text(middle[0][1], low[0][1], high[0][1])
+    return _text(middle[0][1], max(low[0][1], 0.0), min(high[0][1], 1.0))
 
 
 def _text(value: float | None, low: float | None, high: float | None) -> str:

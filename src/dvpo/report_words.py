@@ -22,13 +22,17 @@ class Sentence:
     text: str
 
 
+def overall(places: Sequence[Place], baseline: str) -> list[Sentence]:
+    """The comparison over all places of a study: a seed's score is its mean over them."""
+    names = list(dict.fromkeys(series.name for place in places for series in place.series))
+    reference = baseline if baseline in names else names[0]
+    texts = [_compared(places, name, reference) for name in names if name != reference]
+    return [Sentence("verdict", text) for text in texts if text]
+
+
 def sentences(place: Place, baseline: str) -> list[Sentence]:
     """All that a report says about a place."""
-    said = []
-    reference = next((series for series in place.series if series.name == baseline), place.series[0])
-    for series in place.series:
-        if series is not reference and (text := _compared(series, reference)):
-            said.append(Sentence("verdict", text))
+    said = overall([place], baseline)
     said += [Sentence("result", text) for series in place.series if (text := _reached(series))]
     said += [Sentence("result", text) for text in [_noise(place)] if text]
     for series in place.series:
@@ -44,42 +48,52 @@ def ends(run: Run, split: str) -> tuple[float, float] | None:
 
 
 def _reached(series: Series) -> str:
-    parts = []
+    parts: list[str] = []
+    said = ""
     for split, name in SPLITS:
         pairs = [pair for run in series.runs if (pair := ends(run, split))]
         if pairs:
             before, after = fmean(first for first, _ in pairs), fmean(last for _, last in pairs)
             verb = "rose" if after - before > 0.005 else "fell" if before - after > 0.005 else "stayed"
-            parts.append(f"{verb} from {_percent(before)} to {_percent(after)} {name}")
+            again, said = verb == said, verb
+            parts.append(f"{'' if again else f'{verb} '}from {_percent(before)} to {_percent(after)} {name}")
     if not parts:
         return ""
     seeds = f" (mean of {len(series.runs)} seeds)" if len(series.runs) > 1 else ""
     return f"{series.name}: true accuracy on held-out prompts {' and '.join(parts)}{seeds}."
 
 
-def _compared(series: Series, reference: Series) -> str:
+def _compared(places: Sequence[Place], name: str, reference: str) -> str:
     parts = []
     pairs = 0
-    for split, name in SPLITS:
-        mine, theirs = (
-            {run.seed: pair[1] for run in s.runs if (pair := ends(run, split))} for s in (series, reference)
-        )
+    for split, where in SPLITS:
+        mine, theirs = (_scores(places, who, split) for who in (name, reference))
         seeds = sorted(mine.keys() & theirs.keys())
         if not seeds:
             continue
         pairs = len(seeds)
         found = paired_difference([100 * mine[seed] for seed in seeds], [100 * theirs[seed] for seed in seeds])
         side = "above" if found.mean >= 0 else "below"
-        part = f"{abs(found.mean):.1f} points {side} it {name}"
+        part = f"{abs(found.mean):.1f} points {side} it {where}"
         if pairs > 1:
             part += f" (95% interval {found.low:+.1f} to {found.high:+.1f}, p = {found.p:.3f})"
         parts.append(part)
     if not parts:
         return ""
-    text = f"{series.name} against {reference.name}: it ends {' and '.join(parts)}."
+    text = f"{name} against {reference}: it ends {' and '.join(parts)}."
     if pairs == 1:
         return f"{text} One seed each is no evidence: differences of this size are within seed noise."
     return f"{text} Paired by {pairs} seeds; no correction for several comparisons."
+
+
+def _scores(places: Sequence[Place], name: str, split: str) -> dict[int, float]:
+    """Seed -> mean over the places of the accuracy at the end, for seeds that were run in all of them."""
+    tables = [
+        {run.seed: pair[1] for series in place.series if series.name == name for run in series.runs
+         if (pair := ends(run, split))}
+        for place in places
+    ]  # fmt: skip
+    return {seed: fmean(table[seed] for table in tables) for seed in set.intersection(*map(set, tables))}
 
 
 def _noise(place: Place) -> str:

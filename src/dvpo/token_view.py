@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dvpo.batch import Estimates, Rollout
-from dvpo.config import CriticConfig
+from dvpo.config import Config, CriticConfig
 from dvpo.core.quantiles import quantile_levels
 from dvpo.core.risk import cvar, upper_mean
 from dvpo.sampling import ChatEncoder, Episode
@@ -41,36 +41,48 @@ def is_shown(step: int, steps: int) -> bool:
 
 
 def token_rows(
-    episodes: Sequence[Episode], rollout: Rollout, estimates: Estimates, encoder: ChatEncoder, critic: CriticConfig
+    step: int,
+    episodes: Sequence[Episode],
+    rollout: Rollout,
+    estimates: Estimates,
+    encoder: ChatEncoder,
+    config: Config,
 ) -> list[dict[str, Any]]:
-    """The records of a step's first episodes.
+    """The records of a step's first `log.tokens` responses; none in a step whose tokens are not kept.
 
     Args:
-        episodes: so many of the rollout's first rows.
-        rollout: the step's responses.
+        step: the step.
+        episodes: its responses, in the rollout's order.
+        rollout: the same, scored.
         estimates: what the step made of them, before its update.
         encoder: gives the tokens' texts.
-        critic: tails and levels.
+        config: the run's.
     """
-    rows = []
-    for index, episode in enumerate(episodes):
-        length = len(episode.tokens)
-        mask_T = rollout.mask_BT[index, :length]
-        rows.append(
-            {
-                "prompt_id": episode.example.id,
-                "visit": episode.visit,
-                "sample": episode.sample,
-                "prompt": episode.example.prompt,
-                "observed": _known(rollout.observed_B[index]),
-                "true": _known(rollout.true_B[index]),
-                "tokens": token_texts(encoder, episode.tokens, episode.turns),
-                "turns": list(episode.turns),
-                "advantages": _listed(estimates.advantages_BT[index, :length], mask_T),
-                **critic_columns(estimates.values_BTNM[index, :length], mask_T, critic),
-            }
-        )
-    return rows
+    count = config.log.tokens if is_shown(step, config.steps) else 0
+    return [
+        token_row(index, episode, rollout, estimates, encoder, config.critic)
+        for index, episode in enumerate(episodes[:count])
+    ]
+
+
+def token_row(
+    index: int, episode: Episode, rollout: Rollout, estimates: Estimates, encoder: ChatEncoder, critic: CriticConfig
+) -> dict[str, Any]:
+    """The record of one response, which is that row of the rollout."""
+    length = len(episode.tokens)
+    mask_T = rollout.mask_BT[index, :length]
+    return {
+        "prompt_id": episode.example.id,
+        "visit": episode.visit,
+        "sample": episode.sample,
+        "prompt": episode.example.prompt,
+        "observed": _known(rollout.observed_B[index]),
+        "true": _known(rollout.true_B[index]),
+        "tokens": token_texts(encoder, episode.tokens, episode.turns),
+        "turns": list(episode.turns),
+        "advantages": _listed(estimates.advantages_BT[index, :length], mask_T),
+        **critic_columns(estimates.values_BTNM[index, :length], mask_T, critic),
+    }
 
 
 def critic_columns(values_TNM: Tensor, mask_T: Tensor, critic: CriticConfig) -> dict[str, Any]:

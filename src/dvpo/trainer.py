@@ -45,7 +45,7 @@ from dvpo.scoring import Scorer, open_reward, refuse_broken_reward
 from dvpo.seeding import derive_seed
 from dvpo.tasks import Task, make_task
 from dvpo.tasks.mixture import COLUMN, Mixture, held_out
-from dvpo.token_view import is_shown, token_rows
+from dvpo.token_view import token_rows
 from dvpo.warmstart import warm_start
 
 REPLAY_FIGURES = ("loss", "skipped_updates")
@@ -200,9 +200,8 @@ class Trainer:
         }
         self.log.metrics(self.step, figures)
         self.log.completions(self.step, collected.completions(self.config.log.completions))
-        if is_shown(self.step, self.config.steps):
-            shown = collected.episodes[: self.config.log.tokens]
-            self.log.tokens(self.step, token_rows(shown, rollout, estimates, self.encoder, self.config.critic))
+        shown = token_rows(self.step, collected.episodes, rollout, estimates, self.encoder, self.config)
+        self.log.tokens(self.step, shown)
         self.log.faults(self.step, collected.faults())
         if self.observer:
             self.observer.on_step(self.step, figures)

@@ -1,11 +1,10 @@
 """The report in a real browser: nothing leaves the page, nothing of a model runs, pointer and keyboard work."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from chromium import chromium
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from dvpo.plain_text import visible
@@ -18,11 +17,8 @@ SIZES = {"desk": (1180, 900), "phone": (390, 844)}
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Chromium: the one that DVPO_CHROMIUM names, one of the system, or the one that playwright has installed."""
-    names = (os.environ.get("DVPO_CHROMIUM", ""), "chromium-headless-shell", "chromium", "google-chrome")
-    system = next(filter(None, (shutil.which(name) for name in names)), None)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=system, args=["--no-sandbox"])  # CI runs as root
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])  # CI runs as root
         yield browser
         browser.close()
 
@@ -160,6 +156,8 @@ def test_two_runs_stand_side_by_side_on_the_same_prompt(page: Page) -> None:
     assert panes.locator("h3").all_inner_texts() == ["dvpo, seed 0, step 4, sample 0", "ppo, seed 0, step 4, sample 0"]
     prompts = panes.locator(".turn:first-child > div").all_inner_texts()
     assert prompts[0] == prompts[1]
+    panes.nth(0).locator(".tok").nth(1).hover()
+    assert "Token 2 of 4" in panes.nth(1).locator(".detail").inner_text()  # the other follows
     assert "scalar critic" in panes.nth(1).locator(".detail").inner_text()
     page.locator("#beside").select_option("-1")
     assert panes.count() == 1

@@ -3,6 +3,7 @@
 const chosen = { main: -1, beside: -1, colour: "advantages" };
 const TITLES = { advantages: "advantage", value: "value", width: "width of the value law" };
 const STRONGEST = 0.62;
+let followers = [];
 
 const viewOf = (index) => (index < 0 || data.completions[index].view < 0 ? null : data.views[data.completions[index].view]);
 const numbers = (views, name) => views.flatMap((view) => (view && view[name]) || []).filter((x) => x !== null);
@@ -59,6 +60,7 @@ function drawPanes() {
     const possible = Object.keys(TITLES).find((name) => numbers(views, name).length);
     if (possible) { chosen.colour = possible; return drawPanes(); }
   }
+  followers = [];
   const scale = scaleOf(numbers(views, chosen.colour));
   const panes = [chosen.main, chosen.beside].filter((index) => index >= 0);
   find("#panes").replaceChildren(...panes.map((index) => pane(data.completions[index], viewOf(index), scale, views)));
@@ -105,13 +107,23 @@ function pane(row, view, scale, views) {
     }
     if (turn < 0) return body.append(text);
     const token = tokenNode(text, index, view, scale);
-    token.addEventListener("focus", () => choose(token));
-    token.addEventListener("pointerenter", () => choose(token));
+    token.addEventListener("focus", () => chooseBoth(token));
+    token.addEventListener("pointerenter", () => chooseBoth(token));
     token.addEventListener("click", () => token.focus());
     token.addEventListener("keydown", (event) => step(event, token));
     tokens.push(token);
     body.append(token);
   });
+
+  // The other response follows as far as it is the same text.
+  function chooseBoth(token) {
+    choose(token);
+    const index = Number(token.dataset.index);
+    views.forEach((other, place) => {
+      if (!other || other === view || other.tokens.slice(0, index + 1).join() !== view.tokens.slice(0, index + 1).join()) return;
+      followers[place]?.(index);
+    });
+  }
 
   function choose(token) {
     for (const other of tokens) {
@@ -129,6 +141,10 @@ function pane(row, view, scale, views) {
     tokens[Math.max(0, Math.min(tokens.length - 1, to))].focus();
   }
 
+  followers[views.indexOf(view)] = (index) => {
+    const token = tokens.find((one) => Number(one.dataset.index) === index);
+    if (token) choose(token);
+  };
   if (tokens.length) choose(tokens.reduce((a, b) => (strength(view, b) > strength(view, a) ? b : a)));
   return node;
 }
