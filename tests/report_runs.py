@@ -32,7 +32,7 @@ def write_run(folder: Path, algorithm: str = "dvpo", texts: dict[str, str] = HOS
     _write(folder / "metrics.jsonl", _metrics(seed))
     _write(folder / "completions.jsonl", [_completion(*item) for item in enumerate(texts.items())])
     _write(folder / "tokens.jsonl", [_tokens(*item, quantiles) for item in enumerate(texts.items())])
-    faults = [{"step": 1, "kind": "exception", "message": text[:200]} for text in list(texts.values())[:1]]
+    faults = [{"step": 1, "kind": f"kind {name}", "message": text} for name, text in texts.items()]
     _write(folder / "faults.jsonl", faults)
     return folder
 

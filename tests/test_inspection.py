@@ -87,7 +87,7 @@ def test_two_critics_read_the_same_response(runs: Path):
     policies = re.findall(r"^policy  (.*)$", text, re.MULTILINE)
     assert len(policies) == 2
     assert policies[0] == policies[1]
-    assert "ppo, checkpoint 1 of ppo" in text
+    assert "ppo, checkpoint 1" in text
 
 
 def test_a_run_without_a_critic_shows_its_words(runs: Path):

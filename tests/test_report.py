@@ -13,7 +13,7 @@ import yaml
 from dvpo import Trainer
 from dvpo.cli import main
 from dvpo.errors import InputError
-from dvpo.plain_text import visible
+from dvpo.plain_text import clipped, visible
 from dvpo.report import run_folders, write_report
 from dvpo.report_data import Place, Run, Series, place_of_runs
 from dvpo.report_panels import fault_lines, learning_panel, over_seeds, smoothed
@@ -38,6 +38,7 @@ class Page(HTMLParser):
         self.data: Any = None
         self.policy = ""
         self.loads: list[str] = []
+        self.text = ""
         self._inside = ""
         self.feed(text)
 
@@ -51,6 +52,7 @@ class Page(HTMLParser):
             self.policy = values["content"] or ""
 
     def handle_data(self, text: str) -> None:
+        self.text += text
         if self._inside == "script ":
             self.scripts.append(text)
         elif self._inside == "script application/json":
@@ -88,6 +90,11 @@ def test_a_hostile_completion_reaches_the_page_as_data_alone(page: Page, name: s
     assert page.tags.count("script") == 2
     assert page.tags.count("style") == 1
     assert "img" not in page.tags
+
+
+def test_a_hostile_fault_is_shown_as_text(page: Page):
+    for text in HOSTILE.values():
+        assert clipped(visible(text), 500).strip() in page.text
 
 
 def test_no_text_can_end_the_element_that_carries_it():

@@ -91,7 +91,7 @@ def inspect_checkpoint(
     episode = answered(first, example, question)
     runs = [look(subject, example, episode, question) for subject in subjects]
     for run in runs:
-        print_view(console, run.tokens[0], f"{run.name}, {run.place}", colour)
+        print_view(console, run.tokens[0], f"{run.name}, checkpoint {run.tokens[0]['step']}", colour)
     if html:
         data = page_data(runs)
         page = {"title": f"Inspection of {first.folder.name}", "data": Markup(script_json(data))}
@@ -118,7 +118,7 @@ def find_example(subject: Subject, question: Question) -> Example:
                 "(critic.privileged): take an example of the task by --row"
             )
         plain = subject.policy.tokenizer.chat_template is None
-        return Example("prompt", question.prompt if plain else [{"role": "user", "content": question.prompt}])
+        return Example("of your own", question.prompt if plain else [{"role": "user", "content": question.prompt}])
     examples = subject.task.split(question.split)
     if not 0 <= question.row < len(examples):
         raise InputError(
@@ -168,14 +168,13 @@ def look(subject: Subject, example: Example, episode: Episode, question: Questio
     row = token_row(0, episode, rollout, estimates, subject.encoder, subject.config.critic)
     if not rollout.rewarded_B.any() or subject.critic is None:
         del row["advantages"]  # without a reward, or with a group of one, there is nothing to weigh
-    step = checkpoint_step(subject.folder)
+    home, algorithm = subject.folder.absolute().parent.name, subject.config.algorithm
     return Run(
-        name=subject.config.algorithm,
+        name=algorithm if algorithm == home else f"{algorithm} of {home}",
         seed=subject.config.seed,
         folder=subject.folder,
         settings={},
-        tokens=[{"step": step, **row}],
-        place=f"checkpoint {step} of {subject.folder.absolute().parent.name}",
+        tokens=[{"step": checkpoint_step(subject.folder), **row}],
     )
 
 

@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from dvpo.charts import Chart, Line, Point
+from dvpo.plain_text import clipped, visible
 from dvpo.report_data import Place, Run, Series
 from dvpo.stats import student_quantile
 
@@ -187,6 +188,8 @@ def _tails(place: Place) -> list[Line]:
 
 # Faults
 
+LONGEST_MESSAGE = 500
+
 
 @dataclass(frozen=True)
 class FaultLine:
@@ -219,7 +222,7 @@ def _fault_line(run: Run) -> FaultLine:
     skipped = sum(
         any(row.get(f"{name}/skipped_updates") for name in ("actor", "critic", "replay")) for row in run.steps
     )
-    kinds = [(kind, count, str(first[kind])) for kind, count in counts.most_common()]
+    kinds = [(kind, count, clipped(visible(str(first[kind])), LONGEST_MESSAGE)) for kind, count in counts.most_common()]
     missing = total("reward/missing") / max(len(run.curve("reward/missing")), 1)
     resumes = len(run.manifest.get("resumes", []))
     return FaultLine(run.label, round(total("reward/faults")), missing, skipped, resumes, kinds)
