@@ -200,7 +200,7 @@ class Trainer:
         }
         self.log.metrics(self.step, figures)
         self.log.completions(self.step, collected.completions(self.config.log.completions))
-        shown = token_rows(self.step, collected.episodes, rollout, estimates, self.encoder, self.config)
+        shown = token_rows(self.step, collected.episodes, rollout, estimates, self.collector.encoder, self.config)
         self.log.tokens(self.step, shown)
         self.log.faults(self.step, collected.faults())
         if self.observer:
