@@ -21,6 +21,7 @@ from dvpo.report_study import noise_axis
 from dvpo.report_texts import page_data, script_json
 from dvpo.report_words import sentences
 from dvpo.study import load_study
+from dvpo.study_results import read_results, row_key
 from report_runs import HOSTILE, write_run
 from runs import Parity, run_config
 
@@ -295,3 +296,9 @@ def test_a_study_without_rows_says_so(tmp_path: Path):
     (tmp_path / "rows.jsonl").write_text("")
     with pytest.raises(InputError, match="run the study first"):
         write_report([str(ROOT / "configs/studies/tiny.yaml")], results=str(tmp_path / "rows.jsonl"))
+
+
+def test_the_committed_study_has_a_row_for_each_of_its_cells():
+    study = load_study(ROOT / "configs" / "studies" / "mini.yaml")
+    rows = read_results(ROOT / "benchmarks" / "results" / "mini_study.jsonl")
+    assert {row_key(row) for row in rows} == {cell.key for cell in study.cells}
