@@ -4,8 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TRL    := .venv-trl
+BROWSER := $(VENV)/.browser
 
-.PHONY: demo test test-all bench bench-trl faults lint format wheel-test learns clean
+.PHONY: demo test test-all test-browser bench bench-trl faults lint format wheel-test learns clean
 
 # The set-up is one pinned environment; it is remade when the pins change.
 $(READY): pyproject.toml constraints.txt
@@ -14,14 +15,25 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(BROWSER): $(READY) tests/browser/install
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	tests/browser/install $(BIN)/python
+	touch $@
+
+# The second line shows the report of a study from its committed results; nothing is trained for it.
 demo: $(READY)
 	$(BIN)/dvpo demo
+	$(BIN)/dvpo report configs/studies/mini.yaml --results benchmarks/results/mini_study.jsonl --output runs/mini-study.html
 
 test: $(READY) lint
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(READY) lint
+test-all: $(READY) lint test-browser
 	$(BIN)/python -m pytest
+
+# The report in a headless Chromium, which is installed if the machine has none.
+test-browser: $(BROWSER)
+	$(BIN)/python -m pytest tests/browser
 
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quantile_loss.py

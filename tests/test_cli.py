@@ -254,7 +254,7 @@ def test_unknown_words_end_with_exit_code_2_and_the_usage(here: Path, capsys: py
     assert "usage: dvpo" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["eval"], ["doctor"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["eval"], ["report"], ["inspect"], ["doctor"]])
 def test_help_explains_every_command(capsys: pytest.CaptureFixture[str], command: list[str]):
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
@@ -342,6 +342,8 @@ def test_demo_trains_both_rows_on_the_same_prompts_and_says_that_one_seed_proves
     }
     assert prompts["dvpo"] == prompts["ppo"]  # same prompts and same flips; both sample the first step alike
     assert all(f"d/{name}" in out for name in demo.ALGORITHMS)
+    assert "report: " in out
+    assert "Token by token" in (here / "d" / "report.html").read_text()
 
 
 def test_demo_refuses_bad_settings_before_it_trains(here: Path, capsys: pytest.CaptureFixture[str]):

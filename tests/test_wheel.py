@@ -26,6 +26,8 @@ def test_the_wheel_holds_the_finished_model_and_the_type_marker_but_no_tests(tmp
     assert len(weights) == 2
     assert max(info.file_size for info in weights) <= 1_000_000
     assert "dvpo/py.typed" in names
+    pages = {path.name for path in (ROOT / "src" / "dvpo" / "templates").iterdir()}
+    assert {f"dvpo/templates/{name}" for name in pages} <= set(names)
     assert not [n for n in names if "test" in n.split("/")[0]]
 
 
@@ -51,5 +53,6 @@ def test_the_demo_runs_from_the_wheel_in_an_empty_environment_elsewhere(tmp_path
         text=True,
     )
     assert "OOD before" in demo.stdout
+    assert (elsewhere / "runs" / "report.html").exists()
     assert "site-packages" in demo.stdout  # the starting model came out of the wheel
     assert (elsewhere / "runs" / "dvpo" / "checkpoint-2" / "policy" / "model.safetensors").exists()

@@ -1,4 +1,4 @@
-"""The command line: `dvpo demo | train | eval | study | label | reward-model | doctor`.
+"""The command line: `dvpo demo | train | eval | study | report | inspect | label | reward-model | doctor`.
 
 Exit codes: 0 done, 1 a fault of ours (with its traceback) or a failed run of a study, 2 bad input (one sentence),
 3 a run that stopped itself (one sentence), 75 interrupted by SIGTERM or SIGINT, and the same command (`train` with
@@ -87,6 +87,31 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--markdown", action="store_true", help="the same as Markdown")
     study.add_argument("--baseline", default="ppo", help="whom the tables compare with (default: ppo)")
     study.set_defaults(run=_study, go_on="the same command goes on with the study")
+
+    report = commands.add_parser("report", help="one HTML page of runs side by side, or of a study")
+    report.add_argument(
+        "sources", nargs="+", metavar="RUN_OR_STUDY", help="run folders, folders of runs, or STUDY.yaml"
+    )
+    report.add_argument("--output", metavar="FILE.html", help="default: report.html where the runs are")
+    report.add_argument("--results", metavar="FILE", help="of a study: default results.jsonl in the study's output")
+    report.add_argument(
+        "--baseline", default="ppo", help="whom the others are compared with (default: ppo, else the first)"
+    )
+    report.set_defaults(run=_report)
+
+    inspect = commands.add_parser("inspect", help="a response token by token, as a checkpoint's critic sees it")
+    inspect.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run folder (newest checkpoint) or one")
+    inspect.add_argument("--prompt", help="a prompt of your own; default: an example of the task")
+    inspect.add_argument("--split", default="id", help="of the example: train, id or ood (default: id)")
+    inspect.add_argument("--row", type=int, default=0, help="its place in the split, from 0 (default: 0)")
+    inspect.add_argument("--response", help="look at this text instead of a sampled one")
+    inspect.add_argument("--reward", type=float, help="of the response, where the task does not know it")
+    inspect.add_argument("--greedy", action="store_true", help="take the likeliest tokens instead of drawing")
+    inspect.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
+    inspect.add_argument("--colour", choices=["advantage", "value", "width"], default="advantage")
+    inspect.add_argument("--compare", metavar="RUN_OR_CHECKPOINT", help="the same response under another critic")
+    inspect.add_argument("--html", metavar="FILE.html", help="write the view as a page as well")
+    inspect.set_defaults(run=_inspect, go_on="nothing was written")
 
     label = commands.add_parser("label", help="majority-vote pseudo-labels of the training prompts, by any model")
     label.add_argument("config", metavar="CONFIG.yaml")
@@ -194,6 +219,33 @@ def _study(arguments: argparse.Namespace) -> int:
     if failed:
         console.print(f"{len(failed)} runs failed: the same command tries them again", soft_wrap=True)
     return 1 if failed else 0
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from dvpo.report import write_report
+
+    page = write_report(arguments.sources, arguments.output, arguments.results, arguments.baseline)
+    Console().print(f"report: {page}", soft_wrap=True)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from dvpo.inspection import Question, inspect_checkpoint
+
+    question = Question(
+        prompt=arguments.prompt,
+        split=arguments.split,
+        row=arguments.row,
+        response=arguments.response,
+        reward=arguments.reward,
+        greedy=arguments.greedy,
+        seed=arguments.seed,
+    )
+    colour = {"advantage": "advantages"}.get(arguments.colour, arguments.colour)
+    inspect_checkpoint(arguments.checkpoint, question, colour, arguments.compare, arguments.html, Console())
 
 
 def _label(arguments: argparse.Namespace) -> None:

@@ -560,6 +560,8 @@ class LogConfig:
     tensorboard: bool = False
     completions: CountOrZero = 4
     """Completions written to completions.jsonl a step (0 = none)."""
+    tokens: CountOrZero = 2
+    """Responses written to tokens.jsonl token by token, in the steps 1, 2, 4, 8, ... and the last (0 = none)."""
 
 
 @section

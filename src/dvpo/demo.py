@@ -10,6 +10,7 @@ from rich.table import Table
 from dvpo.config import load_config
 from dvpo.evaluate import interval_text
 from dvpo.progress import RunProgress
+from dvpo.report import write_report
 from dvpo.trainer import Trainer, starting_model
 
 ALGORITHMS = ("dvpo", "ppo")
@@ -18,7 +19,7 @@ ALGORITHMS = ("dvpo", "ppo")
 def run_demo(
     algorithms: Sequence[str], steps: int, rate: float, seed: int, output: str | None, overrides: Sequence[str]
 ) -> None:
-    """Train each algorithm on the same prompts, seeds and noise; print true accuracy before and after.
+    """Train each algorithm on the same prompts, seeds and noise; print true accuracy before and after, write a report.
 
     Args:
         algorithms: rows of the algorithm table.
@@ -37,7 +38,7 @@ def run_demo(
         name: load_config(
             None,
             [f"algorithm={name}", f"output={folder / name}", f"seed={seed}", f"steps={steps}", "noise.kind=flip",
-             f"noise.rate={rate}", "evaluation.prompts=256", *overrides],
+             f"noise.rate={rate}", "evaluation.prompts=256", f"evaluation.every={max(steps // 5, 1)}", *overrides],
         )
         for name in algorithms
     }  # fmt: skip
@@ -57,6 +58,8 @@ def run_demo(
                                   f"checker dial {first.model.checker:g}"))  # fmt: skip
     for name, (_, _, run) in results.items():
         console.print(f"{name}: {run}", soft_wrap=True)
+    page = write_report([str(run) for _, _, run in results.values()])
+    console.print(f"report: {page}", soft_wrap=True)
     console.print("One seed proves nothing: differences between algorithms this small are within seed noise.")
 
 

@@ -158,6 +158,21 @@ def _known(reward: float) -> float | None:
     return float(reward) if np.isfinite(reward) else None
 
 
+def sound_checkpoint(source: str | Path) -> Path:
+    """The checkpoint that is named, or the newest sound one of the run that is.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    folder = Path(source)
+    checkpoint = folder if folder.name.startswith("checkpoint-") else latest_checkpoint(folder)
+    if checkpoint is None or not (checkpoint / "policy").is_dir():
+        raise InputError(f"{source} holds no sound checkpoint: give a run folder or a checkpoint-N folder in one")
+    if fault := find_fault(checkpoint):
+        raise InputError(f"{checkpoint} is damaged ({fault}): take another checkpoint")
+    return checkpoint
+
+
 def evaluate_checkpoint(
     source: str | Path, overrides: Sequence[str], splits: Sequence[str] | None, samples: int, output: str | None
 ) -> Path:
@@ -176,12 +191,7 @@ def evaluate_checkpoint(
     Raises:
         InputError: no run, no sound checkpoint, no such split.
     """
-    folder = Path(source)
-    checkpoint = folder if folder.name.startswith("checkpoint-") else latest_checkpoint(folder)
-    if checkpoint is None or not (checkpoint / "policy").is_dir():
-        raise InputError(f"{source} holds no sound checkpoint: give a run folder or a checkpoint-N folder in one")
-    if fault := find_fault(checkpoint):
-        raise InputError(f"{checkpoint} is damaged ({fault}): take another checkpoint")
+    checkpoint = sound_checkpoint(source)
     config = load_config(checkpoint.parent / "config.yaml", overrides)
     if samples < 0:
         raise InputError(f"--samples = {samples} is negative: take 0 for greedy only")

@@ -6,6 +6,7 @@
     dirty.diff         only for a source tree with uncommitted changes: what they are
     metrics.jsonl      one object a step, and one an evaluation (keys `eval/...`)
     completions.jsonl  sampled texts with their rewards
+    tokens.jsonl       some of them token by token, with what the critic thought (`token_view.py`)
     faults.jsonl       reward calls that failed, and whatever else the run survived
 
 Every line is handed to the system when it is written, so a kill costs at most half a line. A resume at step N
@@ -34,7 +35,7 @@ from dvpo.errors import InputError
 TIME_PREFIX = "time/"
 """Metrics whose keys begin so are wall-clock figures; every other one is the same in two equal runs."""
 
-STREAMS = ("metrics.jsonl", "completions.jsonl", "faults.jsonl")
+STREAMS = ("metrics.jsonl", "completions.jsonl", "tokens.jsonl", "faults.jsonl")
 
 
 class RunLog:
@@ -92,6 +93,10 @@ class RunLog:
     def completions(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write one row for each sampled text kept of `step`."""
         self._append("completions.jsonl", step, rows)
+
+    def tokens(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write one row for each response kept token by token."""
+        self._append("tokens.jsonl", step, rows)
 
     def faults(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write one row for each fault survived in `step`."""

@@ -52,6 +52,7 @@ from dvpo.seeding import derive_seed
 from dvpo.skips import Skips
 from dvpo.tasks import Task, make_task
 from dvpo.tasks.mixture import COLUMN, Mixture, held_out
+from dvpo.token_view import token_rows
 from dvpo.warmstart import warm_start
 
 REPLAY_FIGURES = ("loss", "skipped_updates")
@@ -237,6 +238,8 @@ class Trainer:
             figures |= self.alarms.on_step(self.step, figures, self.log.faults)
             self.log.metrics(self.step, figures)
             self.log.completions(self.step, collected.completions(self.config.log.completions))
+            shown = token_rows(self.step, collected.episodes, rollout, estimates, self.collector.encoder, self.config)
+            self.log.tokens(self.step, shown)
             if self.observer:
                 self.observer.on_step(self.step, figures)
             self.keeper.judge_step(figures)

@@ -1,0 +1,36 @@
+"""Text of models as text: nothing in it acts on a terminal, a page or the order of what stands beside it."""
+
+import unicodedata
+
+KEPT = "\n\t"
+JOINERS = "\u200c\u200d"
+"""Format characters that only join or part letters and emoji, which are wrong without them."""
+CONTROL_PICTURES = 0x2400
+
+
+def visible(text: str) -> str:
+    """The text with a visible sign for every character that is none itself.
+
+    Control characters become their pictures (ESC is one sign and colours nothing), characters that turn the writing's
+    direction and other invisible ones, and halves of surrogate pairs, which no file can hold, their code, such as
+    \\u202e.
+    """
+    return "".join(_sign(character) for character in text) if not text.isprintable() else text
+
+
+def clipped(text: str, limit: int) -> str:
+    """At most `limit` characters of a text, and how many were left out."""
+    return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit:,} more characters)"
+
+
+def _sign(character: str) -> str:
+    if character in KEPT or character in JOINERS or character.isprintable():
+        return character
+    number = ord(character)
+    if number < 0x20:
+        return chr(CONTROL_PICTURES + number)
+    if number == 0x7F:
+        return chr(CONTROL_PICTURES + 0x21)
+    if unicodedata.category(character) == "Zs":
+        return " "
+    return f"\\u{number:04x}" if number <= 0xFFFF else f"\\U{number:08x}"

@@ -1,0 +1,154 @@
+"""The summary of a report in words: what was reached, what may be concluded from it, and what looks wrong."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from dvpo.report_data import Place, Run, Series
+from dvpo.stats import paired_difference
+
+SPLITS = (("id", "in distribution"), ("ood", "out of distribution"))
+LATE = 5
+"""The last fifth of a run stands for its end, where a single step would be noise."""
+LOST = 0.03
+"""An end this far below the highest evaluation is worth a warning."""
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One statement; `kind` says how to read it: `result`, `verdict` or `warning`."""
+
+    kind: str
+    text: str
+
+
+def overall(places: Sequence[Place], baseline: str) -> list[Sentence]:
+    """The comparison over all places of a study: a seed's score is its mean over them."""
+    names = list(dict.fromkeys(series.name for place in places for series in place.series))
+    reference = baseline if baseline in names else names[0]
+    texts = [_compared(places, name, reference) for name in names if name != reference]
+    return [Sentence("verdict", text) for text in texts if text]
+
+
+def sentences(place: Place, baseline: str) -> list[Sentence]:
+    """All that a report says about a place."""
+    said = overall([place], baseline)
+    said += [Sentence("result", text) for series in place.series if (text := _reached(series))]
+    said += [Sentence("result", text) for text in [_noise(place)] if text]
+    for series in place.series:
+        said += [Sentence("result", text) for text in [_critic(series)] if text]
+        said += [Sentence("warning", text) for text in _warnings(series)]
+    return said
+
+
+def ends(run: Run, split: str) -> tuple[float, float] | None:
+    """True accuracy at the first and at the last evaluation; None where there are not two."""
+    curve = run.curve(f"eval/{split}/accuracy")
+    return (curve[0][1], curve[-1][1]) if len(curve) > 1 else None
+
+
+def _reached(series: Series) -> str:
+    parts: list[str] = []
+    said = ""
+    for split, name in SPLITS:
+        pairs = [pair for run in series.runs if (pair := ends(run, split))]
+        if pairs:
+            before, after = fmean(first for first, _ in pairs), fmean(last for _, last in pairs)
+            verb = "rose" if after - before > 0.005 else "fell" if before - after > 0.005 else "stayed"
+            again, said = verb == said, verb
+            parts.append(f"{'' if again else f'{verb} '}from {_percent(before)} to {_percent(after)} {name}")
+    if not parts:
+        return ""
+    seeds = f" (mean of {len(series.runs)} seeds)" if len(series.runs) > 1 else ""
+    return f"{series.name}: true accuracy on held-out prompts {' and '.join(parts)}{seeds}."
+
+
+def _compared(places: Sequence[Place], name: str, reference: str) -> str:
+    parts = []
+    pairs = 0
+    for split, where in SPLITS:
+        mine, theirs = (_scores(places, who, split) for who in (name, reference))
+        seeds = sorted(mine.keys() & theirs.keys())
+        if not seeds:
+            continue
+        pairs = len(seeds)
+        found = paired_difference([100 * mine[seed] for seed in seeds], [100 * theirs[seed] for seed in seeds])
+        side = "above" if found.mean >= 0 else "below"
+        part = f"{abs(found.mean):.1f} points {side} it {where}"
+        if pairs > 1:
+            part += f" (95% interval {found.low:+.1f} to {found.high:+.1f}, p = {found.p:.3f})"
+        parts.append(part)
+    if not parts:
+        return ""
+    text = f"{name} against {reference}: it ends {' and '.join(parts)}."
+    if pairs == 1:
+        return f"{text} One seed each is no evidence: differences of this size are within seed noise."
+    return f"{text} Paired by {pairs} seeds; no correction for several comparisons."
+
+
+def _scores(places: Sequence[Place], name: str, split: str) -> dict[int, float]:
+    """Seed -> mean over the places of the accuracy at the end, for seeds that were run in all of them."""
+    tables = [
+        {run.seed: pair[1] for series in place.series if series.name == name for run in series.runs
+         if (pair := ends(run, split))}
+        for place in places
+    ]  # fmt: skip
+    return {seed: fmean(table[seed] for table in tables) for seed in set.intersection(*map(set, tables))}
+
+
+def _noise(place: Place) -> str:
+    shares = [value for run in place.runs for _, value in run.curve("reward/accuracy")]
+    if not shares:
+        return ""
+    wrong = 1 - fmean(shares)
+    if wrong < 1e-3:
+        return "The observed rewards were the true ones."
+    return f"{_percent(wrong)} of the observed rewards were not the true ones."
+
+
+def _critic(series: Series) -> str:
+    correlation = _late(series, "critic/true_correlation")
+    explained = _late(series, "critic/explained_variance")
+    if correlation is None or explained is None:
+        return ""
+    opinion = (
+        "it knows little of the truth" if correlation < 0.3
+        else "it knows part of the truth" if correlation < 0.7
+        else "it knows the truth well"
+    )  # fmt: skip
+    return (
+        f"{series.name}: towards the end the critic's V correlates with the true outcome by {correlation:.2f} and "
+        f"explains {_percent(max(explained, 0.0))} of the observed return's variance: {opinion}."
+    )
+
+
+def _warnings(series: Series) -> list[str]:
+    found = []
+    for run in series.runs:
+        curve = run.curve("eval/id/accuracy")
+        if len(curve) > 1 and (lost := max(value for _, value in curve) - curve[-1][1]) > LOST:
+            found.append(f"{run.label}: it ends {100 * lost:.0f} points below its highest accuracy in distribution.")
+        if (cut := _late_of(run, "rollout/truncated")) is not None and cut > 0.2:
+            found.append(f"{run.label}: {_percent(cut)} of the last responses were cut by the length limit.")
+        if (mismatch := _late_of(run, "actor/sampler_mismatch")) is not None and mismatch > 0.01:
+            found.append(
+                f"{run.label}: sampler and trainer differ by {mismatch:.2g} in log-prob; it should be rounding."
+            )
+        if run.faults:
+            found.append(f"{run.label}: {len(run.faults)} faults were survived; they are listed below.")
+    return found
+
+
+def _late(series: Series, key: str) -> float | None:
+    values = [value for run in series.runs if (value := _late_of(run, key)) is not None]
+    return fmean(values) if values else None
+
+
+def _late_of(run: Run, key: str) -> float | None:
+    """Mean over the last part of the run."""
+    curve: Sequence[tuple[float, float]] = run.curve(key)
+    return fmean(value for _, value in curve[-max(len(curve) // LATE, 1) :]) if curve else None
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"

@@ -1,0 +1,59 @@
+"""Charts: scales, coordinates, escaping."""
+
+import re
+
+import pytest
+
+from dvpo.charts import BOTTOM, HEIGHT, LEFT, POINTS, RIGHT, TOP, WIDTH, Chart, Line, number, thinned, ticks
+
+
+def test_ticks_are_round_and_enclose_the_values():
+    assert ticks(0.0, 1.0) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert ticks(-0.3, 0.45) == [-0.4, -0.2, 0.0, 0.2, 0.4, 0.6]
+    assert ticks(0, 1e-7, 5)[-1] == pytest.approx(1e-7)
+
+
+def test_a_line_runs_from_corner_to_corner_of_its_scales():
+    svg = Chart("t", [Line("a", 0, [(0.0, 0.0), (10.0, 1.0)])]).svg
+    (path,) = re.findall(r'data-name="a" d="([^"]+)"', svg)
+    assert path == f"M{LEFT} {HEIGHT - BOTTOM}L{WIDTH - RIGHT} {TOP}"
+
+
+def test_a_band_goes_along_its_upper_edge_and_back_along_the_lower():
+    line = Line("a", 1, [(0.0, 0.5), (1.0, 0.5)], [(0.0, 0.0), (1.0, 0.0)], [(0.0, 1.0), (1.0, 1.0)])
+    svg = Chart("t", [line]).svg
+    low, high, left, right = HEIGHT - BOTTOM, TOP, LEFT, WIDTH - RIGHT
+    assert f'd="M{left} {high}L{right} {high}L{right} {low}L{left} {low}Z"' in svg
+
+
+def test_shares_are_shown_in_per_cent_and_never_above_a_hundred():
+    svg = Chart("t", [Line("a", 0, [(0.0, 0.95), (1.0, 1.0)])], percent=True, whole=True).svg
+    assert re.findall(r'class="y"[^>]*>([^<]+)<', svg) == ["0", "20", "40", "60", "80", "100"]
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, -2.0])
+def test_a_constant_line_has_a_scale(value: float):
+    assert "nan" not in Chart("t", [Line("a", 0, [(0.0, value), (1.0, value)])]).svg
+
+
+def test_steps_have_whole_ticks_only():
+    svg = Chart("t", [Line("a", 0, [(1.0, 0.0), (3.0, 1.0)])]).svg
+    assert re.findall(r'class="x" [^>]*>([^<]+)<', svg) == ["1", "2", "3"]
+
+
+def test_names_are_escaped():
+    svg = Chart("<script>", [Line('"><script>', 0, [(0.0, 1.0)])], categories=["<b>"]).svg
+    assert "<script>" not in svg
+    assert "<b>" not in svg
+
+
+def test_a_long_line_is_thinned_and_keeps_its_ends():
+    points = [(float(i), 0.0) for i in range(10_000)]
+    kept = thinned(points)
+    assert len(kept) == POINTS
+    assert (kept[0], kept[-1]) == (points[0], points[-1])
+    assert thinned(points[:50]) == points[:50]
+
+
+def test_numbers_of_an_axis_are_short():
+    assert [number(v) for v in (0, 0.25, 1200, 3e-5, 2e7)] == ["0", "0.25", "1,200", "3e-05", "2e+07"]

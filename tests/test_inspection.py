@@ -1,0 +1,139 @@
+"""`dvpo inspect`: any response under a checkpoint's critic, in the terminal and as a page."""
+
+import json
+import re
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from dvpo import Trainer
+from dvpo.cli import main
+from dvpo.errors import InputError
+from dvpo.inspection import Question, answered, find_example, inspect_checkpoint, look, open_subject
+from dvpo.token_terminal import LISTED, print_view
+from runs import run_config
+
+PROMPT = "2+3="
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of dvpo, one of ppo, one of grpo."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("dvpo", "ppo", "grpo"):
+        Trainer(run_config(folder / name, f"algorithm={name}", "steps=1")).train()
+    return folder
+
+
+def shown(source: Path, question: Question, colour: str = "advantages", **further: Any) -> str:
+    out = StringIO()
+    console = Console(file=out, width=140, force_terminal=True, color_system="truecolor")
+    inspect_checkpoint(str(source), question, colour, further.get("compare"), further.get("html"), console)
+    return out.getvalue()
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def test_the_values_are_those_that_the_trainer_logs(runs: Path):
+    # What a step recorded at its policy's and critic's start is what inspecting that start says of the same response.
+    config = run_config(runs / "again", "steps=2", "policy_optimiser.lr=0", "critic_optimiser.lr=0", "log.tokens=1")
+    Trainer(config).train()
+    subject = open_subject(str(runs / "again"))
+    recorded = json.loads((runs / "again" / "tokens.jsonl").read_text().splitlines()[0])
+    (place,) = [i for i, e in enumerate(subject.task.split("train")) if e.id == recorded["prompt_id"]]
+    question = Question(split="train", row=place, response="x")
+    example = find_example(subject, question)
+    episode = answered(subject, example, question)
+    first = Trainer(replace(config, output=str(runs / "fresh")))  # draws the same responses
+    first.step = 1
+    episode.tokens = first.collector.sample(1)[0].tokens
+    first.close()
+    episode.turns, episode.logprobs = [0] * len(episode.tokens), [0.0] * len(episode.tokens)
+    row = look(subject, example, episode, question).tokens[0]
+    for name in ("value", "width", "lower", "upper"):
+        torch.testing.assert_close(torch.tensor(row[name]), torch.tensor(recorded[name]), atol=2e-3, rtol=2e-3)
+
+
+def test_a_given_response_is_shown_token_by_token_with_its_figures(runs: Path):
+    text = shown(runs / "dvpo", Question(prompt=PROMPT, response="2+3=5", reward=1.0))
+    assert "\x1b[30;48;2;" in text  # black on a colour
+    assert "policy  2+3=5" in plain(text)
+    assert "advantage" in plain(text)
+    assert len(re.findall(r"│ [▁▂▃▄▅▆▇█]{8} │", plain(text))) == 5
+
+
+def test_without_a_reward_there_is_no_advantage(runs: Path):
+    text = plain(shown(runs / "dvpo", Question(prompt=PROMPT, response="5")))
+    assert "advantage" not in text
+    assert "colour: value" in text
+
+
+def test_an_example_of_the_task_is_sampled_and_judged(runs: Path):
+    text = plain(shown(runs / "dvpo", Question(split="ood", row=1, seed=3), "width"))
+    assert "colour: width" in text
+    assert re.search(r"true [01],", text)
+    assert text == plain(shown(runs / "dvpo", Question(split="ood", row=1, seed=3), "width"))
+
+
+def test_two_critics_read_the_same_response(runs: Path):
+    text = plain(shown(runs / "dvpo", Question(row=0), compare=str(runs / "ppo")))
+    policies = re.findall(r"^policy  (.*)$", text, re.MULTILINE)
+    assert len(policies) == 2
+    assert policies[0] == policies[1]
+    assert "ppo, checkpoint 1" in text
+
+
+def test_a_run_without_a_critic_shows_its_words(runs: Path):
+    assert "policy  5" in plain(shown(runs / "grpo", Question(prompt=PROMPT, response="5", reward=1.0)))
+
+
+def test_the_page_holds_both_views(runs: Path, tmp_path: Path):
+    page = tmp_path / "view.html"
+    arguments = ["inspect", str(runs / "dvpo"), "--prompt", PROMPT, "--response", "</script>5", "--html", str(page)]
+    assert main([*arguments, "--compare", str(runs / "ppo")]) == 0
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())
+    assert len(json.loads(data)["views"]) == 2
+    assert "".join(json.loads(data)["views"][0]["tokens"]) == "</script>5"
+
+
+def test_what_a_response_contains_does_not_reach_the_terminal(runs: Path):
+    out = shown(runs / "dvpo", Question(prompt="\x1b[2J[bold]", response="\x1b[2Jx"))
+    assert "\x1b[2J" not in out
+    assert "␛[2J[bold]" in plain(out)
+
+
+def test_of_a_long_response_the_table_lists_the_strongest_tokens():
+    count = LISTED + 10
+    row = {"prompt": "p", "tokens": ["t"] * count, "turns": [0] * count, "value": [float(i) for i in range(count)],
+           "quantiles": [[[0.0]]] * count, "observed": None, "true": None}  # fmt: skip
+    out = StringIO()
+    print_view(Console(file=out, width=100), row, "title", "value")
+    numbers = [int(n) for n in re.findall(r"^│ +(\d+) │", out.getvalue(), re.MULTILINE)]
+    assert numbers == list(range(11, count + 1))  # counted from 1, in their order
+
+
+@pytest.mark.parametrize(
+    ("question", "sentence"),
+    [
+        (Question(row=10**6), "--row = 1000000: split id of task math has"),
+        (Question(prompt=PROMPT, response=""), "--response is empty"),
+        (Question(prompt=PROMPT, response="1" * 5000), "more than the model's context"),
+    ],
+)
+def test_bad_questions_end_in_one_sentence(runs: Path, question: Question, sentence: str):
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        shown(runs / "dvpo", question)
+
+
+def test_a_folder_without_a_checkpoint_and_a_page_without_its_ending_are_refused(runs: Path, tmp_path: Path):
+    with pytest.raises(InputError, match="holds no sound checkpoint"):
+        shown(tmp_path, Question(prompt=PROMPT))
+    with pytest.raises(InputError, match=r"let it end in \.html"):
+        shown(runs / "dvpo", Question(prompt=PROMPT, response="5"), html=str(tmp_path / "x.txt"))

@@ -1,0 +1,304 @@
+"""Reports: what is read, how runs become lines and words, and that a page is whole, small and harmless."""
+
+import base64
+import hashlib
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dvpo import Trainer
+from dvpo.cli import main
+from dvpo.errors import InputError
+from dvpo.plain_text import clipped, visible
+from dvpo.report import run_folders, write_report
+from dvpo.report_data import Place, Run, Series, place_of_runs
+from dvpo.report_panels import fault_lines, learning_panel, over_seeds, smoothed
+from dvpo.report_study import noise_axis
+from dvpo.report_texts import page_data, script_json
+from dvpo.report_words import sentences
+from dvpo.study import load_study
+from dvpo.study_results import read_results, row_key
+from report_runs import HOSTILE, write_run
+from runs import Parity, run_config
+
+ROOT = Path(__file__).parents[1]
+
+
+class Page(HTMLParser):
+    """Tags and ids of a page, the scripts it would run, its data."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.ids: set[str] = set()
+        self.scripts: list[str] = []
+        self.data: Any = None
+        self.policy = ""
+        self.loads: list[str] = []
+        self.text = ""
+        self._inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = dict(attributes)
+        self.tags.append(tag)
+        self.ids.add(values.get("id") or "")
+        self._inside = f"{tag} {values.get('type', '')}"
+        self.loads += [value for key in ("src", "href") if (value := values.get(key)) and value[0] != "#"]
+        if values.get("http-equiv") == "Content-Security-Policy":
+            self.policy = values["content"] or ""
+
+    def handle_data(self, text: str) -> None:
+        self.text += text
+        if self._inside == "script ":
+            self.scripts.append(text)
+        elif self._inside == "script application/json":
+            self.data = json.loads(text)
+        self._inside = ""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    folder = tmp_path_factory.mktemp("runs")
+    file = write_report([str(write_run(folder / name, name)) for name in ("dvpo", "ppo")])
+    assert file == folder / "report.html"
+    return Page(file.read_text(encoding="utf-8"))
+
+
+# The page
+
+
+def test_a_page_has_every_panel_and_loads_nothing(page: Page):
+    assert {"summary", "learning", "critic", "policy", "faults", "completions", "tokens", "about"} <= page.ids
+    assert page.loads == ["data:,"]
+    assert "default-src 'none'" in page.policy
+
+
+def test_the_policy_names_the_one_script_by_its_hash(page: Page):
+    (script,) = page.scripts
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in page.policy
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_completion_reaches_the_page_as_data_alone(page: Page, name: str):
+    rows = [row for row in page.data["completions"] if row["id"] == name]
+    assert [row["text"] for row in rows] == [visible(HOSTILE[name])] * 2
+    assert page.tags.count("script") == 2
+    assert page.tags.count("style") == 1
+    assert "img" not in page.tags
+
+
+def test_a_hostile_fault_is_shown_as_text(page: Page):
+    for text in HOSTILE.values():
+        assert clipped(visible(text), 500).strip() in page.text
+
+
+def test_no_text_can_end_the_element_that_carries_it():
+    text = script_json(["</script><!--", "&lt;"])
+    assert not set("<>&") & set(text)
+    assert json.loads(text) == ["</script><!--", "&lt;"]
+
+
+def test_a_real_run_makes_a_page_without_its_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = run_config(tmp_path / "run", "steps=3", "log.tokens=1", "evaluation.every=1")
+    Trainer(config, task=Parity()).train()
+    for folder in (tmp_path / "run").glob("checkpoint-*"):
+        folder.rename(tmp_path / folder.name)
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "run/report.html" in capsys.readouterr().out.replace("\n", "")
+    page = Page((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+    assert [row["view"] for row in page.data["completions"] if row["view"] >= 0] == [0, 1, 2]
+    assert page.tags.count("svg") > 15
+
+
+def test_a_long_run_stays_below_five_megabytes_and_says_what_it_leaves_out(tmp_path: Path):
+    folder = write_run(tmp_path / "run", texts={"a": "word " * 400})
+    (row,) = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    rows = [{**row, "step": step, "sample": sample} for step in range(1, 2001) for sample in range(4)]
+    (folder / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = write_report([str(folder)])
+    assert file.stat().st_size < 5_000_000
+    left_out = Page(file.read_text()).data["left_out"]["completions"]
+    assert left_out > 5000
+    assert f"{left_out} logged completions" in file.read_text()
+
+
+# Reading
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_series(tmp_path: Path):
+    folders = [write_run(tmp_path / f"{name}{seed}", name, {}, seed) for name in ("dvpo", "ppo") for seed in (1, 2)]
+    place = place_of_runs(folders)
+    assert [(series.name, [run.seed for run in series.runs]) for series in place.series] == [
+        ("dvpo", [1, 2]),
+        ("ppo", [1, 2]),
+    ]
+
+
+def test_series_of_one_algorithm_are_told_apart_by_their_settings(tmp_path: Path):
+    folders = [write_run(tmp_path / name, "dvpo", {}) for name in ("a", "b")]
+    config = (folders[1] / "config.yaml").read_text().replace("alpha: 0.1", "alpha: 0.3")
+    (folders[1] / "config.yaml").write_text(config)
+    assert [s.name for s in place_of_runs(folders).series] == ["dvpo, critic.alpha=0.1", "dvpo, critic.alpha=0.3"]
+
+
+def test_a_folder_of_runs_stands_for_the_runs_in_it(tmp_path: Path):
+    folders = [write_run(tmp_path / name, name, {}) for name in ("dvpo", "ppo")]
+    assert run_folders([str(tmp_path)]) == folders
+
+
+def test_bad_input_is_one_sentence(tmp_path: Path):
+    run = str(write_run(tmp_path / "run", texts={}))
+    with pytest.raises(InputError, match="holds no run"):
+        write_report([str(tmp_path / "nothing")])
+    with pytest.raises(InputError, match="named twice"):
+        write_report([run, run])
+    with pytest.raises(InputError, match=r"let it end in \.html"):
+        write_report([run], output=str(tmp_path / "report.txt"))
+    with pytest.raises(InputError, match="make it, or name another file"):
+        write_report([run], output=str(tmp_path / "no" / "report.html"))
+    with pytest.raises(InputError, match="--results"):
+        write_report([run], results="rows.jsonl")
+
+
+# Lines
+
+
+def test_an_interval_over_seeds_is_students():
+    # Mean 2, sd 1, n = 3, t(2 degrees) = 4.302653: 2 -+ 4.302653 / sqrt(3) = 2 -+ 2.484138.
+    low, middle, high = over_seeds([[(0.0, 1.0)], [(0.0, 2.0)], [(0.0, 3.0), (1.0, 9.0)]])
+    assert middle == [(0.0, 2.0)]  # only steps that all seeds have
+    assert low[0][1] == pytest.approx(-0.484138, abs=1e-5)
+    assert high[0][1] == pytest.approx(4.484138, abs=1e-5)
+
+
+def test_a_running_mean_is_centred_and_keeps_the_level():
+    points = [(float(i), float(i % 2)) for i in range(100)]  # 100 points: two to either side
+    assert smoothed(points)[50] == (50.0, pytest.approx(0.4))  # 0 1 0 1 0
+    assert smoothed([(0.0, 5.0), (1.0, 7.0)]) == [(0.0, 5.0), (1.0, 7.0)]
+
+
+def test_what_was_zero_all_along_is_named_and_not_drawn(tmp_path: Path):
+    panel = learning_panel(place_of_runs([write_run(tmp_path / "run", texts={})]))
+    assert panel.zero == ["Missing rewards"]
+    assert "Missing rewards" not in [chart.title for chart in panel.charts]
+
+
+def test_faults_are_counted_by_kind_with_the_first_message(tmp_path: Path):
+    folder = write_run(tmp_path / "run", texts={"a": "x"})
+    rows = [{"step": 1, "kind": "timeout", "message": f"m{i}"} for i in range(3)]
+    (folder / "faults.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (line,) = fault_lines(place_of_runs([folder]).runs)
+    assert line.kinds == [("timeout", 3, "m0")]
+
+
+# Words
+
+
+def ended(name: str, seed: int, *accuracies: float) -> Run:
+    rows = [{"step": step, "eval/id/accuracy": value} for step, value in enumerate(accuracies)]
+    return Run(name, seed, None, {}, evaluations=rows)
+
+
+def test_the_verdict_of_single_seeds_claims_nothing():
+    place = Place("", [Series("dvpo", [ended("dvpo", 0, 0.5, 0.8)]), Series("ppo", [ended("ppo", 0, 0.5, 0.7)])])
+    (verdict,) = [s.text for s in sentences(place, "ppo") if s.kind == "verdict"]
+    assert verdict.startswith("dvpo against ppo: it ends 10.0 points above it in distribution.")
+    assert "no evidence" in verdict
+
+
+def test_the_verdict_of_several_seeds_is_the_paired_difference():
+    dvpo = Series("dvpo", [ended("dvpo", seed, 0.5, 0.8) for seed in (1, 2)])
+    ppo = Series("ppo", [ended("ppo", seed, 0.5, 0.7 + 0.02 * seed) for seed in (2, 1, 3)])
+    (verdict,) = [s.text for s in sentences(Place("", [dvpo, ppo]), "ppo") if s.kind == "verdict"]
+    # Differences 8 and 6 points: mean 7, sd sqrt 2, t(1) = 12.706: 7 -+ 12.706.
+    assert "7.0 points above it in distribution (95% interval -5.7 to +19.7, p = 0.500)" in verdict
+    assert "Paired by 2 seeds" in verdict
+
+
+def test_an_end_far_below_the_peak_is_warned_of():
+    place = Place("", [Series("ppo", [ended("ppo", 0, 0.5, 0.8, 0.6)])])
+    (warning,) = [s.text for s in sentences(place, "ppo") if s.kind == "warning"]
+    assert warning == "ppo, seed 0: it ends 20 points below its highest accuracy in distribution."
+
+
+# Texts
+
+
+def test_the_samples_of_a_step_share_their_prompt(tmp_path: Path):
+    folder = write_run(tmp_path / "run", texts={"a": "x"})
+    (row,) = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    rows = [{**row, "sample": sample} for sample in range(4)]
+    (folder / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = page_data(place_of_runs([folder]).runs)
+    assert len(data["prompts"]) == 1
+    assert [(row["sample"], row["view"], row["text"]) for row in data["completions"]] == [
+        (0, 0, "x"),
+        (1, -1, "x"),
+        (2, -1, "x"),
+        (3, -1, "x"),
+    ]
+
+
+def test_numbers_that_are_none_stay_so(tmp_path: Path):
+    folder = write_run(tmp_path / "run", texts={"a": "x"})
+    text = (folder / "tokens.jsonl").read_text().replace('"observed": 0.0', '"observed": null')
+    (folder / "tokens.jsonl").write_text(text)
+    (row,) = page_data(place_of_runs([folder]).runs)["completions"]
+    assert row["observed"] is None
+
+
+# Studies
+
+
+def study_rows(path: Path) -> Path:
+    """Results of a study of two algorithms under two rates, two seeds each; ppo is 10 points better throughout."""
+    rows = [
+        {"task": "math", "noise": noise, "algorithm": name, "seed": seed, "id_before": 0.4, "ood_before": 0.3,
+         "id_true": end + 0.02 * seed, "ood_true": None, "peak_true": end, "curve": [[0, 0.4, None], [4, end, None]],
+         "corr": None, "seconds": 1.0, "machine": "m", "config_hash": "h", "commit": "c"}
+        for noise, loss in (("clean", 0.0), ("flip", 0.2))
+        for name, end in (("dvpo", 0.7 - loss), ("ppo", 0.8 - loss))
+        for seed in (101, 102)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_study_is_shown_from_its_rows_alone(tmp_path: Path):
+    rows = study_rows(tmp_path / "rows.jsonl")
+    study = str(ROOT / "configs" / "studies" / "tiny.yaml")
+    file = write_report([study], output=str(tmp_path / "study.html"), results=str(rows))
+    text = file.read_text(encoding="utf-8")
+    page = Page(text)
+    assert "noise" in page.ids
+    assert "Over all 2 pairs of task and noise" in text
+    assert "dvpo against ppo: it ends 10.0 points below it in distribution" in text
+    assert page.data["completions"] == []
+
+
+def test_the_noise_axis_is_the_rate_where_one_kind_is_varied_and_names_otherwise(tmp_path: Path):
+    study = load_study(ROOT / "configs" / "studies" / "mini.yaml")
+    assert noise_axis(study) == ([], [(0.0, "clean"), (0.2, "flip_20"), (0.4, "flip_40")])
+    mixed = yaml.safe_load((ROOT / "configs" / "studies" / "mini.yaml").read_text())
+    mixed["noises"]["spiky"] = {"kind": "spikes", "rate": 0.1, "sd": 3.0}
+    (tmp_path / "mixed.yaml").write_text(yaml.safe_dump(mixed))
+    names = ["clean", "flip_20", "flip_40", "spiky"]
+    assert noise_axis(load_study(tmp_path / "mixed.yaml")) == (names, [*enumerate(names)])
+
+
+def test_a_study_without_rows_says_so(tmp_path: Path):
+    (tmp_path / "rows.jsonl").write_text("")
+    with pytest.raises(InputError, match="run the study first"):
+        write_report([str(ROOT / "configs/studies/tiny.yaml")], results=str(tmp_path / "rows.jsonl"))
+
+
+def test_the_committed_study_has_a_row_for_each_of_its_cells():
+    study = load_study(ROOT / "configs" / "studies" / "mini.yaml")
+    rows = read_results(ROOT / "benchmarks" / "results" / "mini_study.jsonl")
+    assert {row_key(row) for row in rows} == {cell.key for cell in study.cells}
