@@ -169,6 +169,7 @@ def test_a_process_that_was_faster_keeps_its_model(tmp_path, unmeasured, monkeyp
     def meanwhile(*_):
         (tmp_path / TINY.folder).mkdir()
         (tmp_path / TINY.folder / "theirs").touch()
+        return {}
 
     monkeypatch.setattr(warmstart, "measure", meanwhile)
     folder = obtain(TINY, cache=tmp_path, progress=False)
@@ -272,4 +273,4 @@ def test_the_rebuild_reaches_the_shipped_models_accuracy(tmp_path, task, checker
     rebuilt = json.loads((made / "warmstart.json").read_text())["metrics"]
     for split in ("id", "ood"):
         for figure in ("greedy", "sampled", "auroc_last"):
-            assert rebuilt[split][figure] == pytest.approx(shipped[split][figure], abs=0.08)
+            assert rebuilt[split][figure] == pytest.approx(shipped[split][figure], abs=0.08)  # or both are None
