@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from dvpo import provenance
-from dvpo.config import NoiseConfig, SamplingConfig
 from dvpo.evaluate import take
 from dvpo.noise import make_noise
 from dvpo.policy import open_policy
+from dvpo.settings import NoiseConfig, SamplingConfig
 from dvpo.stats import wilson_interval
 from dvpo.tasks import total
 from dvpo.tasks.math import ChainArithmetic

@@ -15,8 +15,8 @@ from torch import Tensor
 from dvpo.algorithms import ALGORITHMS
 from dvpo.batch import Rollout
 from dvpo.collect import Collected
-from dvpo.config import TaskConfig
 from dvpo.runlog import read_rows
+from dvpo.settings import TaskConfig
 from dvpo.tasks import Task, make_task
 from dvpo.trainer import Trainer
 from runs import run_config

@@ -10,9 +10,9 @@ import pytest
 
 from dvpo.alarms import NAMES, Alarms
 from dvpo.checkpoint import latest_checkpoint
-from dvpo.config import AlarmsConfig
 from dvpo.errors import RunStoppedError
 from dvpo.runlog import read_rows
+from dvpo.settings_learning import AlarmsConfig
 from dvpo.trainer import Trainer
 from runs import Parity, run_config
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from dvpo.batch import Rollout
-from dvpo.config import CriticConfig
 from dvpo.critic import Critic, load_critic, make_critic
 from dvpo.errors import InputError
 from dvpo.heads import QuantileHeads, Verdict
 from dvpo.policy import Policy
 from dvpo.sampling import Episode, collate
+from dvpo.settings_learning import CriticConfig
 from dvpo.tasks import Example
 from tiny_models import one_row, tiny_policy
 

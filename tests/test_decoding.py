@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from dvpo.config import SamplingConfig
 from dvpo.decoding import Decoder, RoomyLayer
 from dvpo.policy import Policy
 from dvpo.sampling import HuggingFaceSampler, pad_left
+from dvpo.settings import SamplingConfig
 from tiny_models import FAMILIES, tiny_policy
 
 CONTEXTS = [[70, 81, 92], [17] * 5, [70, 81, 92], [40], [17] * 5]

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from dvpo.batch import Rollout
-from dvpo.config import SamplingConfig
 from dvpo.errors import InputError
 from dvpo.policy import Policy
 from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Turn, collate, fit_prompts, play
 from dvpo.scoring import place
+from dvpo.settings import SamplingConfig
 from dvpo.tasks import Example, Prompt, SingleTurn, Step
 from tiny_models import END_ID, TOKENIZER, AsciiPolicy, merging_tokenizer, tiny_policy
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from dvpo.algorithms import ALGORITHMS
-from dvpo.config import Config, RewardConfig, load_config
+from dvpo.config import Config, load_config
 from dvpo.core.masks import identity
 from dvpo.core.returns import gae, group_location_scale, group_rank
 from dvpo.core.risk import cvar, noise_corrected_value, rank_advantage, trimmed_mean, tv_worst_case
 from dvpo.estimates import Signals, correct_rewards, forward_weights, last_token, overlong_penalties, shape_rewards
 from dvpo.rates import NO_RATES, Rates
+from dvpo.settings import RewardConfig
 from dvpo.trainer import Trainer
 from runs import Parity, run_config
 

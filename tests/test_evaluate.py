@@ -8,9 +8,9 @@ import pytest
 from scipy.stats import binomtest
 
 from dvpo import evaluate as evaluate_module
-from dvpo.config import SamplingConfig
 from dvpo.evaluate import Evaluation, evaluate, interval_text
 from dvpo.sampling import Episode, Turn
+from dvpo.settings import SamplingConfig
 from dvpo.tasks import Example, Reward, SingleTurn
 from tiny_models import END_ID, AsciiPolicy, tiny_policy
 

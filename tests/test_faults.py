@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from dvpo.cli import main
-from dvpo.config import RewardConfig, load_config, to_yaml
+from dvpo.config import load_config, to_yaml
 from dvpo.errors import InputError, RunStoppedError
 from dvpo.faults import KINDS, fault_figures, stop_at_faults
 from dvpo.rewards import Fault
 from dvpo.runlog import read_rows
+from dvpo.settings import RewardConfig
 from dvpo.trainer import Trainer
 from runs import Parity, run_config
 

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from dvpo.config import NoiseConfig, load_config
+from dvpo.config import load_config
 from dvpo.noise import PARAMETERS, Noise, make_noise
 from dvpo.seeding import derive_uniform
+from dvpo.settings import NoiseConfig
 from dvpo.tasks import Reward
 
 Sample = tuple[Reward, str, int, int, list[int]]

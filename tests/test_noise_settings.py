@@ -9,11 +9,12 @@ import pytest
 import yaml
 
 from dvpo import Trainer
-from dvpo.config import Config, NoiseConfig, differences, load_config, to_yaml
+from dvpo.config import Config, differences, load_config, to_yaml
 from dvpo.errors import InputError
 from dvpo.noise import MODELS, PARAMETERS, make_noise, read_labels
 from dvpo.sampling import Episode
 from dvpo.scoring import Scorer
+from dvpo.settings import NoiseConfig
 from dvpo.tasks import Example
 from dvpo.tasks.math import ChainArithmetic
 from runs import Parity, run_config

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from dvpo.config import OptimiserConfig
 from dvpo.optimiser import Optimiser, learning_rate
+from dvpo.settings_learning import OptimiserConfig
 
 
 def module_with_gradient(*gradient: float) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dvpo.config import NoiseConfig, load_config
+from dvpo.config import load_config
 from dvpo.core.masks import identity
 from dvpo.errors import InputError
 from dvpo.faults import refuse_broken_reward
@@ -15,6 +15,7 @@ from dvpo.noise import make_noise
 from dvpo.reward_mix import Part, RewardMix
 from dvpo.rewards import Fault, Scores
 from dvpo.scoring import open_reward
+from dvpo.settings import NoiseConfig
 from dvpo.tasks import Reward
 from dvpo.trainer import Trainer
 from runs import Parity, run_config

@@ -9,10 +9,10 @@ from scipy import stats
 from torch import Tensor
 from transformers import DynamicCache
 
-from dvpo.config import SamplingConfig
 from dvpo.policy import Policy
 from dvpo.sampling import HuggingFaceSampler, Turn
 from dvpo.seeding import derive_seed
+from dvpo.settings import SamplingConfig
 from tiny_models import (
     END_ID,
     FAMILIES,

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from dvpo.config import NoiseConfig, load_config
+from dvpo.config import load_config
 from dvpo.errors import InputError
 from dvpo.noise import make_noise
 from dvpo.rewards import Fault
 from dvpo.sampling import Episode
 from dvpo.scoring import Scored, Scorer, join, open_reward, place
+from dvpo.settings import NoiseConfig
 from dvpo.tasks import Example, Reward, total
 
 NOTHING = make_noise(NoiseConfig(), seed=0)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dvpo import Trainer
-from dvpo.config import CriticConfig
 from dvpo.embedded import make_tokenizer
 from dvpo.sampling import ChatEncoder
+from dvpo.settings_learning import CriticConfig
 from dvpo.token_view import KEPT_LEVELS, critic_columns, is_shown, token_texts
 from runs import Parity, run_config
 

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dvpo.config import AlarmsConfig
+from dvpo.settings_learning import AlarmsConfig
 
 NAMES = ("entropy", "kl", "value", "mismatch", "hacking")
 DEVIATIONS = 3.0

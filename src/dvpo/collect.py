@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from dvpo.config import SamplingConfig
 from dvpo.data import MixedPrompts, PromptStream
 from dvpo.metrics import SAME
 from dvpo.sampling import ChatEncoder, Episode, Sampler, play
 from dvpo.scoring import Scored, Scorer, join
 from dvpo.seeding import derive_seed
+from dvpo.settings import SamplingConfig
 from dvpo.tasks import Task
 
 

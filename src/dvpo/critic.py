@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
 from dvpo.batch import Rollout
-from dvpo.config import CriticConfig
 from dvpo.core.categorical import histogram_centres
 from dvpo.core.quantiles import quantile_levels
 from dvpo.errors import InputError
 from dvpo.heads import CategoricalHeads, ImplicitHeads, QuantileHeads, Verdict, VocabularyHead
 from dvpo.policy import Policy, compute_type
 from dvpo.prefix import hidden_states
+from dvpo.settings_learning import CriticConfig
 
 Kind = Literal["scalar", "quantile", "implicit", "categorical", "vocabulary"]
 

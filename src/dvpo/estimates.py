@@ -19,7 +19,9 @@ from dvpo.core.returns import (
 from dvpo.rates import NO_RATES, Rates
 
 if TYPE_CHECKING:  # config.py imports the rows to merge their defaults
-    from dvpo.config import AdvantageConfig, Config, LawConfig, RewardConfig
+    from dvpo.config import Config
+    from dvpo.settings import RewardConfig
+    from dvpo.settings_learning import AdvantageConfig, LawConfig
 
 Reduce = Callable[[Tensor], Tensor]
 

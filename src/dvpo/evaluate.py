@@ -14,13 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from dvpo.checkpoint import checkpoint_step, find_fault, latest_checkpoint
-from dvpo.config import SamplingConfig, load_config
+from dvpo.config import load_config
 from dvpo.durable import write_atomically
 from dvpo.errors import InputError
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, play
 from dvpo.scoring import Scorer, open_reward
 from dvpo.seeding import derive_seed
+from dvpo.settings import SamplingConfig
 from dvpo.stats import bootstrap_interval, wilson_interval
 from dvpo.tasks import Environment, Example, Reward, Task, make_task, total
 from dvpo.tasks.mixture import held_out

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import get_args
 
-from dvpo.config import RewardConfig
 from dvpo.errors import InputError, RunStoppedError
 from dvpo.reward_lane import FaultKind
 from dvpo.rewards import Fault
+from dvpo.settings import RewardConfig
 
 KINDS: tuple[str, ...] = get_args(FaultKind)
 BROKEN = ("wrong_length", "wrong_type", "non_finite")

@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from dvpo.checkpoint import Checkpointer, Writer, state_of
-from dvpo.config import CheckpointConfig
 from dvpo.critic import Critic
 from dvpo.durable import write_atomically
 from dvpo.errors import InputError
 from dvpo.policy import Policy
+from dvpo.settings_learning import CheckpointConfig
 from dvpo.tasks import Task
 from dvpo.tasks.mixture import held_out
 

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from dvpo.config import KLConfig
+from dvpo.settings_learning import KLConfig
 
 LARGEST_ERROR = 0.2
 

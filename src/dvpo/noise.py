@@ -18,7 +18,7 @@ from dvpo.seeding import derive_seed, derive_uniform
 from dvpo.tasks import Example, Reward
 
 if TYPE_CHECKING:
-    from dvpo.config import NoiseConfig
+    from dvpo.settings import NoiseConfig
 
 Columns = Mapping[str, Sequence[Any]]
 STANDARD_NORMAL = NormalDist()

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dvpo.config import OptimiserConfig
+from dvpo.settings_learning import OptimiserConfig
 
 
 class Optimiser:

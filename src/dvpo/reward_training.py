@@ -16,13 +16,13 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
-from dvpo.config import OptimiserConfig
 from dvpo.errors import InputError
 from dvpo.optimiser import Optimiser
 from dvpo.policy import choose_device
 from dvpo.preferences import Pair, read_pairs
 from dvpo.reward_model import RewardModel, make_reward_model
 from dvpo.seeding import derive_seed
+from dvpo.settings_learning import OptimiserConfig
 from dvpo.stats import Interval, wilson_interval
 from dvpo.warmstart import warm_start
 

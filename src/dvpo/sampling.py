@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from dvpo.batch import Rollout
-from dvpo.config import SamplingConfig
 from dvpo.decoding import Decoder
 from dvpo.errors import InputError
 from dvpo.policy import Policy
 from dvpo.seeding import derive_seed
+from dvpo.settings import SamplingConfig
 from dvpo.tasks import Environment, Example, Message, Prompt
 
 

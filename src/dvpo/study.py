@@ -20,11 +20,12 @@ from typing import Any
 
 import yaml
 
-from dvpo.config import CheckpointConfig, Config, LogConfig, load_config, to_yaml
+from dvpo.config import Config, load_config, to_yaml
 from dvpo.errors import InputError
 from dvpo.nested import merge
 from dvpo.provenance import config_hash
 from dvpo.safe_yaml import parse_yaml, problem
+from dvpo.settings_learning import CheckpointConfig, LogConfig
 
 AXES = ("task", "noise", "algorithm", "seed")
 KEYS = ("output", "config", "tasks", "noises", "algorithms", "seeds")

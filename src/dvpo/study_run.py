@@ -20,10 +20,11 @@ from typing import Any, NoReturn
 import torch
 from rich.console import Console
 
-from dvpo.config import Config, TaskConfig, load_config
+from dvpo.config import Config, load_config
 from dvpo.durable import write_atomically
 from dvpo.errors import InputError
 from dvpo.interrupt import RESUMABLE, Interrupted, handled
+from dvpo.settings import TaskConfig
 from dvpo.study import Cell, Study, result_hash
 from dvpo.study_results import ResultsFile, Row, finished_cells, locked, result_row
 from dvpo.tasks import make_task

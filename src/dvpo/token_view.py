@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from dvpo.batch import Estimates, Rollout
-from dvpo.config import Config, CriticConfig
+from dvpo.config import Config
 from dvpo.core.quantiles import quantile_levels
 from dvpo.core.risk import cvar, upper_mean
 from dvpo.sampling import ChatEncoder, Episode
+from dvpo.settings_learning import CriticConfig
 
 KEPT_LEVELS = 32
 """Of more quantiles, evenly spaced ones are kept: a picture shows no more, and a record stays small."""

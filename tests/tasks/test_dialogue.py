@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dvpo.config import SamplingConfig
 from dvpo.embedded import make_config, make_model, make_tokenizer
 from dvpo.errors import InputError
 from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Turn, collate, play
 from dvpo.scoring import Scorer
+from dvpo.settings import SamplingConfig
 from dvpo.tasks import Task, make_task
 from dvpo.tasks.dialogue import MOST_TURNS, Conversation, Metrics, SlotFilling, parse_turn, replay
 from dvpo.tasks.dialogue_agents import (

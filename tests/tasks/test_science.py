@@ -266,7 +266,7 @@ def test_the_task_is_a_task_with_episodes_of_one_step_and_string_columns():
 
 
 def test_a_config_can_name_the_task():
-    from dvpo.config import TaskConfig
+    from dvpo.settings import TaskConfig
 
     assert make_task(TaskConfig(name="science")).name == "science"
 
