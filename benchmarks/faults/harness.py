@@ -10,6 +10,7 @@ import signal
 import struct
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,9 @@ def forked(action: Callable[[], object], said: Path | None = None) -> int:
     try:
         if said is not None:
             os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+            # As the command line would say it, whatever the parent does with its warnings (pytest keeps them).
+            warnings.simplefilter("default")
+            warnings.showwarning = lambda message, *_, **__: os.write(2, f"{message}\n".encode())
         with handled():
             action()
         code = 0
