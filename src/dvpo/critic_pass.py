@@ -46,7 +46,8 @@ class CriticPass:
         """Predictions at every token's state, and at the state after the last token: [B, T, N, M], [B, N, M]."""
         every_B = torch.arange(len(rollout), device=rollout.mask_BT.device)
         first_B = every_B[:0] if self._expected is None else self._expected
-        self._expected = None
+        # Rows are numbers within one rollout: what was kept of another is nothing to this one.
+        self._expected = self._kept = None
         rest_B = every_B[torch.isin(every_B, first_B, invert=True)]
         parts = [part for part in (first_B, *rest_B.split(self.microbatch_size)) if len(part)]
         width, pieces = rollout.mask_BT.shape[1] + 1, []
