@@ -200,9 +200,14 @@ def test_estimating_changes_nothing_but_the_log(tmp_path: Path) -> None:
     [
         (["reward.correction=backward"], "reward.correction = backward needs rates: set reward.trusted, to 0.05 say"),
         (["advantage.law.functional=denoised"], "advantage.law.functional = denoised needs rates: set reward.trusted"),
+        (["reward.rates.false_negative=0.2"], "reward.rates are used by nothing: set reward.correction"),
         (
-            ["reward.rates.false_negative=0.2"],
-            "reward.rates are used by nothing: set reward.correction",
+            ["reward.correction=backward", "reward.trusted=0.1", "reward.mix=[{function: task}]"],
+            "reward.correction = backward takes rewards that are 0 or 1, and reward.mix adds several up",
+        ),
+        (
+            ["advantage.law.functional=denoised", "reward.trusted=0.1", "algorithm=grpo"],
+            "advantage.law.functional = denoised trims a critic's law, but algorithm = grpo has no critic",
         ),
         (
             ["reward.correction=backward", "reward.rates.false_negative=0.2"],

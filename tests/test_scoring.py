@@ -65,6 +65,17 @@ def tolist(tensor: torch.Tensor) -> list[Any]:
     return [None if math.isnan(x) else x for x in tensor.tolist()]
 
 
+# What is asked
+
+
+def test_a_call_has_every_column_of_the_data_also_one_that_none_of_its_samples_has():
+    task, reward = Known({"a": 1.0}), Asked([1.0])
+    task.split = lambda _: [Example("a", "a", {"answer": 1}), Example("b", "b", {"goal": 2})]
+    Scorer(task, reward, NOTHING)([episode([0], "a", answer=1)])
+    assert reward.arguments[-1] == {"answer": [1], "goal": [None]}
+    assert task.columns == reward.arguments[-1]
+
+
 # Where a reward lands
 
 

@@ -162,6 +162,15 @@ class Config:
         wanted = ("false_negative",) if forward_alone else ("false_positive", "false_negative")
         if rates.given and (unknown := [name for name in wanted if getattr(rates, name) is None]):
             raise ValueError(f"{using[0]} needs reward.rates.{unknown[0]} too: set it, to 0 if there are none")
+        if using and reward.mix:
+            raise ValueError(
+                f"{using[0]} takes rewards that are 0 or 1, and reward.mix adds several up: drop one of them"
+            )
+        if denoised and not find_algorithm(self.algorithm).has_critic:
+            raise ValueError(
+                f"advantage.law.functional = denoised trims a critic's law, but algorithm = {self.algorithm} has no "
+                "critic: set reward.correction instead"
+            )
         if not denoised:
             return
         shaped = {

@@ -77,9 +77,11 @@ class Scorer:
 
     def __init__(self, task: Task, reward: RewardSource | RewardMix | None, noise: Noise = NO_NOISE) -> None:
         self.task, self.reward, self.noise = task, reward, noise
+        self._names = {name for example in task.split("train") for name in example.columns}
+        """Every call has all columns of the data, also one whose samples lack some: functions name what they need."""
 
     def __call__(self, episodes: Sequence[Episode]) -> Scored:
-        columns, prompt_ids = _columns(episodes), [e.example.id for e in episodes]
+        columns, prompt_ids = self._columns(episodes), [e.example.id for e in episodes]
         truth = self.true_rewards(episodes, columns)
         believed = self.noise.relabelled(columns, prompt_ids)
         clean, faults = self._judged(episodes, truth, columns, believed)
@@ -106,7 +108,7 @@ class Scorer:
 
     def judge(self, episodes: Sequence[Episode]) -> list[Reward]:
         """Rewards for an evaluation: the truth; where nothing is known of it, the reward function without noise."""
-        columns = _columns(episodes)
+        columns = self._columns(episodes)
         truth = self.true_rewards(episodes, columns)
         unknown = all(math.isnan(total(reward)) for reward in truth)
         if not unknown or self.reward is None:
@@ -114,6 +116,11 @@ class Scorer:
         if isinstance(self.reward, RewardMix):
             return self.reward(self._parts(self.reward, episodes, truth, columns)).rewards
         return self._ask(self.reward, episodes, columns).rewards
+
+    def _columns(self, episodes: Sequence[Episode]) -> dict[str, list[Any]]:
+        """The data set's further columns, as one list each; None where an example lacks one."""
+        names = sorted(self._names.union(*(e.example.columns for e in episodes)))
+        return {name: [e.example.columns.get(name) for e in episodes] for name in names}
 
     def figures(self, reduce: Reduce) -> dict[str, float]:
         """What is to be logged of a mix's parts since the last call; nothing of a single reward."""
@@ -266,9 +273,3 @@ def _with_turns(final: Reward, episode: Episode) -> Reward:
     turns = [reward or 0.0 for reward in episode.turn_rewards]
     turns[-1] += total(final) if final is not None else 0.0
     return list(turns)
-
-
-def _columns(episodes: Sequence[Episode]) -> dict[str, list[Any]]:
-    """The data set's further columns, as one list each; None where an example lacks one."""
-    names = sorted({name for e in episodes for name in e.example.columns})
-    return {name: [e.example.columns.get(name) for e in episodes] for name in names}

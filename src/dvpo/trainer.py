@@ -187,7 +187,7 @@ class Trainer:
                     check()
                 # What ended a run does not end its resumption before that has made a step.
                 stop = (self.skips.reason_to_stop or self.alarms.reason_to_stop) if stepped else None
-                if stop is not None:
+                if stop is not None and not at_end:
                     raise RunStoppedError(f"step {self.step}: {stop}; `--resume` goes on from {self.folder}")
                 if self.keeper.checkpoint_due(self.step, at_end):
                     self.save()
