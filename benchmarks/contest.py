@@ -80,7 +80,7 @@ def upper_bound_of_median(values: Sequence[float], level: float = 0.95) -> float
         below += math.comb(total, k) / 2**total  # P(at most k values lie below the median)
         if below >= level:
             return value
-    return math.inf
+    return None
 
 
 def circumstances() -> dict[str, Any]:
