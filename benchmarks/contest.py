@@ -63,17 +63,17 @@ def _ratio(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
 def show(title: str, figures: Ratio) -> None:
     for clock, row in figures.items():
         print(
-            f"{title:32}{clock:5}{row['median_ratio']:7.3f} (95% below {row['upper_95']:.3f})"
+            f"{title:32}{clock:5}{row['median_ratio']:7.3f} (95% below {row['upper_95'] or math.inf:.3f})"
             f"{row['median_ms']:9.1f} ms against {row['of_median_ms']:.1f} ms",
             flush=True,
         )
 
 
-def upper_bound_of_median(values: Sequence[float], level: float = 0.95) -> float:
+def upper_bound_of_median(values: Sequence[float], level: float = 0.95) -> float | None:
     """One-sided bound from the order statistics, whatever the distribution.
 
-    The k-th smallest of n values lies below the median with probability P(Binomial(n, 1/2) >= k); infinite where n is
-    too small for the level.
+    The k-th smallest of n values lies below the median with probability P(Binomial(n, 1/2) >= k); None where n is too
+    small for the level.
     """
     total, below = len(values), 0.0
     for k, value in enumerate(sorted(values)):
