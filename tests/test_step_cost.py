@@ -30,7 +30,7 @@ def test_a_dvpo_step_takes_less_than_twice_a_ppo_step(tmp_path: Path):
 def test_the_bound_of_a_median_is_the_order_statistic_that_tables_give():
     # P(Binomial(30, 1/2) <= 19) = .9506: the 20th smallest; of 4 values none will do, 1 - 1/16 < .95.
     assert upper_bound_of_median([float(i) for i in range(1, 31)][::-1]) == 20.0
-    assert upper_bound_of_median([1.0, 2.0, 3.0, 4.0]) == float("inf")
+    assert upper_bound_of_median([1.0, 2.0, 3.0, 4.0]) is None
 
 
 def test_turns_alternate_and_the_first_rounds_do_not_count():
