@@ -51,7 +51,7 @@ def test_every_critic_term_and_its_gradient_is_the_librarys(minimal):
     assert found.keys() == expected.keys()
     for name, term_K in expected.items():
         torch.testing.assert_close(found[name], term_K, rtol=1e-5, atol=1e-6)
-        gradients = [torch.autograd.grad(term.sum(), theta_KNM)[0] for term in (found[name], term_K)]
+        gradients = [torch.autograd.grad(term.sum(), theta_KNM, retain_graph=True)[0] for term in (found[name], term_K)]
         torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
         assert gradients[1].any(), name
 

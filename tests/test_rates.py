@@ -202,8 +202,8 @@ def test_estimating_changes_nothing_but_the_log(tmp_path: Path) -> None:
         (["advantage.law.functional=denoised"], "advantage.law.functional = denoised needs rates: set reward.trusted"),
         (["reward.rates.false_negative=0.2"], "reward.rates are used by nothing: set reward.correction"),
         (
-            ["reward.correction=backward", "reward.trusted=0.1", "reward.mix=[{function: task}]"],
-            "reward.correction = backward takes rewards that are 0 or 1, and reward.mix adds several up",
+            ["reward.correction=backward", "reward.trusted=0.1", "reward.mix=[{function: task, weight: 2}]"],
+            "reward.correction = backward takes rewards that are 0 or 1, and reward.mix weighs and adds",
         ),
         (
             ["advantage.law.functional=denoised", "reward.trusted=0.1", "algorithm=grpo"],

@@ -162,9 +162,9 @@ class Config:
         wanted = ("false_negative",) if forward_alone else ("false_positive", "false_negative")
         if rates.given and (unknown := [name for name in wanted if getattr(rates, name) is None]):
             raise ValueError(f"{using[0]} needs reward.rates.{unknown[0]} too: set it, to 0 if there are none")
-        if using and reward.mix:
+        if using and [part.weight for part in reward.mix] not in ([], [1.0]):
             raise ValueError(
-                f"{using[0]} takes rewards that are 0 or 1, and reward.mix adds several up: drop one of them"
+                f"{using[0]} takes rewards that are 0 or 1, and reward.mix weighs and adds: drop one of them"
             )
         if denoised and not find_algorithm(self.algorithm).has_critic:
             raise ValueError(
