@@ -1,10 +1,10 @@
 """DVPO in one file: the whole method for reading from top to bottom, with torch and transformers and nothing of ours.
 
-A tiny language model adds two numbers. A short supervised warm-up leaves it right in about a third of its answers; then
-it learns from a reward that is *wrong three times in ten*. The critic predicts a distribution of the return for every
-token, and its loss treats the two tails of that distribution unequally, so that noise does not drag the policy along.
+A tiny language model adds two numbers. A short supervised warm-up leaves it right in about a quarter of its answers;
+then it learns from a reward that is *wrong three times in ten*. The critic predicts a distribution of the return for
+every token, and its loss treats the two tails of that distribution unequally.
 
-    python examples/dvpo_minimal.py          # one minute or less on a CPU
+    python examples/dvpo_minimal.py          # on a CPU
 
 Sections are those of docs/method.md. Letters at the end of a tensor's name are its shape: B sequences,
 P positions of the prompt, T of the response, S = P + T, N critic heads, M quantiles, K policy tokens (B and T flattened
