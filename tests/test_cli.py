@@ -254,7 +254,9 @@ def test_unknown_words_end_with_exit_code_2_and_the_usage(here: Path, capsys: py
     assert "usage: dvpo" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["eval"], ["report"], ["inspect"], ["doctor"]])
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["train"], ["eval"], ["report"], ["inspect"], ["diagnose"], ["doctor"]]
+)
 def test_help_explains_every_command(capsys: pytest.CaptureFixture[str], command: list[str]):
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])

@@ -8,6 +8,7 @@ import scipy.stats
 
 from dvpo.stats import (
     bootstrap_interval,
+    clopper_pearson,
     holm,
     iqm,
     paired_difference,
@@ -56,6 +57,34 @@ def test_pass_at_k_equals_the_share_of_all_k_subsets_that_hold_a_correct_sample(
 def test_pass_at_k_is_exact_for_many_samples() -> None:
     # One correct of n: 1 - C(n-1, k)/C(n, k) = k/n, with binomials far beyond float range.
     assert pass_at_k(1, 5000, 2500) == pytest.approx(0.5, abs=1e-12)
+
+
+@pytest.mark.parametrize("level", [0.9, 0.95])
+@pytest.mark.parametrize("trials", [1, 7, 40, 3000])
+def test_clopper_pearson_equals_scipys_exact_interval(trials: int, level: float) -> None:
+    for successes in {0, 1, trials // 3, trials - 1, trials}:
+        expected = scipy.stats.binomtest(successes, trials).proportion_ci(level, method="exact")
+        assert clopper_pearson(successes, trials, level) == pytest.approx(tuple(expected), abs=1e-9)
+
+
+def test_clopper_pearson_never_covers_less_than_its_level_where_wilson_does() -> None:
+    # The exact coverage at n = 40: the binomial chance of all counts whose interval holds p. Wilson's dips below.
+    def coverage(interval, p: float) -> float:
+        holds = [k for k in range(41) if interval(k, 40).low <= p <= interval(k, 40).high]
+        return float(scipy.stats.binom.pmf(holds, 40, p).sum())
+
+    shares = np.linspace(0, 1, 101)
+    assert min(coverage(clopper_pearson, p) for p in shares) >= 0.95
+    assert min(coverage(wilson_interval, p) for p in shares) < 0.95
+
+
+def test_clopper_pearson_without_trials_is_everything_and_refuses_impossible_counts() -> None:
+    assert clopper_pearson(0, 0) == (0, 1)
+    assert clopper_pearson(0, 1, 0.9) == pytest.approx((0, 0.95))  # (1 - high) = .05
+    with pytest.raises(ValueError, match="5 of 3"):
+        clopper_pearson(5, 3)
+    with pytest.raises(ValueError, match="level"):
+        clopper_pearson(1, 3, 1.0)
 
 
 def test_the_naive_pass_at_k_is_biased_and_would_fail() -> None:

@@ -1,4 +1,4 @@
-"""The command line: `dvpo demo | train | eval | study | report | inspect | label | reward-model | doctor`.
+"""The command line: `dvpo demo | train | eval | study | report | inspect | label | reward-model | diagnose | doctor`.
 
 Exit codes: 0 done, 1 a fault of ours (with its traceback) or a failed run of a study, 2 bad input (one sentence),
 3 a run that stopped itself (one sentence), 75 interrupted by SIGTERM or SIGINT, and the same command (`train` with
@@ -138,6 +138,18 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--wrong", type=float, default=0.0, help="share of them to be turned (default: 0)")
     made.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=OVERRIDES)
     reward.set_defaults(run=_reward_model)
+
+    diagnose = commands.add_parser("diagnose", help="how noisy a reward is on a model's answers, and what follows")
+    diagnose.add_argument("config", metavar="CONFIG.yaml")
+    diagnose.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
+    diagnose.add_argument("--prompts", type=int, default=64, help="training prompts to try (default: 64)")
+    diagnose.add_argument("--samples", type=int, default=8, help="answers a prompt (default: 8)")
+    diagnose.add_argument("--repeats", type=int, default=2, help="scorings of each answer (default: 2)")
+    diagnose.add_argument(
+        "--reward", action="append", default=[], metavar="FUNCTION", help="a further reward to compare with; repeatable"
+    )
+    diagnose.add_argument("--json", metavar="FILE.json", help="write findings, advice and settings as well")
+    diagnose.set_defaults(run=_diagnose)
 
     doctor = commands.add_parser("doctor", help="what is installed; what a config will need in memory and time")
     doctor.add_argument("config", nargs="?", metavar="CONFIG.yaml")
@@ -279,6 +291,17 @@ def _reward_model(arguments: argparse.Namespace) -> None:
     )
     output, device, dtype = arguments.output, arguments.device, arguments.dtype
     train_folder(arguments.pairs, arguments.model, output, settings, device, dtype, Console())
+
+
+def _diagnose(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from dvpo.config import load_config
+    from dvpo.diagnose import Effort, diagnose_file
+
+    config = load_config(arguments.config, arguments.overrides)
+    effort = Effort(prompts=arguments.prompts, samples=arguments.samples, repeats=arguments.repeats)
+    diagnose_file(config, effort, arguments.reward, arguments.json, Console())
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

@@ -82,9 +82,7 @@ class RateEstimator:
             reduce: sums over processes.
         """
         trusted_B = torch.tensor([i in self.trusted for i in prompt_ids], dtype=torch.bool, device=observed_B.device)
-        counted_B = trusted_B & _is_binary(observed_B) & _is_binary(true_B)
-        said, right = observed_B[counted_B] > 0.5, true_B[counted_B] > 0.5
-        counts = torch.stack([(said & ~right).sum(), (~right).sum(), (~said & right).sum(), right.sum()])
+        counts = count_false(observed_B[trusted_B], true_B[trusted_B])
         false_positives, wrong, false_negatives, right_ones = (int(count) for count in reduce(counts))
         self.false_positives = self.false_positives.plus(false_positives, wrong)
         self.false_negatives = self.false_negatives.plus(false_negatives, right_ones)
@@ -163,5 +161,13 @@ def open_rates(config: "Config", task: Task, examples: Iterable[Example]) -> Rat
     return RateEstimator(examples, share, config.seed)
 
 
-def _is_binary(rewards_B: Tensor) -> Tensor:
+def count_false(observed_B: Tensor, true_B: Tensor) -> Tensor:
+    """False positives, wrong responses, false negatives, right responses, where both returns are 0 or 1: [4]."""
+    counted_B = is_binary(observed_B) & is_binary(true_B)
+    said, right = observed_B[counted_B] > 0.5, true_B[counted_B] > 0.5
+    return torch.stack([(said & ~right).sum(), (~right).sum(), (~said & right).sum(), right.sum()])
+
+
+def is_binary(rewards_B: Tensor) -> Tensor:
+    """Which returns are 0 or 1; NaN is neither."""
     return (rewards_B.abs() < 1e-6) | ((rewards_B - 1).abs() < 1e-6)

@@ -2,7 +2,8 @@
 
 Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice": interquartile
 mean, stratified bootstrap intervals, probability of improvement. Chen et al. 2021, "Evaluating Large Language
-Models Trained on Code": pass@k. Yao et al. 2024, "tau-bench": pass^k. Wilson 1927: the interval of a proportion.
+Models Trained on Code": pass@k. Yao et al. 2024, "tau-bench": pass^k. Wilson 1927, and Clopper and Pearson 1934: the
+interval of a proportion, in the mean as long as its level says, and never shorter.
 Fisher 1935, "The Design of Experiments": the sign-flip test of paired runs. Holm 1979: many comparisons at once.
 
 Scores of several runs come as rows: one row for each stratum (a task, a noise level), one entry for each run
@@ -11,6 +12,7 @@ Scores of several runs come as rows: one row for each stratum (a task, a noise l
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -67,6 +69,45 @@ def wilson_interval(successes: int, trials: int, level: float = 0.95) -> Interva
     low = 0.0 if successes == 0 else (centre - half) / scale
     high = 1.0 if successes == trials else (centre + half) / scale
     return Interval(low, high)
+
+
+@lru_cache(maxsize=4096)
+def clopper_pearson(successes: int, trials: int, level: float = 0.95) -> Interval:
+    """The exact interval of a proportion: it covers the truth at least as often as its level says, whatever that is.
+
+        P(X >= successes | low) = (1 - level) / 2 = P(X <= successes | high),   X ~ Binomial(trials, .)
+
+    Source: Clopper and Pearson 1934, "The use of confidence or fiducial limits", Biometrika 26.
+
+    Args:
+        successes: how many of the trials succeeded.
+        trials: number of independent trials n; with none the interval is [0, 1].
+        level: coverage, in (0, 1).
+
+    Raises:
+        ValueError: if the counts or the level are out of range.
+    """
+    if not 0 <= successes <= trials:
+        raise ValueError(f"successes must lie in 0..trials, got {successes} of {trials}")
+    _check_level(level)
+    miss = (1 - level) / 2
+    low = 0.0 if successes == 0 else _share_reaching(successes, trials, miss)
+    # Failures are successes of the other coin.
+    high = 1.0 if successes == trials else 1 - _share_reaching(trials - successes, trials, miss)
+    return Interval(low, high)
+
+
+def _share_reaching(successes: int, trials: int, chance: float) -> float:
+    """The p with P(X >= successes) = chance for X ~ Binomial(trials, p), which grows with p: bisection."""
+    counts = range(successes, trials + 1)
+    log_ways = np.array([math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1) for k in counts])
+    hits = np.arange(successes, trials + 1)
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        p = (low + high) / 2
+        reached = float(np.exp(log_ways + hits * math.log(p) + (trials - hits) * math.log1p(-p)).sum())
+        low, high = (p, high) if reached < chance else (low, p)
+    return (low + high) / 2
 
 
 def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:

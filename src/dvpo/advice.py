@@ -1,0 +1,244 @@
+"""What follows from a diagnosis: settings, each with its reason in a sentence.
+
+The reasons are the mathematics of docs/method.md and docs/noise.md, and the thresholds are choices. What pays in
+training is not shown by any of it: an advice says where to begin, with its baseline beside it.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+from dvpo.config import Config
+from dvpo.diagnosis import ErrorRate, Findings
+from dvpo.nested import merge
+from dvpo.rates import ENOUGH, MOST
+
+NEARLY_ALL = 0.9
+"""Of the prompts that have signal with all samples, so many shall have it."""
+SILENT = 0.5
+"""From this share of prompts without signal on they are worth replacing."""
+OFTEN = 0.05
+"""Share of missing scores or of cut answers from which on something is said."""
+FAR = 10.0
+"""An outlier, in scaled median deviations: a normal law has none in any sample that fits on a disk."""
+MOST_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One sentence with its reason, and the settings that it means; none where no setting can help."""
+
+    sentence: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def advise(findings: Findings, config: Config) -> list[Advice]:
+    """All that follows, the reward's own troubles first.
+
+    Args:
+        findings: of a diagnosis.
+        config: that it was made with; what it has already is not contradicted.
+    """
+    noise = _about_noise(findings, config)
+    corrected = any("correction" in one.settings.get("reward", {}) for one in noise)
+    return [
+        *_troubles(findings, config),
+        *noise,
+        *_kappa(findings.spread / kept(findings) if corrected else findings.spread),
+        *_samples(findings, config),
+    ]
+
+
+def settings(advice: list[Advice]) -> dict[str, Any]:
+    """The settings of all, nested as a config is."""
+    return reduce(merge, (one.settings for one in advice), {})
+
+
+def known_rates(findings: Findings) -> tuple[ErrorRate, ErrorRate] | None:
+    """The rates of false verdicts if enough answers of each kind were seen to act on them."""
+    p, q = findings.false_positive, findings.false_negative
+    return (p, q) if p and q and min(p.seen, q.seen) >= ENOUGH else None
+
+
+def kept(findings: Findings) -> float:
+    """The share 1 - p - q of a reward's gap that false verdicts leave; 1 where none of them is certain."""
+    rates = known_rates(findings)
+    return 1 - rates[0].tally.rate - rates[1].tally.rate if rates and _certain(*rates) else 1.0
+
+
+def _certain(p: ErrorRate, q: ErrorRate) -> bool:
+    return p.low + q.low > 0
+
+
+def _troubles(findings: Findings, config: Config) -> list[Advice]:
+    found = []
+    if findings.faults:
+        retries = {} if config.reward.retries else {"reward": {"retries": 2}}
+        found.append(
+            Advice(
+                f"Mend the reward function, or let it be tried again, because {_percent(findings.faults)} of scores "
+                f"were lost to faults, the first of them {findings.fault}.",
+                retries,
+            )
+        )
+    if findings.missing - findings.faults > OFTEN:
+        found.append(
+            Advice(
+                f"Find out which answers have no reward, since {_percent(findings.missing - findings.faults)} have "
+                "none by the reward's own word: if it is the bad ones, what is left flatters."
+            )
+        )
+    if findings.truncated > OFTEN:
+        length = 2 * config.sampling.max_completion_length
+        found.append(
+            Advice(
+                f"Allow {length} tokens if the model's context does, because {_percent(findings.truncated)} of the "
+                "answers were cut and a reward judges their length instead of their content.",
+                {"sampling": {"max_completion_length": length}},
+            )
+        )
+    return found
+
+
+def _about_noise(findings: Findings, config: Config) -> list[Advice]:
+    if findings.judged_by_truth:
+        return [
+            Advice(
+                "Name the reward that you will really use, since here the task's own verifier judges and its errors "
+                "cannot be seen against itself."
+            )
+        ]
+    rates = known_rates(findings)
+    if rates is not None and _certain(*rates):
+        return _about_false_verdicts(findings, config, *rates)
+    found = [] if rates else [_about_truth(findings)]
+    if findings.outlier > FAR:
+        found.append(
+            Advice(
+                f"Take a bounded advantage, because one reward lies {findings.outlier:.0f} scaled median deviations "
+                "from the median and would rule a mean: the rank of a return in its predicted law cannot exceed 1/2.",
+                {"algorithm": "dvpo_rank"},
+            )
+        )
+    elif findings.repeat_equal is not None and findings.repeat_equal < 1 and not findings.binary:
+        found.append(
+            Advice(
+                f"Take a critic, because one answer's scores deviate by {findings.repeat_deviation:.3g} from each "
+                "other and a value pools many answers where a group's mean has only its own few.",
+                {"algorithm": "dvpo"},
+            )
+        )
+    elif rates is not None or findings.repeat_equal == 1:
+        found.append(
+            Advice(
+                "Begin with the plain baseline, because no noise was found that a robust algorithm could take out "
+                "(errors that repeat themselves show against the truth only).",
+                {"algorithm": "ppo"},
+            )
+        )
+    return found
+
+
+def _about_truth(findings: Findings) -> Advice:
+    p, q = findings.false_positive, findings.false_negative
+    if p and q and p.seen + q.seen:
+        return Advice(
+            f"Diagnose with more --prompts, because {p.seen} truly wrong and {q.seen} truly right answers were seen, "
+            f"and a rate from fewer than {ENOUGH} is a guess."
+        )
+    return Advice(
+        "Name a verified reward for some prompts (task.truth with your own files), because false verdicts that repeat "
+        "themselves show against the truth only, and no correction or tail can be set without their rates."
+    )
+
+
+def _about_false_verdicts(findings: Findings, config: Config, p: ErrorRate, q: ErrorRate) -> list[Advice]:
+    left = kept(findings)
+    if left <= 1 - MOST:
+        return [
+            Advice(
+                f"Mend the reward before any training, because false verdicts leave {left:.2f} of the gap between "
+                f"right and wrong, and taking them out would multiply the noise by {1 / max(left, 0.01):.0f}."
+            )
+        ]
+    least = 1 / config.critic.num_quantiles
+    alpha, beta = _rounded(max(q.tally.rate, least)), _rounded(max(p.tally.rate, least))
+    found = [
+        Advice(
+            "Take a critic with a law of the return, and ppo_corrected beside it as the baseline, because false "
+            "verdicts put their mass at the law's two ends, where dvpo's tail terms act.",
+            {"algorithm": "dvpo"},
+        ),
+        Advice(
+            f"Set the lower tail to {alpha:g} and the upper to {beta:g}, because these are the masses of false "
+            f"negatives and of false positives there (at least one quantile, {least:g}).",
+            {"critic": {"alpha": alpha, "beta": beta}},
+        ),
+    ]
+    if not config.reward.mix and config.advantage.law.functional != "denoised":
+        given = {"false_positive": _rounded(p.tally.rate), "false_negative": _rounded(q.tally.rate)}
+        rates = {} if config.reward.trusted else {"rates": given}
+        found.append(
+            Advice(
+                f"Correct the reward for these rates, because they shrink the gap between right and wrong to "
+                f"{left:.2f}, which a critic's row takes out and a row that divides by a group's deviation does not.",
+                {"reward": {"correction": "backward", **rates}},
+            )
+        )
+    return found
+
+
+def _kappa(spread: float) -> list[Advice]:
+    if not spread:
+        return []
+    kappa = _rounded(0.1 * spread)
+    return [
+        Advice(
+            f"Set kappa to {kappa:g}, a tenth of the rewards' spread of {spread:.3g}, because a Huber zone as wide as "
+            "the rewards makes expectiles of the quantiles.",
+            {"critic": {"kappa": kappa}},
+        )
+    ]
+
+
+def _samples(findings: Findings, config: Config) -> list[Advice]:
+    """The least number that gives nearly all prompts signal, more of them as noise and missing scores take theirs."""
+    if not findings.signal or not findings.signal[-1]:
+        return [
+            Advice(
+                "Take other prompts, a stronger model or a higher temperature, because no prompt's answers differ in "
+                "their reward and nothing can be learnt from them."
+            )
+        ]
+    enough = next(k for k, share in enumerate(findings.signal, 2) if share >= NEARLY_ALL * findings.signal[-1])
+    left = max(kept(findings), 1 - MOST)
+    count = min(MOST_SAMPLES, math.ceil(enough / left**2 / max(1 - findings.missing, 0.1)))
+    more = " and noise wants 1 / (1 - p - q)^2 times as many for the same precision" if left < 1 else ""
+    least = f"{enough} give {_percent(findings.signal[enough - 2])} of the prompts signal"
+    most = f" where {findings.samples} give {_percent(findings.signal[-1])}" if enough < findings.samples else ""
+    found = [
+        Advice(
+            f"Sample {count} answers a prompt, because {least}{most}{more}.",
+            {"sampling": {"samples_per_prompt": count}},
+        )
+    ]
+    if findings.silent >= SILENT and not config.sampling.resample_rounds:
+        found.append(
+            Advice(
+                f"Replace prompts without signal, because {_percent(findings.silent)} of them would fill a step with "
+                "answers that teach a group's baseline nothing.",
+                {"sampling": {"resample_rounds": 3}},
+            )
+        )
+    return found
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def _rounded(value: float) -> float:
+    """Three digits: no rate is known to more."""
+    return float(f"{value:.3g}")

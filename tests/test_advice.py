@@ -1,0 +1,128 @@
+"""What follows from findings: settings that load, rates that end where they belong, and nothing where nothing helps."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dvpo.advice import MOST_SAMPLES, advise, kept, settings
+from dvpo.config import Config, load_config
+from dvpo.diagnosis import Findings, Sheet, find
+
+CONFIG = load_config()
+
+
+def sheet(observed_RPK: np.ndarray, true_PK: np.ndarray, **more) -> Sheet:
+    shape = observed_RPK.shape[1:]
+    fields = {
+        "others_PK": {},
+        "lengths_PK": np.full(shape, 10.0),
+        "truncated_PK": np.zeros(shape, dtype=bool),
+        "faulty_RPK": np.zeros(observed_RPK.shape, dtype=bool),
+        **more,
+    }
+    return Sheet(observed_RPK, true_PK, **fields)
+
+
+def verdicts(wrong_of_wrong: int, wrong_of_right: int, each: int = 100) -> Findings:
+    """`each` prompts with a wrong and a right answer; so many of each kind are taken for the other."""
+    true = np.tile([0.0, 1.0], (each, 1))
+    observed = true.copy()
+    observed[:wrong_of_wrong, 0] = 1
+    observed[each - wrong_of_right :, 1] = 0
+    return find(sheet(np.stack([observed, observed]), true))
+
+
+def chosen(findings: Findings, config: Config = CONFIG) -> dict:
+    """The settings, which must load."""
+    found = settings(advise(findings, config))
+    load_config(found)
+    return found
+
+
+def test_false_verdicts_set_tails_correction_kappa_and_samples():
+    found = chosen(verdicts(10, 30))
+    # Jeffreys' means 10.5/101 and 30.5/101 leave f = 1 - 41/101 = .594. kappa = .1 / f, samples = ceil(2 / f^2) = 6.
+    assert found["algorithm"] == "dvpo"
+    assert found["critic"] == {"alpha": 0.302, "beta": 0.104, "kappa": 0.168}
+    assert found["reward"]["correction"] == "backward"
+    assert found["reward"]["rates"] == {"false_positive": 0.104, "false_negative": 0.302}
+    assert found["sampling"]["samples_per_prompt"] == 6
+
+
+def test_a_run_that_estimates_its_rates_goes_on_to_and_a_mix_is_not_corrected():
+    trusted = load_config({"reward": {"trusted": 0.1}})
+    found = settings(advise(verdicts(10, 30), trusted))
+    assert found["reward"] == {"correction": "backward"}
+    mix = load_config({"reward": {"mix": [{"function": "task"}]}})
+    found = chosen(verdicts(10, 30), mix)
+    assert "reward" not in found
+    assert found["critic"]["kappa"] == 0.1  # what is not corrected keeps its scale
+
+
+def test_no_certain_false_verdict_means_no_correction_and_the_plain_baseline():
+    findings = verdicts(0, 0)
+    assert kept(findings) == 1
+    found = chosen(findings)
+    assert found["algorithm"] == "ppo"
+    assert "reward" not in found
+
+
+def test_hopeless_rates_and_silent_prompts_get_a_sentence_and_no_algorithm():
+    advice = advise(verdicts(45, 50), CONFIG)
+    assert "Mend the reward before any training" in advice[0].sentence
+    found = chosen(verdicts(45, 50))
+    assert "algorithm" not in found
+    assert found["sampling"]["samples_per_prompt"] <= MOST_SAMPLES
+    silent = find(sheet(np.ones((2, 30, 4)), np.full((30, 4), np.nan)))
+    assert "Take other prompts" in advise(silent, CONFIG)[-1].sentence
+
+
+def test_rates_of_a_few_answers_are_not_acted_on():
+    advice = advise(verdicts(3, 9, each=15), CONFIG)
+    assert any("more --prompts" in one.sentence for one in advice)
+    assert "reward" not in settings(advice)
+
+
+def test_without_the_truth_scores_that_scatter_want_a_critic_and_outliers_a_rank():
+    rng = np.random.default_rng(0)
+    unknown = np.full((32, 4), np.nan)
+    scattered = find(sheet(rng.normal(size=(2, 32, 4)), unknown))
+    assert chosen(scattered)["algorithm"] == "dvpo"
+    assert any("task.truth" in one.sentence for one in advise(scattered, CONFIG))
+    heavy = rng.normal(size=(2, 32, 4))
+    heavy[0, 0, 0] = 1000.0
+    assert chosen(find(sheet(heavy, unknown)))["algorithm"] == "dvpo_rank"
+
+
+def test_faults_cuts_and_missing_scores_are_named_first():
+    observed = np.random.default_rng(0).normal(size=(1, 10, 4))
+    observed[0, :2] = np.nan  # 20% missing, half of it by a fault
+    faulty = np.zeros(observed.shape, dtype=bool)
+    faulty[0, 0] = True
+    cut = np.zeros((10, 4), dtype=bool)
+    cut[:5] = True
+    findings = find(sheet(observed, np.full((10, 4), np.nan), faulty_RPK=faulty, truncated_PK=cut, fault="timeout: x"))
+    advice = advise(findings, CONFIG)
+    assert "10.0% of scores were lost to faults, the first of them timeout: x" in advice[0].sentence
+    assert "10.0% have none by the reward's own word" in advice[1].sentence
+    assert "50.0% of the answers were cut" in advice[2].sentence
+    found = chosen(findings)
+    assert found["reward"] == {"retries": 2}
+    assert found["sampling"]["max_completion_length"] == 2 * CONFIG.sampling.max_completion_length
+    assert found["sampling"]["samples_per_prompt"] == 3  # two tell continuous scores apart, 20% of them are missing
+
+
+def test_prompts_without_signal_are_replaced_unless_they_are_already():
+    true = np.zeros((20, 4))
+    true[:5, 0] = 1
+    findings = replace(find(sheet(np.stack([true, true]), true)), false_positive=None, false_negative=None)
+    assert chosen(findings)["sampling"]["resample_rounds"] == 3
+    done = load_config({"sampling": {"resample_rounds": 1}})
+    assert "resample_rounds" not in settings(advise(findings, done))["sampling"]
+
+
+@pytest.mark.parametrize("wrong", [0, 5, 20, 40])
+def test_every_sentence_has_its_reason(wrong: int):
+    for one in advise(verdicts(wrong, wrong), CONFIG):
+        assert any(word in one.sentence for word in (" because ", " since ")), one.sentence
