@@ -38,7 +38,8 @@ def main() -> None:
             print(json.dumps(peak_memory(options.memory_of, Path(folder), options.minibatches)))
             return
         result: dict[str, Any] = {
-            "sizes": {"prompt": PROMPT, "completion": COMPLETION, "prompts": GROUPS, "samples": GROUP, **vars(options)}
+            "sizes": {"prompt": PROMPT, "completion": COMPLETION, "prompts": GROUPS, "samples": GROUP}
+            | {name: value for name, value in vars(options).items() if name not in ("output", "memory_of")}
         }
         for size in options.size:
             pairs = options.pairs if size == "reference" else options.large_pairs
