@@ -8,7 +8,7 @@ from transformers import set_seed
 from dvpo.config import Config
 from dvpo.errors import InputError
 from dvpo.policy import choose_device, open_policy
-from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, fit_prompts, play
+from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, begin, fit_prompts, play
 from dvpo.scoring import Scorer
 from dvpo.seeding import derive_seed
 from dvpo.tasks import Example, Task, total
@@ -47,11 +47,8 @@ class Answerer:
         episodes, environments = [], []
         for example in examples:
             for sample in range(samples):
-                environment = self.task.environment(example)
-                prompt = environment.reset()
-                unchanged = prompt == example.prompt
-                tokens = self.prompt_tokens[example.id] if unchanged else self.encoder.prompt(prompt)
-                episodes.append(Episode(example, visit, sample, tokens))
+                episode, environment = begin(self.task, example, visit, sample, self.prompt_tokens, self.encoder)
+                episodes.append(episode)
                 environments.append(environment)
         play(episodes, environments, self._sampler, self.encoder, self.settings, self._seed)
         return [episodes[i : i + samples] for i in range(0, len(episodes), samples)]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dvpo.data import MixedPrompts, PromptStream
 from dvpo.metrics import SAME
-from dvpo.sampling import ChatEncoder, Episode, Sampler, play
+from dvpo.sampling import ChatEncoder, Episode, Sampler, begin, play
 from dvpo.scoring import Scored, Scorer, join
 from dvpo.seeding import derive_seed
 from dvpo.settings import SamplingConfig
@@ -107,11 +107,8 @@ class Collector:
         episodes, environments = [], []
         for example, visit in self.prompts.next(count):
             for sample in range(self.settings.samples_per_prompt):
-                environment = self.task.environment(example)
-                prompt = environment.reset()
-                unchanged = prompt == example.prompt
-                tokens = self.prompt_tokens[example.id] if unchanged else self.encoder.prompt(prompt)
-                episodes.append(Episode(example, visit, sample, tokens))
+                episode, environment = begin(self.task, example, visit, sample, self.prompt_tokens, self.encoder)
+                episodes.append(episode)
                 environments.append(environment)
         play(episodes, environments, self.sampler, self.encoder, self.settings, self.seed)
         return episodes

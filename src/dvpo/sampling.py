@@ -22,7 +22,7 @@ from dvpo.errors import InputError
 from dvpo.policy import Policy
 from dvpo.seeding import derive_seed
 from dvpo.settings import SamplingConfig
-from dvpo.tasks import Environment, Example, Message, Prompt
+from dvpo.tasks import Environment, Example, Message, Prompt, Task
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,24 @@ def fit_prompts(
     if not encoded:
         raise InputError(f"task: no prompt fits sampling.max_prompt_length = {limit}: raise it")
     return encoded
+
+
+def begin(
+    task: Task, example: Example, visit: int, sample: int, prompt_tokens: Mapping[str, list[int]], encoder: ChatEncoder
+) -> tuple[Episode, Environment]:
+    """An episode before its first turn; its prompt is encoded anew only where the environment changed it.
+
+    Args:
+        task: whose environment answers.
+        example: where it starts.
+        visit, sample: which of the draws of this example it is.
+        prompt_tokens: the examples' prompts as `fit_prompts` encoded them, by id.
+        encoder: for a prompt that the environment changed.
+    """
+    environment = task.environment(example)
+    prompt = environment.reset()
+    tokens = prompt_tokens[example.id] if prompt == example.prompt else encoder.prompt(prompt)
+    return Episode(example, visit, sample, tokens), environment
 
 
 def play(
