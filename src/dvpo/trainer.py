@@ -1,13 +1,12 @@
 """The loop a reader came for: collect -> estimate -> update -> log.
 
 The trainer does not know the algorithms: a row of `dvpo.algorithms` says how advantages and targets are made and what
-the losses are. Two modules, two optimisers, two clip norms: a critic's gradient never shrinks the policy's update.
-All denominators are those of the optimiser step's whole batch, so nothing depends on the micro-batch.
+the losses are.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -22,8 +21,8 @@ from dvpo.batch import Estimates, Rollout
 from dvpo.checkpoint import RNGState, load_state, restore
 from dvpo.collect import Collected, Collector
 from dvpo.config import Config, to_yaml
-from dvpo.core.losses import aggregation_weights, kl_estimate
-from dvpo.core.masks import token_count, whiten
+from dvpo.core.losses import kl_estimate
+from dvpo.core.masks import whiten
 from dvpo.core.returns import gae
 from dvpo.critic import load_critic, make_critic
 from dvpo.critic_pass import CriticPass
@@ -44,7 +43,7 @@ from dvpo.privilege import open_privilege
 from dvpo.rates import NO_RATES, open_rates
 from dvpo.replay import Replay
 from dvpo.resume import find_checkpoint
-from dvpo.risk_control import matched_to_noise, risk_figures
+from dvpo.risk_control import risk_figures
 from dvpo.runlog import RunLog, refuse_used_folder
 from dvpo.sampling import ChatEncoder, HuggingFaceSampler, collate, fit_prompts
 from dvpo.scoring import Scorer, open_reward
@@ -53,6 +52,7 @@ from dvpo.skips import Skips
 from dvpo.tasks import Task, make_task
 from dvpo.tasks.mixture import COLUMN, Mixture, held_out
 from dvpo.token_view import token_rows
+from dvpo.update import Learner
 from dvpo.warmstart import warm_start
 
 REPLAY_FIGURES = ("loss", "skipped_updates")
@@ -67,7 +67,7 @@ class Observer(Protocol):
     def on_evaluation(self, step: int, figures: dict[str, float]) -> None: ...
 
 
-class Trainer:
+class Trainer(Learner):
     """Trains a policy (and its critic) as a config says.
 
     Args:
@@ -343,32 +343,7 @@ class Trainer:
         self.critic.learn_verdict_alone(self.step <= self.config.critic.verdict_only_steps)
         return self.critic_pass.values(rollout)
 
-    @torch.no_grad()
-    def _token_figures(self, policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies of the policy's tokens under any model, 0 elsewhere: both [B, T]."""
-        figures = torch.zeros(2, *rollout.mask_BT.shape, device=self.device)
-        for rows in torch.arange(len(rollout), device=self.device).split(self.config.update.microbatch_size):
-            micro = rollout.select(rows)
-            part = torch.zeros(2, *micro.mask_BT.shape, device=self.device)
-            part[:, micro.mask_BT] = torch.stack(self._logprobs(policy, micro, micro.mask_BT))
-            figures[:, rows] = part
-        return figures[0], figures[1]
-
-    # Update
-
-    def update(self, rollout: Rollout, estimates: Estimates) -> dict[str, float]:
-        """Some epochs over the rollout, each in `minibatches` optimiser steps; the critic may have more or fewer."""
-        means = Means()
-        warming_up = self.step <= self.config.update.actor_warmup_steps
-        actor_epochs = 0 if warming_up else self.config.update.epochs
-        critic_epochs = (self.config.critic.epochs or self.config.update.epochs) if self.critic else 0
-        for epoch in range(max(actor_epochs, critic_epochs)):
-            for rows in self._minibatches(rollout, "rows", self.step, epoch):
-                if epoch < critic_epochs:
-                    self._update_critic(rollout, estimates, rows, means)
-                if epoch < actor_epochs:
-                    self._update_actor(rollout, estimates, rows, means)
-        return means.result(all_reduce_sum)
+    # Update (an optimiser step: `dvpo.update`)
 
     def update_from_replay(self) -> dict[str, float]:
         """One pass of the critic over the responses of each step in the replay, with targets made anew."""
@@ -380,103 +355,6 @@ class Trainer:
                 self._update_critic(rollout, estimates, rows, means)
         figures = means.result(all_reduce_sum)
         return {f"replay/{name}": figures[f"critic/{name}"] for name in REPLAY_FIGURES if f"critic/{name}" in figures}
-
-    def _minibatches(self, rollout: Rollout, *key: str | int) -> tuple[Tensor, ...]:
-        """All rows, each in one of `minibatches` parts, in an order keyed by what it is for."""
-        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, *key))
-        order_B = torch.randperm(len(rollout), generator=generator).to(self.device)
-        return order_B.tensor_split(self.config.update.minibatches)
-
-    def _update_critic(self, rollout: Rollout, estimates: Estimates, rows: Tensor, means: Means) -> None:
-        assert self.critic is not None
-        assert self.critic_pass is not None
-        assert self.critic_optimiser is not None
-        assert self.row.critic_loss is not None
-        self.critic.learn_verdict_alone(self.step <= self.config.critic.verdict_only_steps)
-        self.critic.draw_levels(self.config.seed, self.step)
-        config = matched_to_noise(self.config, self.rates.rates()) if self.rates else self.config
-        count = token_count(estimates.mask_BT[rows], all_reduce_sum)
-        loss = torch.zeros((), device=self.device)
-        for micro, at, mask_BT in self._microbatches(rollout, estimates, rows):
-            states_KD = self.critic_pass.states(at[0], micro)[:, :-1][mask_BT]
-            predictions_KNM = self.critic.predictions(states_KD, micro.response_BT[mask_BT])
-            before_KNM, targets_KL = estimates.values_BTNM[at][mask_BT], estimates.targets_BTL[at][mask_BT]
-            terms = self.row.critic_loss(predictions_KNM, before_KNM, targets_KL, config)
-            part = terms["loss"].sum() / count
-            part.backward()
-            loss += part.detach()
-            for name, term_K in terms.items():
-                means.add(f"critic/{name}", term_K)
-        moved = self._step(self.critic_optimiser, "critic", loss, means)
-        self.skips.note("critic", moved, self.step, rollout, estimates, rows)
-
-    def _update_actor(self, rollout: Rollout, estimates: Estimates, rows: Tensor, means: Means) -> None:
-        actor = self.config.actor
-        # Weights are made for the whole minibatch, then cut: the denominator must not know the micro-batch.
-        weights_BT = torch.zeros_like(estimates.advantages_BT)
-        weights_BT[rows], denominator = aggregation_weights(
-            estimates.mask_BT[rows],
-            actor.aggregation,
-            self.config.sampling.max_completion_length,
-            all_reduce_sum,
-        )
-        loss = torch.zeros((), device=self.device)
-        for micro, at, mask_BT in self._microbatches(rollout, estimates, rows):
-            logprobs_K, entropies_K = self._logprobs(self.policy, micro, mask_BT, bool(actor.entropy_coef))
-            old_K = micro.sampler_logprobs_BT[mask_BT]
-            loss_K, clipped_K = self.row.actor_loss(
-                logprobs_K, old_K, estimates.advantages_BT[at][mask_BT], self.config
-            )
-            means.add("actor/loss", loss_K)
-            if actor.kl.coef:
-                reference_K = estimates.reference_BT[at][mask_BT]
-                penalty_K = kl_estimate(logprobs_K, reference_K, actor.kl.estimator)
-                if actor.kl.place == "loss":
-                    loss_K = loss_K + self.kl.coef * penalty_K
-                means.add("actor/kl_reference", kl_estimate(logprobs_K.detach(), reference_K, "k3"))
-            loss_K = loss_K - actor.entropy_coef * entropies_K
-            part = (weights_BT[at][mask_BT] * loss_K).sum() / denominator
-            part.backward()
-            loss += part.detach()
-            means.add("actor/clip_share", clipped_K)
-            means.add("actor/entropy", entropies_K)
-            means.add("actor/kl", kl_estimate(old_K, logprobs_K.detach(), "k3"))
-            if self.policy_version == rollout.policy_version:
-                # Before the first update trainer and sampler hold the same weights: any gap is the machinery's.
-                means.add("actor/sampler_mismatch", (logprobs_K - old_K).abs())
-        moved = self._step(self.policy_optimiser, "actor", loss, means)
-        self.skips.note("actor", moved, self.step, rollout, estimates, rows)
-        self.policy_version += 1
-
-    def _microbatches(
-        self, rollout: Rollout, estimates: Estimates, rows: Tensor
-    ) -> Iterator[tuple[Rollout, tuple[Tensor, slice], Tensor]]:
-        """(rows without their common padding, where they stand in the full tensors, their training mask)."""
-        for part in rows.split(self.config.update.microbatch_size):
-            micro = rollout.select(part).trimmed()
-            at = (part, slice(0, micro.mask_BT.shape[1]))
-            mask_BT = estimates.mask_BT[at]
-            if mask_BT.any():
-                yield micro, at, mask_BT
-
-    def _logprobs(
-        self, policy: Policy, micro: Rollout, mask_BT: Tensor, entropy: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        # The last token's own state predicts nothing.
-        states_BTD = policy.hidden_states(micro.tokens_BS[:, :-1], micro.attention_BS[:, :-1], micro.prompt_length - 1)
-        return policy.token_logprobs(
-            states_BTD[mask_BT],
-            micro.response_BT[mask_BT],
-            self.config.sampling.temperature,
-            entropy,
-        )
-
-    def _step(self, optimiser: Optimiser, name: str, loss: Tensor, means: Means) -> bool:
-        norm, moved = optimiser.update(self.step, float(all_reduce_sum(loss)))
-        if moved:
-            means.add(f"{name}/grad_norm", torch.tensor(norm))
-        means.add(f"{name}/skipped_updates", torch.tensor(float(not moved)))
-        return moved
 
     # Judge, save, log
 
