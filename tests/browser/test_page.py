@@ -1,16 +1,22 @@
 """The report in a real browser: nothing leaves the page, nothing of a model runs, pointer and keyboard work."""
 
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from chromium import chromium
 from playwright.sync_api import Browser, Page, sync_playwright
+from rich.console import Console
 
-from dvpo.plain_text import visible
+from dvpo.inspection import Question, inspect_checkpoint
+from dvpo.plain_text import clipped, visible
 from dvpo.report import write_report
+from dvpo.report_panels import LONGEST_MESSAGE
 from report_runs import HOSTILE, write_run
+from runs import trained
 
+ROOT = Path(__file__).parents[2]
 PANELS = ("summary", "learning", "critic", "policy", "faults", "completions", "tokens", "about")
 SIZES = {"desk": (1180, 900), "phone": (390, 844)}
 
@@ -59,6 +65,56 @@ def test_every_panel_is_there_and_nothing_sticks_out(browser: Browser, report: P
         assert page.evaluate("document.documentElement.scrollWidth") == SIZES[size][0]
         ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (ground == "rgb(18, 20, 23)") == (scheme == "dark")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Pages as the commands make them, of runs that were trained, and of the study that `make demo` reports."""
+    folder = tmp_path_factory.mktemp("made")
+    runs = [str(trained(folder / name, f"algorithm={name}").folder) for name in ("dvpo", "ppo")]
+    study = [str(ROOT / "configs" / "studies" / "mini.yaml")]
+    results = str(ROOT / "benchmarks" / "results" / "mini_study.jsonl")
+    inspection = folder / "inspection.html"
+    question = Question(prompt="2+3=", response="2+3=5;#5 <b>", reward=1.0)
+    inspect_checkpoint(runs[0], question, "value", runs[1], str(inspection), Console(file=StringIO()))
+    return {
+        "runs": write_report(runs),
+        "study": write_report(study, str(folder / "study.html"), results),
+        "inspection": inspection,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "panels"), [("runs", PANELS), ("study", (*PANELS, "noise")), ("inspection", ["tokens"])]
+)
+def test_pages_of_the_commands_have_their_panels_and_react(
+    browser: Browser, made: dict[str, Path], name: str, panels: tuple[str, ...]
+) -> None:
+    for page in opened(browser, made[name], "desk", "light"):
+        assert [panel for panel in panels if not page.locator(f"#{panel}").is_visible()] == []
+        if name == "study":  # its run folders are not committed: no response to look at
+            assert page.locator("#noise svg.chart").count() >= 2
+            continue
+        tokens, detail = page.locator(".pane").first.locator(".tok"), page.locator(".pane").first.locator(".detail")
+        tokens.nth(1).hover()
+        assert "Token 2 of" in detail.inner_text()
+        assert detail.locator("svg.law path.head").count() == 3
+        assert detail.locator("svg.law path.lower").count() >= 1  # a tail in the histogram
+        tokens.nth(1).focus()
+        page.keyboard.press("Home")
+        assert "Token 1 of" in detail.inner_text()
+
+
+def test_each_hostile_fault_is_shown_as_text(page: Page) -> None:
+    shown = page.locator("#faults").inner_text()
+    squeezed = "".join(shown.split())
+    missing = [
+        name
+        for name, text in HOSTILE.items()
+        if "".join(clipped(visible(text), LONGEST_MESSAGE).split()) not in squeezed
+    ]
+    assert missing == []
+    assert page.evaluate("window.attacked") is None
 
 
 def test_each_hostile_completion_is_shown_as_text(page: Page) -> None:
