@@ -16,6 +16,7 @@ from dvpo import provenance, runlog
 from dvpo.durable import DiskFullError
 from dvpo.errors import InputError
 from dvpo.runlog import STREAMS, TIME_PREFIX, RunLog, read_rows
+from dvpo.settings_learning import LogConfig
 
 
 def open_log(folder: Path, resume_step: int | None = None, **options) -> RunLog:
@@ -82,7 +83,7 @@ def test_a_row_is_readable_while_the_run_goes_on(tmp_path: Path) -> None:
 
 def test_only_rank_0_writes(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(runlog, "is_main", lambda: False)
-    with open_log(tmp_path / "run", tensorboard=True) as log:
+    with open_log(tmp_path / "run", log=LogConfig(tensorboard=True)) as log:
         write_step(log, 1)
         log.sync()
     assert not (tmp_path / "run").exists()
@@ -167,13 +168,6 @@ def test_a_resume_needs_a_run(tmp_path: Path) -> None:
     assert not (tmp_path / "absent").exists()
 
 
-def test_tensorboard_that_is_not_installed_is_refused_before_anything_is_written(tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(InputError, match=r"pip install dvpo\[track\]"):
-        open_log(tmp_path / "run", tensorboard=True)
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_full_disk_leaves_whole_lines_only(tmp_path: Path, monkeypatch) -> None:
     class Disk(runlog.FileIO):
         """A disk with room for 10 more bytes."""
@@ -212,6 +206,7 @@ def test_the_manifest_says_where_a_run_comes_from_and_lists_its_resumes(tmp_path
     assert manifest["machine"]["threads"] == torch.get_num_threads()
     assert manifest["config_hash"] == provenance.config_hash("seed: 3\n") != provenance.config_hash("seed: 4\n")
     assert [resume["step"] for resume in manifest["resumes"]] == [0]
+    assert len(manifest["run_id"]) == 12
     assert (tmp_path / "config.yaml").read_text() == "seed: 3\n"
 
 
@@ -270,19 +265,3 @@ def test_a_machine_without_git_still_logs(tmp_path: Path, monkeypatch) -> None:
     open_log(tmp_path).close()
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert (manifest["commit"], manifest["dirty"], manifest["diff"]) == (None, None, None)
-
-
-# --- TensorBoard --------------------------------------------------------------------------
-
-
-def test_tensorboard_shows_the_finite_numbers_of_a_resumed_run_once(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with open_log(tmp_path, tensorboard=True) as log:
-        for step in (1, 2, 3):
-            log.metrics(step, {"reward": 0.5 * step, "note": "text", "loss": float("nan")})
-    with open_log(tmp_path, resume_step=2, tensorboard=True) as log:
-        log.metrics(3, {"reward": 1.5})
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("reward")] == [(1, 0.5), (2, 1.0), (3, 1.5)]
-    assert events.Tags()["scalars"] == ["reward"]

@@ -15,6 +15,8 @@ from rich.table import Table
 
 from dvpo.config import Config
 from dvpo.provenance import machine
+from dvpo.settings_learning import LogConfig
+from dvpo.sinks import refuse_unusable
 from dvpo.trainer import Trainer
 
 REQUIRED = ("torch", "transformers", "safetensors", "pydantic", "pyyaml", "rich", "cloudpickle")
@@ -23,9 +25,9 @@ EXTRAS = {
     "vllm": "vllm",
     "verl": "verl",
     "math-verify": "math",
-    "tensorboard": "track",
-    "wandb": "track",
-    "trackio": "track",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "trackio": "trackio",
     "datasets": "data",
     "reasoning-gym": "gym",
 }
@@ -56,10 +58,13 @@ def report_needs(config: Config, console: Console) -> None:
     Raises:
         InputError: whatever would stop the run itself.
     """
+    refuse_unusable(config.log)
     with tempfile.TemporaryDirectory(prefix="dvpo-doctor-") as folder:
         update = replace(config.update, actor_warmup_steps=0)  # what is measured is a step that moves both models
         steps_needed = max(config.steps, TRIAL_STEPS)
-        trial = replace(config, output=str(Path(folder) / "run"), steps=steps_needed, update=update)
+        # A trial is no run: it goes to no sink.
+        output = str(Path(folder) / "run")
+        trial = replace(config, output=output, steps=steps_needed, update=update, log=LogConfig())
         trainer = Trainer(trial)
         policy = _parameters(trainer.policy.model)
         critic, learning = (0, 0) if trainer.critic is None else (

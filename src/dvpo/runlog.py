@@ -2,7 +2,7 @@
 
     config.yaml        the config, as it was validated
     config-N.yaml      only if a resume at step N changed it: what it was before
-    manifest.json      versions, machine, seed, commit, command line; one entry in `resumes` for each resume
+    manifest.json      versions, machine, seed, commit, command line, an id; one entry in `resumes` for each resume
     dirty.diff         only for a source tree with uncommitted changes: what they are
     metrics.jsonl      one object a step, and one an evaluation (keys `eval/...`)
     completions.jsonl  sampled texts with their rewards
@@ -18,6 +18,7 @@ NaN and infinity.
 import json
 import math
 import os
+import secrets
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -26,11 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from dvpo import provenance
 from dvpo.distributed import is_main, world_size
 from dvpo.durable import disk_full_named, write_atomically
 from dvpo.errors import InputError
+from dvpo.settings_learning import LogConfig
+from dvpo.sinks import Identity, Sinks
 
 TIME_PREFIX = "time/"
 """Metrics whose keys begin so are wall-clock figures; every other one is the same in two equal runs."""
@@ -48,11 +52,11 @@ class RunLog:
         device: where the models live.
         resume_step: the step of the checkpoint to resume from; -1 to begin again a run that was killed before its
             first checkpoint; None for a fresh run.
-        tensorboard: also write TensorBoard events, below `tensorboard/`.
+        log: which sinks take the metrics as well (`dvpo.sinks`).
 
     Raises:
-        InputError: a fresh run in a folder that holds one, a resume in one that holds none, a damaged log,
-            TensorBoard asked for but not installed.
+        InputError: a fresh run in a folder that holds one, a resume in one that holds none, a damaged log, a sink that
+            cannot be had.
         DiskFullError: here and in every method that writes.
     """
 
@@ -64,31 +68,26 @@ class RunLog:
         seed: int,
         device: str | torch.device,
         resume_step: int | None = None,
-        tensorboard: bool = False,
+        log: LogConfig | None = None,
     ) -> None:
         self.folder = folder
         self._streams: dict[str, FileIO] = {}
-        self._events: Any = None
         if not is_main():
             return
-        event_writer = _event_writer() if tensorboard else None
+        run_id = secrets.token_hex(6) if resume_step is None else _resume(folder, config, seed, device, resume_step)
         if resume_step is None:
-            _start(folder, config, seed, device)
-        else:
-            _resume(folder, config, seed, device, resume_step)
+            _make_folder(folder)
+        identity = Identity(folder, run_id, yaml.safe_load(config), resume_step)
+        self._sinks = Sinks(LogConfig() if log is None else log, identity)
+        if resume_step is None:  # last: a sink that refuses leaves no run behind
+            _start(folder, config, seed, device, run_id)
         self._streams = {name: FileIO(folder / name, "a") for name in STREAMS}
-        if event_writer is not None:
-            purge_step = None if resume_step is None else resume_step + 1
-            self._events = event_writer(str(folder / "tensorboard"), purge_step=purge_step)
 
     def metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write one row of `step`, of its training or of its evaluation; 0-d tensors count as numbers."""
         self._append("metrics.jsonl", step, [metrics])
-        if self._events is not None:
-            for key, value in _plain(metrics).items():
-                if isinstance(value, int | float):
-                    self._events.add_scalar(key, value, step)
-            self._events.flush()
+        if self._streams:
+            self.faults(step, self._sinks.log(step, _plain(metrics)))
 
     def completions(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write one row for each sampled text kept of `step`."""
@@ -111,8 +110,8 @@ class RunLog:
     def close(self) -> None:
         for stream in self._streams.values():
             stream.close()
-        if self._events is not None:
-            self._events.close()
+        if self._streams:
+            self._sinks.close()
 
     def __enter__(self) -> "RunLog":
         return self
@@ -163,19 +162,23 @@ def refuse_used_folder(folder: Path) -> None:
         )
 
 
-def _start(folder: Path, config: str, seed: int, device: str | torch.device) -> None:
+def _make_folder(folder: Path) -> None:
     refuse_used_folder(folder)
     try:
         with disk_full_named(folder):
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output = {folder} cannot be made ({error.strerror}): choose another folder") from None
+
+
+def _start(folder: Path, config: str, seed: int, device: str | torch.device, run_id: str) -> None:
     session = _record_session(folder, config, seed, device, "dirty.diff")
     # The manifest comes last: with it, the folder holds a run.
-    _write_json(folder / "manifest.json", {**session, "resumes": []})
+    _write_json(folder / "manifest.json", {"run_id": run_id, **session, "resumes": []})
 
 
-def _resume(folder: Path, config: str, seed: int, device: str | torch.device, step: int) -> None:
+def _resume(folder: Path, config: str, seed: int, device: str | torch.device, step: int) -> str:
+    """Cut the log at the step and note the resume; the run's id."""
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
     except (OSError, ValueError):
@@ -189,7 +192,9 @@ def _resume(folder: Path, config: str, seed: int, device: str | torch.device, st
         write_atomically(folder / f"config-{step}.yaml", [before])
     session = _record_session(folder, config, seed, device, f"dirty-{step}.diff")
     manifest["resumes"].append({"step": step, **session})
+    run_id: str = manifest.setdefault("run_id", secrets.token_hex(6))
     _write_json(folder / "manifest.json", manifest)
+    return run_id
 
 
 def _record_session(folder: Path, config: str, seed: int, device: str | torch.device, diff_name: str) -> dict[str, Any]:
@@ -243,14 +248,3 @@ def _plain(value: Any) -> Any:
 
 def _write_json(path: Path, value: Any) -> None:
     write_atomically(path, [json.dumps(value, indent=2).encode() + b"\n"])
-
-
-def _event_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError(
-            "log.tensorboard = true needs tensorboard, which is not installed: "
-            "run `pip install dvpo[track]`, or set log.tensorboard=false"
-        ) from None
-    return SummaryWriter

@@ -263,6 +263,17 @@ class CheckpointConfig:
 @section
 class LogConfig:
     tensorboard: bool = False
+    """Figures also as TensorBoard events, in the run folder's `tensorboard/`."""
+    wandb: bool = False
+    """Figures also to Weights & Biases."""
+    trackio: bool = False
+    """Figures also to trackio, on this machine unless its own variables name a Space or a server."""
+    project: str = "dvpo"
+    """Of W&B and trackio."""
+    name: str | None = None
+    """Of the run there; None: its folder's name."""
+    offline: bool = False
+    """W&B needs no network and no key: it writes to the run folder's `wandb/`, which `wandb sync` sends later."""
     completions: CountOrZero = 4
     """Completions written to completions.jsonl a step (0 = none)."""
     tokens: CountOrZero = 2

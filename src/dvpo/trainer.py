@@ -48,6 +48,7 @@ from dvpo.runlog import RunLog, refuse_used_folder
 from dvpo.sampling import ChatEncoder, HuggingFaceSampler, collate, fit_prompts
 from dvpo.scoring import Scorer, open_reward
 from dvpo.seeding import derive_seed
+from dvpo.sinks import refuse_unusable
 from dvpo.skips import Skips
 from dvpo.tasks import Task, make_task
 from dvpo.tasks.mixture import COLUMN, Mixture, held_out
@@ -104,6 +105,8 @@ class Trainer(Learner):
         begun = resume and (self.folder / "manifest.json").exists()
         if not resume:
             refuse_used_folder(self.folder)  # now, not after minutes of loading a model
+        if is_main():
+            refuse_unusable(config.log)
 
         self.task = make_task(config.task) if task is None else task
         refuse_without_judge(config.checkpoint, self.task)
@@ -161,7 +164,7 @@ class Trainer(Learner):
             device=self.device,
             # -1: the run was killed before its first checkpoint and begins again in the same folder.
             resume_step=self.step if checkpoint else (-1 if begun else None),
-            tensorboard=config.log.tensorboard,
+            log=config.log,
         )
 
     # The run
