@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dvpo.embedded import make_model, make_tokenizer
 from dvpo.tasks.math import ChainArithmetic
 from dvpo.tasks.mixture import Mixture
 from dvpo.tasks.science import Science
+from fake_vllm import FakeVllm
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -34,6 +36,7 @@ ASKED_FOR = (
     "actor.kl.coef=0.01",
     "actor.kl.target=0.1",
     "evaluation.samples=2",
+    "sampling.correction.kind=truncated",
     "reward.mix=[{function: task}]",
     "reward.overlong=8",
 )
@@ -201,8 +204,11 @@ def test_the_glossary_explains_every_key_that_a_run_logs_and_no_other(tmp_path: 
     for name in ("dvpo", "ppo_corrected", "cql_ppo", "ppo_hl_gauss"):
         asked_for = [*ASKED_FOR, *(followed if name == "dvpo" else ())]
         place = [f"algorithm={name}", f"model.path={tiny_model}", f"output={tmp_path / name}"]
-        config = load_config(None, [*TINY, *place, *asked_for, "steps=2", "critic.replay=1"])
-        Trainer(config, task=mix if name == "cql_ppo" else None).train()
+        with FakeVllm(tiny_model) if name == "ppo_corrected" else nullcontext() as server:
+            if server is not None:
+                place += ["sampling.engine=vllm", f"sampling.vllm.address={server.address}"]
+            config = load_config(None, [*TINY, *place, *asked_for, "steps=2", "critic.replay=1"])
+            Trainer(config, task=mix if name == "cql_ppo" else None).train()
         logged |= {key for row in rows_of(tmp_path / name) for key in row}
     logged = {re.sub(r"^eval/(\w+/)+", "eval/<split>/", key).replace("@2", "@k").replace("^2", "^k") for key in logged}
     logged = {re.sub(r"^reward/true/\w+", "reward/true/<task>", key) for key in logged}

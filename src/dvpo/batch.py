@@ -35,6 +35,9 @@ class Rollout:
     """int64, the policy's turn that a response token belongs to (0, 1, ...); -1 where mask_BT is False."""
     sampler_logprobs_BT: Tensor
     """float32, log-probability at sampling under the temperature-scaled, untruncated distribution; 0 where masked."""
+    old_logprobs_BT: Tensor
+    """float32, log-probability that the actor's ratio is against: with `sampling.correction` the trainer's own, under
+    the weights that sampled; else the sampler's."""
     entropies_BT: Tensor
     """float32, entropy in nats of that distribution, 0 where masked; zeros unless `critic.features` asks for it."""
     hints_BH: Tensor

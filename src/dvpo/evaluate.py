@@ -18,7 +18,7 @@ from dvpo.config import load_config
 from dvpo.durable import write_atomically
 from dvpo.errors import InputError
 from dvpo.policy import Policy, choose_device, open_policy
-from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, play
+from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Sampler, play
 from dvpo.scoring import Scorer, open_reward
 from dvpo.seeding import derive_seed
 from dvpo.settings import SamplingConfig
@@ -51,6 +51,7 @@ def evaluate(
     settings: SamplingConfig,
     samples: int,
     seed: int,
+    drawer: Callable[[bool], Sampler] | None = None,
 ) -> Evaluation:
     """Answer every example greedily and `samples` times at the sampling temperature.
 
@@ -62,12 +63,13 @@ def evaluate(
         settings: lengths, temperature and stops as in training; over-long prompts keep their last tokens.
         samples: k; 0 = greedy only.
         seed: of the draws.
+        drawer: greedy or not -> who draws; None: the policy itself.
     """
 
     def rewards_of(episodes: Sequence[Episode]) -> np.ndarray:
         return np.array([total(r) for r in judge(episodes)]).reshape(len(examples), -1)
 
-    greedy, environments = take(policy, task, examples, settings, 1, seed, greedy=True)
+    greedy, environments = take(policy, task, examples, settings, 1, seed, greedy=True, drawer=drawer)
     rewards, figures = rewards_of(greedy)[:, 0], own_figures(environments)
     rows: list[dict[str, Any]] = [
         {"id": e.example.id, "prompt": e.example.prompt, "completion": e.text, "reward": _known(reward), **own}
@@ -76,7 +78,7 @@ def evaluate(
     summary = _greedy_summary(greedy, rewards)
     summary |= _with_intervals({name: np.array([own[name] for own in figures]) for name in figures[0]})
     if samples:
-        drawn = rewards_of(take(policy, task, examples, settings, samples, seed)[0])
+        drawn = rewards_of(take(policy, task, examples, settings, samples, seed, drawer=drawer)[0])
         for row, rewards_of_item in zip(rows, drawn, strict=True):
             row["samples"] = [_known(r) for r in rewards_of_item]
         summary |= _sampled_summary(drawn)
@@ -91,6 +93,7 @@ def take(
     count: int,
     seed: int,
     greedy: bool = False,
+    drawer: Callable[[bool], Sampler] | None = None,
 ) -> tuple[list[Episode], list[Environment]]:
     """Take every example `count` times, greedily or not; the finished episodes and where they took place."""
     encoder = ChatEncoder(policy.tokenizer)
@@ -107,7 +110,7 @@ def take(
             tokens = encoder.prompt(environment.reset())[-limit:]
             environments.append(environment)
             episodes.append(Episode(example, visit=0, sample=sample, prompt_tokens=tokens))
-    sampler = HuggingFaceSampler(policy, settings, greedy=greedy)
+    sampler = drawer(greedy) if drawer else HuggingFaceSampler(policy, settings, greedy=greedy)
     play(episodes, environments, sampler, encoder, settings, derive_seed(seed, "evaluation"))
     return episodes, environments
 

@@ -212,7 +212,7 @@ def _with_features(subject: Subject, rollout: Rollout) -> Rollout:
             states_BTD[rollout.mask_BT], rollout.response_BT[rollout.mask_BT], subject.config.sampling.temperature
         )
     )
-    return replace(rollout, sampler_logprobs_BT=figures[0], entropies_BT=figures[1])
+    return replace(rollout, sampler_logprobs_BT=figures[0], old_logprobs_BT=figures[0], entropies_BT=figures[1])
 
 
 def _estimates(subject: Subject, rollout: Rollout) -> Estimates:

@@ -368,12 +368,14 @@ def collate(episodes: Sequence[Episode], scores: Mapping[str, Tensor], pad_id: i
     response_attention_BT = pad_right([[True] * len(e.tokens) for e in episodes], False, torch.bool, width)
     turns_BT = pad_right([e.turns for e in episodes], -1, torch.long, width)
     terminated_B = torch.tensor([e.terminated for e in episodes])
+    logprobs_BT = pad_right([e.logprobs for e in episodes], 0.0, torch.float32, width)
     return Rollout(
         tokens_BS=torch.cat([prompts_BP, response_BT], dim=1),
         attention_BS=torch.cat([prompt_attention_BP, response_attention_BT], dim=1),
         mask_BT=turns_BT >= 0,
         turns_BT=turns_BT,
-        sampler_logprobs_BT=pad_right([e.logprobs for e in episodes], 0.0, torch.float32, width),
+        sampler_logprobs_BT=logprobs_BT,
+        old_logprobs_BT=logprobs_BT,
         entropies_BT=torch.zeros(len(episodes), width),
         hints_BH=torch.zeros(len(episodes), 0, dtype=torch.long),
         terminated_B=terminated_B,

@@ -95,8 +95,48 @@ class ModelConfig:
 
 
 @section
+class VllmConfig:
+    """The vLLM server that draws responses, with `sampling.engine: vllm`."""
+
+    address: str = "http://localhost:8000"
+    """Where it listens; docs/scale.md says how it is started."""
+    timeout: Positive = 600.0
+    """Seconds that one turn of one response, or one reading of the weights, may take."""
+    patience: Weight = 300.0
+    """Seconds without any progress, the server being away or hung, after which the run stops itself."""
+    concurrency: Count = 256
+    """Responses asked for side by side."""
+    folder: str | None = None
+    """Where the policy's weights are laid for the server to read, under the same name on its machine; None: a temporary
+    folder of this machine."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"https?://[^/\s?#]+(/[^\s?#]*)?", self.address):
+            raise ValueError(
+                f"sampling.vllm.address = {self.address} is no address of a server: write it as http://localhost:8000"
+            )
+
+
+@section
+class CorrectionConfig:
+    """What becomes of the difference between the sampler's log-probs and the trainer's for the same weights."""
+
+    kind: Literal["off", "truncated"] = "off"
+    """`truncated`: the actor's ratio is against the trainer's own log-probs (one more forward pass a step), and a
+    token's loss counts min(p_trainer / p_sampler, cap) times. `off`: the ratio is against the sampler's."""
+    cap: Positive = 2.0
+    """Greatest weight of a token."""
+
+
+@section
 class SamplingConfig:
     """How responses are drawn. One step samples `prompts_per_step * samples_per_prompt` responses."""
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """Who draws in training and in its evaluations: the trainer's own model, or a vLLM server that is given its weights
+    after every update."""
+    vllm: VllmConfig = VllmConfig()
+    correction: CorrectionConfig = CorrectionConfig()
 
     prompts_per_step: Count = 16
     samples_per_prompt: Count = 8
@@ -119,6 +159,12 @@ class SamplingConfig:
     the next ones, in at most so many rounds a step; 0 = off."""
 
     def __post_init__(self) -> None:
+        if self.engine == "vllm" and (self.top_p < 1 or self.top_k):
+            raise ValueError(
+                f"sampling.engine = vllm gives log-probs of the truncated distribution where sampling.top_p = "
+                f"{self.top_p:g} and sampling.top_k = {self.top_k} truncate it, and training needs those of the whole: "
+                "set top_p to 1 and top_k to 0"
+            )
         if self.resample_rounds and self.samples_per_prompt == 1:
             raise ValueError(
                 f"sampling.resample_rounds = {self.resample_rounds} compares the responses to one prompt, but "

@@ -45,7 +45,7 @@ from dvpo.replay import Replay
 from dvpo.resume import find_checkpoint
 from dvpo.risk_control import risk_figures
 from dvpo.runlog import RunLog, refuse_used_folder
-from dvpo.sampling import ChatEncoder, HuggingFaceSampler, collate, fit_prompts
+from dvpo.sampling import ChatEncoder, collate, fit_prompts
 from dvpo.scoring import Scorer, open_reward
 from dvpo.seeding import derive_seed
 from dvpo.sinks import refuse_unusable
@@ -54,6 +54,7 @@ from dvpo.tasks import Task, make_task
 from dvpo.tasks.mixture import COLUMN, Mixture, held_out
 from dvpo.token_view import token_rows
 from dvpo.update import Learner
+from dvpo.vllm_sampler import VllmSampler, open_sampler, refuse_absent_server
 from dvpo.warmstart import warm_start
 
 REPLAY_FIGURES = ("loss", "skipped_updates")
@@ -107,6 +108,7 @@ class Trainer(Learner):
             refuse_used_folder(self.folder)  # now, not after minutes of loading a model
         if is_main():
             refuse_unusable(config.log)
+        refuse_absent_server(config.sampling)
 
         self.task = make_task(config.task) if task is None else task
         refuse_without_judge(config.checkpoint, self.task)
@@ -133,13 +135,14 @@ class Trainer(Learner):
         self.rates = open_rates(config, self.task, train)
         self.policy_optimiser = Optimiser(self.policy.model, config.policy_optimiser, config.steps)
         self.critic_optimiser = Optimiser(self.critic, config.critic_optimiser, config.steps) if self.critic else None
-        sampler = HuggingFaceSampler(self.policy, config.sampling)
+        self.policy_version = 0
+        self.drawer = open_sampler(config.sampling, self.policy, lambda: self.policy_version, self.folder)
+        sampler = self.drawer(False)
         self.collector = Collector(
             self.task, self.prompts, prompt_tokens, encoder, sampler, self.scorer, config.sampling, config.seed
         )
         self.kl = KLController(config.actor.kl)
         self.step = 0
-        self.policy_version = 0
         self.replay = Replay(config.critic.replay if self.critic else 0)
         self.skips, self.alarms = Skips(self.folder, config.update.max_skipped), Alarms(config.alarms)
         self.parts: dict[str, Any] = {"trainer": self, "prompts": self.prompts, "rng": RNGState()}
@@ -238,6 +241,8 @@ class Trainer(Learner):
                 "time/step": ended - started,
                 "time/tokens_per_second": figures["rollout/tokens"] / (ended - started),
             }
+            if isinstance(self.collector.sampler, VllmSampler):
+                figures |= self.collector.sampler.figures()
             figures |= self.alarms.on_step(self.step, figures, self.log.faults)
             self.log.metrics(self.step, figures)
             self.log.completions(self.step, collected.completions(self.config.log.completions))
@@ -254,6 +259,8 @@ class Trainer(Learner):
         self.log.close()
         if self.reward is not None:
             self.reward.close()
+        if isinstance(self.collector.sampler, VllmSampler):
+            self.collector.sampler.close()
 
     # Collect
 
@@ -269,8 +276,14 @@ class Trainer(Learner):
         if self.privilege is not None:
             rollout = replace(rollout, hints_BH=self.privilege.hints(scored.believed))
         rollout = rollout.to(self.device)
-        if self.critic is not None and self.config.critic.features:
-            rollout = replace(rollout, entropies_BT=self._token_figures(self.policy, rollout)[1])
+        features = self.critic is not None and self.config.critic.features
+        corrected = self.config.sampling.correction.kind != "off"
+        if features or corrected:
+            logprobs_BT, entropies_BT = self._token_figures(self.policy, rollout)
+            if features:
+                rollout = replace(rollout, entropies_BT=entropies_BT)
+            if corrected:
+                rollout = replace(rollout, old_logprobs_BT=logprobs_BT)
         return rollout, collected
 
     # Estimate
@@ -295,7 +308,7 @@ class Trainer(Learner):
         zeros_BT = torch.zeros_like(rewards_BT)
         reference_BT = self._token_figures(self.reference, rollout)[0] if self.reference else zeros_BT
         if self.config.actor.kl.place == "reward":
-            rewards_BT = rewards_BT - self.kl.coef * (rollout.sampler_logprobs_BT - reference_BT) * mask_BT
+            rewards_BT = rewards_BT - self.kl.coef * (rollout.old_logprobs_BT - reference_BT) * mask_BT
 
         values_BTNM, bootstrap_BNM = self._values(rollout)
         if settings.truncation != "bootstrap":
@@ -319,7 +332,7 @@ class Trainer(Learner):
         figures = reward_figures(rollout.observed_B, rollout.true_B, rollout.rewarded_B, groups_B, all_reduce_sum)
         figures["actor/advantage_std"] = spread
         if self.kl.adaptive:
-            gaps_K = kl_estimate(rollout.sampler_logprobs_BT[mask_BT], reference_BT[mask_BT], "k3")
+            gaps_K = kl_estimate(rollout.old_logprobs_BT[mask_BT], reference_BT[mask_BT], "k3")
             figures |= {"actor/kl_sampled": mean_of(gaps_K, all_reduce_sum), "actor/kl_coef": self.kl.coef}
         if self.rates:
             figures |= self.rates.figures() | risk_figures(self.config, rates)
@@ -380,7 +393,7 @@ class Trainer(Learner):
         """Evaluate on the first `evaluation.prompts` examples of a split."""
         config, examples = self.config, self.task.split(split)[: self.config.evaluation.prompts]
         judge, samples = self.scorer.judge, config.evaluation.samples
-        return evaluate(self.policy, self.task, examples, judge, config.sampling, samples, config.seed)
+        return evaluate(self.policy, self.task, examples, judge, config.sampling, samples, config.seed, self.drawer)
 
     def save(self) -> None:
         """Write the state between two steps, unless a weight is NaN or infinite: a sound one must not make room."""

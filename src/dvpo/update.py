@@ -12,7 +12,7 @@ from torch import Tensor
 from dvpo.algorithms import Algorithm
 from dvpo.batch import Estimates, Rollout
 from dvpo.config import Config
-from dvpo.core.losses import aggregation_weights, kl_estimate
+from dvpo.core.losses import aggregation_weights, kl_estimate, truncated_ratio
 from dvpo.core.masks import token_count
 from dvpo.critic import Critic
 from dvpo.critic_pass import CriticPass
@@ -90,7 +90,7 @@ class Learner:
         self.skips.note("critic", moved, self.step, rollout, estimates, rows)
 
     def _update_actor(self, rollout: Rollout, estimates: Estimates, rows: Tensor, means: Means) -> None:
-        actor = self.config.actor
+        actor, correction = self.config.actor, self.config.sampling.correction
         # Weights are made for the whole minibatch, then cut: the denominator must not know the micro-batch.
         weights_BT = torch.zeros_like(estimates.advantages_BT)
         weights_BT[rows], denominator = aggregation_weights(
@@ -102,11 +102,16 @@ class Learner:
         loss = torch.zeros((), device=self.device)
         for micro, at, mask_BT in self._microbatches(rollout, estimates, rows):
             logprobs_K, entropies_K = self._logprobs(self.policy, micro, mask_BT, bool(actor.entropy_coef))
-            old_K = micro.sampler_logprobs_BT[mask_BT]
+            old_K, sampled_K = micro.old_logprobs_BT[mask_BT], micro.sampler_logprobs_BT[mask_BT]
             loss_K, clipped_K = self.row.actor_loss(
                 logprobs_K, old_K, estimates.advantages_BT[at][mask_BT], self.config
             )
             means.add("actor/loss", loss_K)
+            if correction.kind == "truncated":
+                counted_K, cut_K = truncated_ratio(old_K, sampled_K, correction.cap)
+                loss_K = counted_K * loss_K
+                means.add("actor/correction", counted_K)
+                means.add("actor/correction_capped", cut_K)
             if actor.kl.coef:
                 reference_K = estimates.reference_BT[at][mask_BT]
                 penalty_K = kl_estimate(logprobs_K, reference_K, actor.kl.estimator)
@@ -122,7 +127,8 @@ class Learner:
             means.add("actor/kl", kl_estimate(old_K, logprobs_K.detach(), "k3"))
             if self.policy_version == rollout.policy_version:
                 # Before the first update trainer and sampler hold the same weights: any gap is the machinery's.
-                means.add("actor/sampler_mismatch", (logprobs_K - old_K).abs())
+                means.add("actor/sampler_mismatch", (logprobs_K - sampled_K).abs())
+                means.add("actor/sampler_kl", kl_estimate(sampled_K, logprobs_K.detach(), "k3"))
         moved = self._step(self.policy_optimiser, "actor", loss, means)
         self.skips.note("actor", moved, self.step, rollout, estimates, rows)
         self.policy_version += 1

@@ -59,6 +59,33 @@ def clipped_surrogate(
     return loss, too_high | too_low
 
 
+def truncated_ratio(logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """How often a token counts whose sampler was not quite the policy: min(p / p_sampler, cap).
+
+    In the mean over what the sampler drew, weights p / p_sampler give the policy's own expectation; the cap bounds
+    their variance and leaves a bias where it binds.
+
+    Args:
+        logprobs: any shape, the trainer's log-probabilities under the weights that sampled.
+        sampler_logprobs: the same shape, the sampler's for the same weights.
+        cap: greatest weight, > 0.
+
+    Returns:
+        (weights, capped) of the same shape, without gradient: the weights, and 1 where the cap binds, else 0.
+
+    Raises:
+        ValueError: the shapes differ, or the cap is not positive.
+
+    Source: truncated importance sampling, Ionides 2008; between sampling engine and trainer: Yao et al. 2025, "Your
+    efficient RL framework secretly brings you off-policy RL training".
+    """
+    _one_shape(logprobs=logprobs, sampler_logprobs=sampler_logprobs)
+    if cap <= 0:
+        raise ValueError(f"cap must be positive, got {cap}")
+    ratio = _log_ratio(logprobs.detach(), sampler_logprobs.detach()).exp()
+    return ratio.clamp(max=cap), (ratio > cap).to(ratio.dtype)
+
+
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, value_clip: float | None) -> Tensor:
     """Half the squared error of a scalar critic, with PPO's value clipping.
 
