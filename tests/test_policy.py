@@ -60,7 +60,8 @@ def test_logprobs_entropies_and_gradients_are_those_of_the_models_own_logits(fam
             results.append([logprobs_K, entropies_K, *gradients(policy, loss)])
         assert len(results[0]) == len(results[1])
         for ours, theirs in zip(*results, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+            # Sums in another order: the last digits differ from machine to machine, 1.6e-5 were seen.
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=5e-5)
 
 
 @pytest.mark.parametrize("logits_at_once", [1 << 24, 3 * 264])
