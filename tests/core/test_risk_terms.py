@@ -15,6 +15,7 @@ from dvpo.core.quantiles import quantile_levels
 from dvpo.core.risk import critic_terms
 from largest_tensor import LargestTensor
 
+pytestmark = pytest.mark.usefixtures("form")
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "golden.json").read_text())["critic_terms"]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 TERMS = ["qr", "risk", "cvar", "gain", "shift", "shape", "curvature", "consistency"]
@@ -295,19 +296,19 @@ def test_a_term_left_out_of_the_loss_gets_no_gradient_work_and_changes_none():
         close(alone, with_zeros)
 
 
-def test_no_tensor_is_larger_than_the_three_edges_of_each_prediction():
+def test_no_tensor_is_larger_than_the_three_edges_of_each_prediction(form):
     predictions, *others = random_tokens()
     predictions.requires_grad_()
     with LargestTensor() as largest:
         sum(term.sum() for term in critic_terms(predictions, *others).values()).backward()
-    assert largest.entries == 3 * predictions.numel()
+    assert largest.entries == (3 if form == "torch" else 1) * predictions.numel()
     with LargestTensor() as largest:
         naive_critic_terms(predictions, *others)
     assert largest.entries == predictions.numel() * others[0].shape[-1]
 
 
-def test_fused_terms_beat_broadcasting_by_a_wide_margin():
-    # 150 times at 512 tokens and M = L = 200 (benchmarks/quantile_loss.py); here a bound that no busy machine breaks.
+def test_fused_terms_beat_broadcasting_by_a_wide_margin(form):
+    # 200 times at 512 tokens and M = L = 200 (benchmarks/quantile_loss.py); here a bound that no busy machine breaks.
     generator = torch.Generator().manual_seed(0)
     predictions = torch.randn(32, 3, 200, generator=generator).requires_grad_()
     case = (predictions, torch.randn(32, 200, generator=generator), quantile_levels(200), 0.1, 2.0, 0.1, 0.1)
@@ -320,4 +321,4 @@ def test_fused_terms_beat_broadcasting_by_a_wide_margin():
 
         return min(run() for _ in range(4))
 
-    assert cpu_seconds(naive_critic_terms) > 10 * cpu_seconds(critic_terms)
+    assert cpu_seconds(naive_critic_terms) > {"compiled": 12, "torch": 3}[form] * cpu_seconds(critic_terms)

@@ -1,3 +1,5 @@
+"""The forms of the critic's loss are one function: torch's, the compiled one, the pairwise definition."""
+
 import math
 
 import pytest
@@ -5,59 +7,77 @@ import torch
 from naive import naive_quantile_huber_by_level
 from torch import Tensor
 
-from dvpo.core import sorted_huber
+from dvpo.core import compiled, sorted_huber
 from dvpo.core.quantiles import quantile_huber_by_level, quantile_levels
-from dvpo.core.sorted_huber import count_below, huber_sums, sorted_atoms
+from largest_tensor import LargestTensor
 
 GENERATOR = torch.Generator().manual_seed(0)
 NORMAL = torch.randn(8, 50, generator=GENERATOR)
-ROWS = {
+ATOMS = {
     "spread": NORMAL,
     "equal": torch.full((8, 50), 0.3),
     "two values": (NORMAL > 0).float(),
-    "one far away": torch.cat([NORMAL[:, :-1], torch.full((8, 1), 1e30)], dim=1),
-    "closer than float32 resolves the buckets": NORMAL * 1e-44,
+    "one far away": torch.cat([NORMAL[:, :-1], torch.full((8, 1), 1e3)], dim=1),
+    "very close": NORMAL * 1e-30,
     "one": NORMAL[:, :1],
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-def test_counts_are_those_of_searchsorted_with_ties_outliers_and_infinities(rows: Tensor, dtype: torch.dtype):
-    rows = rows.to(dtype).sort(-1).values
-    beyond = torch.tensor([-math.inf, -1e30, 1e30, math.inf], dtype=dtype).expand(8, 4)
-    nearby = torch.cat([rows.nextafter(beyond[:, :1]), rows, rows.nextafter(beyond[:, 3:])], dim=1)
-    queries = torch.cat([nearby, torch.randn(8, 99, generator=GENERATOR).to(dtype), beyond], dim=1)
-    assert torch.equal(count_below(rows, queries), torch.searchsorted(rows, queries, out_int32=True))
-
-
-def test_a_nan_among_the_entries_stays_inside_its_row():
-    rows = NORMAL.sort(-1).values
-    expected = count_below(rows, NORMAL)
-    spoilt = rows.clone()
-    spoilt[3, -2:] = math.nan
-    counts = count_below(spoilt, NORMAL)
-    clean = torch.arange(8) != 3
-    assert torch.equal(counts[clean], expected[clean])
-    assert ((counts >= 0) & (counts <= 50)).all()
-
-
-def test_sorting_leaves_its_input_alone_and_puts_nan_last():
-    atoms = torch.tensor([[2.0, math.nan, -1.0, 0.0]]).expand(2, 4)
-    before = atoms.clone()
-    torch.testing.assert_close(sorted_atoms(atoms), before.sort(-1).values, equal_nan=True)
-    torch.testing.assert_close(atoms, before, equal_nan=True)
-
-
 @pytest.mark.parametrize("kappa", [0.0, 0.1, 3.0])
-def test_the_closed_form_of_a_point_mass_equals_the_sorted_form(kappa: float, monkeypatch: pytest.MonkeyPatch):
-    # lam = 1: L equal targets. theta on and around the target and theta +- kappa.
-    theta = torch.linspace(-4, 4, 2 * 3 * 33, dtype=torch.float64).view(2, 3, 33)
-    atoms, levels = torch.zeros(2, 7, dtype=torch.float64), quantile_levels(33, dtype=torch.float64)
-    closed = huber_sums(theta, atoms, levels, kappa)
-    monkeypatch.setattr(sorted_huber, "_is_point_mass", lambda atoms_CL: False)
-    torch.testing.assert_close(closed, huber_sums(theta, atoms, levels, kappa), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(closed, huber_sums(theta, atoms[:, :1], levels, kappa), rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("atoms", ATOMS.values(), ids=ATOMS)
+def test_the_forms_agree_on_and_beside_the_atoms(atoms: Tensor, kappa: float, dtype: torch.dtype):
+    # Predictions on every atom, on every atom +- kappa, next to them, and anywhere; 3 heads, unsorted and sorted.
+    atoms = atoms.to(dtype)
+    on = torch.cat([atoms - kappa, atoms, atoms + kappa], dim=1)
+    beside = on.nextafter(torch.full_like(on, math.inf))
+    anywhere = torch.randn(8, 2 * on.shape[1], generator=GENERATOR, dtype=dtype)
+    theta = torch.stack([torch.cat([on, beside], dim=1), anywhere, anywhere.sort(-1).values], dim=1)
+    levels = quantile_levels(theta.shape[-1])
+    for given in (theta, theta.sort(-1).values):
+        ours = compiled.huber_sums(given, atoms, levels, kappa)
+        theirs = sorted_huber.huber_sums(given, atoms.sort(-1).values, levels, kappa)
+        torch.testing.assert_close(ours, theirs, rtol=3e-6, atol=3e-6)
+
+
+def test_predictions_that_are_sorted_and_that_are_not_give_the_same_token_by_token():
+    theta, levels = torch.randn(8, 3, 40, generator=GENERATOR), quantile_levels(40)
+    ascending = theta.sort(-1)
+    losses, slopes = compiled.huber_sums(ascending.values, NORMAL, levels, 0.1)
+    mixed = torch.cat([ascending.values, theta])  # one unsorted row, and no row is taken for sorted
+    losses_too, slopes_too = compiled.huber_sums(mixed, NORMAL.repeat(2, 1), levels, 0.1)
+    assert torch.equal(losses_too[:8], losses)
+    assert torch.equal(slopes_too[:8], slopes)
+
+
+def test_threads_share_the_tokens_out_and_change_no_bit():
+    theta, atoms = torch.randn(300, 2, 9, generator=GENERATOR), torch.randn(300, 11, generator=GENERATOR)
+    alone = compiled.huber_sums(theta, atoms, quantile_levels(9), 0.1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        shared = compiled.huber_sums(theta, atoms, quantile_levels(9), 0.1)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+
+
+def test_inputs_are_left_alone():
+    theta, atoms = torch.randn(8, 3, 40, generator=GENERATOR), NORMAL.clone()
+    before = theta.clone()
+    compiled.huber_sums(theta, atoms, quantile_levels(40), 0.1)
+    assert torch.equal(theta, before)
+    assert torch.equal(atoms, NORMAL)
+
+
+def test_the_torch_form_works_on_chunks_of_tokens_which_change_nothing(monkeypatch: pytest.MonkeyPatch):
+    theta, atoms = torch.randn(7, 2, 4, generator=GENERATOR), torch.randn(7, 6, generator=GENERATOR).sort(-1).values
+    at_once = sorted_huber.huber_sums(theta, atoms, quantile_levels(4), 0.1)
+    monkeypatch.setattr(sorted_huber, "_CHUNK", 3 * 2 * 4)
+    with LargestTensor() as largest:
+        in_chunks = sorted_huber.huber_sums(theta, atoms, quantile_levels(4), 0.1)
+    assert largest.entries == 3 * 3 * 2 * 4  # three edges of three tokens
+    assert all(torch.equal(a, b) for a, b in zip(at_once, in_chunks, strict=True))
 
 
 @pytest.mark.parametrize("offset", [0.0, 10.0, 100.0])

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dvpo.core import backends
 from dvpo.core.masks import at_least_float32
-from dvpo.core.sorted_huber import huber_sums, sorted_atoms
 
 
 def quantile_levels(
@@ -168,7 +168,7 @@ class _ExactQuantileHuber(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, theta_KNM: Tensor, atoms_KL: Tensor, levels_M: Tensor, kappa: float) -> Tensor:
-        losses_KM, slopes_KNM = huber_sums(theta_KNM, sorted_atoms(atoms_KL), levels_M, kappa)
+        losses_KM, slopes_KNM = backends.huber_sums(theta_KNM, atoms_KL, levels_M, kappa)
         ctx.save_for_backward(slopes_KNM)
         return losses_KM
 

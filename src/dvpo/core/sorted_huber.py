@@ -11,6 +11,8 @@ and the slopes in theta are the same differences of P'_e, the sums of theta + e 
 
 Float32 inputs are searched in float32 and summed in float64. Both differences cancel digits, R / kappa of them for
 atoms a distance R apart: float32 would be left with none at kappa = R / 1e7, float64 still has nine.
+
+This is the form for any device; `core/backends.py` says who does the same faster, and where.
 """
 
 import math
@@ -19,9 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# Predictions worked on at a time: on a CPU the temporaries stay in the cache; elsewhere only memory counts.
-_CHUNK_CPU, _CHUNK_ELSEWHERE = 2**14, 2**20
-_BUCKETS_PER_ATOM = 4
+# Predictions worked on at a time: it bounds the memory of the temporaries.
+_CHUNK = 2**20
 
 
 def huber_sums(theta_KNM: Tensor, atoms_KL: Tensor, levels_M: Tensor, kappa: float) -> tuple[Tensor, Tensor]:
@@ -41,42 +42,14 @@ def huber_sums(theta_KNM: Tensor, atoms_KL: Tensor, levels_M: Tensor, kappa: flo
     num_heads = theta_KNM.shape[1]
     losses_KM, slopes_KNM = torch.empty_like(theta_KNM[:, 0]), torch.empty_like(theta_KNM)
     tau_X = levels_M.double().repeat(num_heads)
-    chunk = _CHUNK_CPU if theta_KNM.device.type == "cpu" else _CHUNK_ELSEWHERE
-    tokens = max(1, chunk // theta_KNM.shape[1:].numel())
+    compute = _smooth if kappa > 0 else _pinball
+    tokens = max(1, _CHUNK // theta_KNM.shape[1:].numel())
     chunks = (tensor.split(tokens) for tensor in (theta_KNM, atoms_KL, losses_KM, slopes_KNM))
     for theta_CNM, atoms_CL, losses_CM, slopes_CNM in zip(*chunks, strict=True):
-        compute = _of_point_mass if _is_point_mass(atoms_CL) else _smooth if kappa > 0 else _pinball
         loss_CX, slope_CX = compute(theta_CNM.flatten(1), atoms_CL, tau_X, kappa)
         losses_CM.copy_(loss_CX.view_as(theta_CNM).mean(dim=1))
         slopes_CNM.copy_(slope_CX.view_as(theta_CNM))
     return losses_KM, slopes_KNM.div_(num_heads)
-
-
-def sorted_atoms(atoms: Tensor) -> Tensor:
-    """Sort along the last dimension; NaN comes last.
-
-    On a CPU by NumPy, which sorts with vector instructions: 40 times faster than torch 2.13.
-    """
-    if atoms.device.type != "cpu":
-        return atoms.sort(dim=-1).values
-    atoms = atoms.clone(memory_format=torch.contiguous_format)
-    atoms.numpy().sort(axis=-1)
-    return atoms
-
-
-def _is_point_mass(atoms_CL: Tensor) -> bool:
-    """Whether every token has one target, as at lam = 1. Asked on a CPU only: other devices would be waited for."""
-    return atoms_CL.shape[-1] == 1 or (atoms_CL.device.type == "cpu" and torch.equal(atoms_CL[:, 0], atoms_CL[:, -1]))
-
-
-def _of_point_mass(theta_CX: Tensor, atoms_CL: Tensor, tau_X: Tensor, kappa: float) -> tuple[Tensor, Tensor]:
-    """The formula as it reads: rho and its slope for one atom."""
-    over_CX = theta_CX.double() - atoms_CL[:, :1]
-    weight_CX = torch.where(over_CX > 0, 1 - tau_X, tau_X)
-    if kappa == 0:
-        return weight_CX * over_CX.abs(), weight_CX * over_CX.sign()
-    slope_CX = (over_CX / kappa).clamp_(-1, 1)  # H'(u); and H(u) = H'(u) (u - kappa H'(u) / 2)
-    return weight_CX * slope_CX * (over_CX - slope_CX * (kappa / 2)), weight_CX * slope_CX
 
 
 def _smooth(theta_CX: Tensor, atoms_CL: Tensor, tau_X: Tensor, kappa: float) -> tuple[Tensor, Tensor]:
@@ -85,7 +58,7 @@ def _smooth(theta_CX: Tensor, atoms_CL: Tensor, tau_X: Tensor, kappa: float) -> 
     wide_CL, theta_CX = atoms_CL - centre_C1, theta_CX - centre_C1
     # E = 3 X edges. An atom on the wrong side of one by a rounding error adds no more than that error.
     edges_CE = (theta_CX[:, None] + theta_CX.new_tensor([[-kappa], [0.0], [kappa]])).flatten(1)
-    count_CE = count_below(wide_CL.to(atoms_CL.dtype), edges_CE.to(atoms_CL.dtype))
+    count_CE = torch.searchsorted(wide_CL.to(atoms_CL.dtype), edges_CE.to(atoms_CL.dtype), out_int32=True)
     index_CE = count_CE.long()
     minus_sum_CE = pad(wide_CL.cumsum(dim=-1).neg_(), (1, 0)).gather(-1, index_CE)
     first_CE = torch.addcmul(minus_sum_CE, count_CE.double(), edges_CE)  # P'
@@ -93,10 +66,10 @@ def _smooth(theta_CX: Tensor, atoms_CL: Tensor, tau_X: Tensor, kappa: float) -> 
     second_CE.addcmul_(edges_CE, minus_sum_CE.add_(first_CE))  # 2 P
 
     # Where theta lies over an atom, rho weighs 1 - tau; where it lies under one, tau.
-    below_CX, above_CX = second_CE.view(len(theta_CX), 3, -1).diff(dim=1).unbind(dim=1)
+    below_CX, above_CX = second_CE.unflatten(1, (3, -1)).diff(dim=1).unbind(dim=1)
     loss_CX = torch.lerp(below_CX, above_CX, tau_X).mul_(0.5 / (kappa * num_atoms))
     loss_CX.addcmul_(theta_CX.add_(kappa / 2), tau_X, value=-1)
-    below_CX, above_CX = first_CE.view(len(theta_CX), 3, -1).diff(dim=1).unbind(dim=1)
+    below_CX, above_CX = first_CE.unflatten(1, (3, -1)).diff(dim=1).unbind(dim=1)
     slope_CX = torch.lerp(below_CX, above_CX, tau_X).mul_(1 / (kappa * num_atoms)).sub_(tau_X)
     return loss_CX, slope_CX
 
@@ -105,7 +78,8 @@ def _pinball(theta_CX: Tensor, atoms_CL: Tensor, tau_X: Tensor, kappa: float) ->
     """kappa = 0: P and its divided difference become P' and the count. Ties count 0, so that they are found exactly."""
     num_atoms = atoms_CL.shape[-1]
     above_CX = theta_CX.nextafter(theta_CX.new_tensor(math.inf))
-    below_CX, not_above_CX = count_below(atoms_CL, torch.cat([theta_CX, above_CX], dim=-1)).chunk(2, dim=-1)
+    counts_CE = torch.searchsorted(atoms_CL, torch.cat([theta_CX, above_CX], dim=-1), out_int32=True)
+    below_CX, not_above_CX = counts_CE.chunk(2, dim=-1)
     centre_C1 = atoms_CL.mean(dim=-1, keepdim=True, dtype=torch.float64)
     wide_CL, theta_CX = atoms_CL - centre_C1, theta_CX - centre_C1
     sum_CX = pad(wide_CL.cumsum(dim=-1), (1, 0)).gather(-1, below_CX.long())
@@ -113,31 +87,3 @@ def _pinball(theta_CX: Tensor, atoms_CL: Tensor, tau_X: Tensor, kappa: float) ->
     loss_CX = over_CX - tau_X * theta_CX
     slope_CX = torch.lerp(below_CX.double(), not_above_CX.double() - num_atoms, tau_X) / num_atoms
     return loss_CX, slope_CX
-
-
-def count_below(sorted_CL: Tensor, queries_CE: Tensor) -> Tensor:
-    """Return how many entries of each sorted row are below each query, int32.
-
-    On a CPU, all queries take the steps of a binary search together; `torch.searchsorted` is slower there, since its
-    branches are mispredicted. Equal buckets between the row's ends save most of the steps: a query's bucket says
-    how many entries lie below the bucket, and what is left to search is the fullest bucket at most.
-    """
-    if sorted_CL.device.type != "cpu":
-        return torch.searchsorted(sorted_CL, queries_CE, out_int32=True)
-    rows, num_atoms = sorted_CL.shape
-    num_buckets = _BUCKETS_PER_ATOM * num_atoms
-    low_C1 = sorted_CL[:, :1]
-    per_unit_C1 = num_buckets / (sorted_CL[:, -1:] - low_C1)
-
-    def bucket(values: Tensor) -> Tensor:  # monotone, rounding included; NaN goes to 0
-        return ((values - low_C1).mul_(per_unit_C1)).clamp_(0, num_buckets - 1).int().clamp_(min=0).long()
-
-    size_CB = torch.zeros(rows, num_buckets, dtype=torch.int32)
-    size_CB.scatter_add_(-1, bucket(sorted_CL), torch.ones(1, 1, dtype=torch.int32).expand(rows, num_atoms))
-    count_CE = (size_CB.cumsum(dim=-1, dtype=torch.int32) - size_CB).gather(-1, bucket(queries_CE))
-    depth = int(size_CB.max()).bit_length()
-    table = pad(sorted_CL, (0, 2**depth - 1), value=math.inf)
-    for step in (2**k for k in reversed(range(depth))):
-        probe_CE = table[:, step - 1 :].gather(-1, count_CE.long())
-        count_CE.add_(probe_CE.lt_(queries_CE).int(), alpha=step)  # lt_ and int are vectorised, lt is not
-    return count_CE

@@ -1,8 +1,9 @@
 """The eight terms of the critic's loss and their gradient in one pass: what `dvpo.core.risk.critic_terms` defines.
 
-Both quantile terms come from one evaluation of the sorted form, both tails from one sort of the ensemble. A term of
-the ensemble is a function of its sorted quantiles; its slope is made with its value, as pieces [K, n] that act on the
-ranks from `start` on, so that tails cost what tails are long.
+On a CPU `core/compiled.py` does all of it, and this file says with which arguments. Elsewhere both quantile terms come
+from one evaluation of the sorted form, both tails from one sort of the ensemble. A term of the ensemble is a function
+of its sorted quantiles; its slope is made with its value, as pieces [K, n] that act on the ranks from `start` on, so
+that tails cost what tails are long.
 """
 
 import math
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dvpo.core.sorted_huber import huber_sums, sorted_atoms
+from dvpo.core import backends, compiled
 
 TERMS = ("qr", "risk", "cvar", "gain", "shift", "shape", "curvature", "consistency")
 
@@ -23,7 +24,8 @@ def fused_terms(
 ) -> dict[str, Tensor]:
     """The terms of `critic_terms`, whose arguments and results these are; checked and at least float32."""
     leading = predictions.shape[:-2]
-    terms_K = _CriticTerms.apply(
+    terms_of = _CompiledTerms if backends.backend(predictions) == "compiled" else _CriticTerms
+    terms_K = terms_of.apply(
         predictions.reshape(-1, *predictions.shape[-2:]),
         targets.to(predictions.dtype).reshape(-1, targets.shape[-1]),
         levels,
@@ -57,15 +59,15 @@ class _CriticTerms(torch.autograd.Function):
         alpha: float,
         beta: float,
     ) -> tuple[Tensor, ...]:
-        atoms_KL = sorted_atoms(atoms_KL)
-        losses_KM, slopes_KNM = huber_sums(theta_KNM, atoms_KL, levels_M, kappa)
-        weights_M = torch.softmax(-eta * levels_M.to(losses_KM), dim=-1) * len(levels_M)
+        atoms_KL = atoms_KL.sort(dim=-1).values
+        losses_KM, slopes_KNM = backends.huber_sums(theta_KNM, atoms_KL, levels_M, kappa)
+        weights_M = _risk_weights(levels_M, eta).to(losses_KM)
 
         # No term depends on where 0 lies, but far from it float32 has few digits for a difference of means.
         centre_K1 = atoms_KL.mean(dim=-1, keepdim=True)
         spread_KNM = theta_KNM - centre_K1[:, None]
         ensemble_KM = spread_KNM.mean(dim=1)
-        order_KM = _order(ensemble_KM)
+        order_KM = ensemble_KM.argsort(dim=-1)
         terms, ctx.pieces = _ensemble_terms(ensemble_KM.gather(-1, order_KM), atoms_KL - centre_K1, alpha, beta)
 
         # The mean squared difference of two heads is twice their unbiased variance: no loop over pairs.
@@ -102,11 +104,41 @@ class _CriticTerms(torch.autograd.Function):
         return grad_KNM, *(None,) * 6
 
 
-def _order(values_KM: Tensor) -> Tensor:
-    """The indices that sort each row; by NumPy on a CPU, as `sorted_atoms`."""
-    if values_KM.device.type != "cpu":
-        return values_KM.argsort(dim=-1)
-    return torch.from_numpy(values_KM.contiguous().numpy().argsort(axis=-1))
+class _CompiledTerms(torch.autograd.Function):
+    """The same on a CPU."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        theta_KNM: Tensor,
+        atoms_KL: Tensor,
+        levels_M: Tensor,
+        kappa: float,
+        eta: float,
+        alpha: float,
+        beta: float,
+    ) -> tuple[Tensor, ...]:
+        num_quantiles, num_atoms = theta_KNM.shape[-1], atoms_KL.shape[-1]
+        of = (num_quantiles, num_atoms, num_quantiles - 2)
+        sizes = [tail_size(share, size) if size > 0 else 0 for size in of for share in (alpha, beta)]
+        ctx.sizes = compiled.TailSizes(*sizes)
+        weights_M = _risk_weights(levels_M, eta)
+        terms_8K, kept = compiled.terms_forward(theta_KNM, atoms_KL, levels_M, weights_M, kappa, ctx.sizes)
+        ctx.save_for_backward(theta_KNM, weights_M, *kept)
+        ctx.set_materialize_grads(False)
+        return terms_8K.unbind()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        theta_KNM, weights_M, *kept = ctx.saved_tensors
+        grad_KNM = compiled.terms_backward(list(grads), theta_KNM, compiled.Kept(*kept), weights_M, ctx.sizes)
+        return grad_KNM, *(None,) * 6
+
+
+def _risk_weights(levels_M: Tensor, eta: float) -> Tensor:
+    """exp(-eta tau_j) / mean_j exp(-eta tau_j), float64."""
+    return torch.softmax(-eta * levels_M.double(), dim=-1) * len(levels_M)
 
 
 def _ensemble_terms(

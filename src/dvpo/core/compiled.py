@@ -1,0 +1,397 @@
+"""The critic's loss on a CPU, compiled by Numba: the eight terms of a token in one pass, their gradient in another.
+
+The mathematics is that of `core/sorted_huber.py` and `core/terms.py`; here a token's predictions are merged with its
+sorted atoms instead of searched for, and all that is done for a token happens while it is in the cache. Inputs are
+float32 or float64, sums are float64. Tokens know nothing of each other: threads share them out, and no bit changes.
+"""
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numba import njit, uintp
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _compile(function: F) -> F:
+    """Sums may be regrouped, for vector instructions; NaN and infinities keep their meaning."""
+    options = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
+    return njit(**options)(function)
+
+
+class TailSizes(NamedTuple):
+    """How many whole atoms each tail has."""
+
+    low: int
+    up: int
+    target_low: int
+    target_up: int
+    bends_low: int
+    bends_up: int
+    """Of the second differences; 0 if there are none."""
+
+
+class Kept(NamedTuple):
+    """What the gradient needs besides the predictions."""
+
+    slopes_KNM: Tensor
+    """Of each level's loss, mean over heads."""
+    tails_KS: Tensor
+    """Columns: see `_forward`."""
+    ranks_KM: Tensor
+    """The indices that sort the ensemble; empty if it is sorted."""
+
+
+def terms_forward(
+    theta_KNM: Tensor, atoms_KL: Tensor, levels_M: Tensor, weights_M: Tensor, kappa: float, sizes: TailSizes
+) -> tuple[Tensor, Kept]:
+    """The eight terms, [8, K], and what `terms_backward` needs.
+
+    Args:
+        theta_KNM: predictions, float32 or float64, in any order along M.
+        atoms_KL: targets of the same dtype, in any order.
+        levels_M: tau.
+        weights_M: of the levels in the risk term, float64, mean 1.
+        kappa: half-width of the quadratic zone, >= 0 and finite.
+        sizes: of the tails.
+    """
+    theta, atoms = _array(theta_KNM), _sorted(_array(atoms_KL))
+    order = _order(theta)
+    ranks = _order(theta.mean(axis=1)) if order.size else order
+    terms, slopes = np.empty((8, len(theta)), theta.dtype), np.empty_like(theta)
+    tails = np.empty((len(theta), 8))
+    taus, weights = _array(levels_M.double()), _array(weights_M)
+    _share_out(_forward, len(theta), theta, atoms, order, ranks, taus, weights, kappa, *sizes, terms, slopes, tails)
+    return torch.from_numpy(terms), Kept(*map(torch.from_numpy, (slopes, tails, ranks)))
+
+
+def terms_backward(
+    grads: list[Tensor | None], theta_KNM: Tensor, kept: Kept, weights_M: Tensor, sizes: TailSizes
+) -> Tensor:
+    """The gradient in theta, [K, N, M], of the terms weighed with what came back for each, [K] or None."""
+    theta = _array(theta_KNM)
+    grads_8K = np.zeros((8, len(theta)))
+    for row, grad_K in zip(grads_8K, grads, strict=True):
+        if grad_K is not None:
+            row[:] = _array(grad_K)
+    result = np.empty_like(theta)
+    weights, of_theta = _array(weights_M), (sizes.low, sizes.up, sizes.bends_low, sizes.bends_up)
+    _share_out(_backward, len(theta), grads_8K, theta, *map(_array, kept), weights, *of_theta, result)
+    return torch.from_numpy(result)
+
+
+def huber_sums(theta_KNM: Tensor, atoms_KL: Tensor, levels_M: Tensor, kappa: float) -> tuple[Tensor, Tensor]:
+    """As `dvpo.core.sorted_huber.huber_sums`, with atoms in any order."""
+    theta, atoms = _array(theta_KNM), _sorted(_array(atoms_KL))
+    losses, slopes = np.empty_like(theta[:, 0]), np.empty_like(theta)
+    _share_out(_huber, len(theta), theta, atoms, _order(theta), _array(levels_M.double()), kappa, losses, slopes)
+    return torch.from_numpy(losses), torch.from_numpy(slopes)
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().contiguous().numpy()
+
+
+def _sorted(atoms: Any) -> Any:
+    return atoms if _rows_ascend(atoms) else np.sort(atoms, axis=-1)
+
+
+def _order(values: Any) -> Any:
+    """The indices that sort each row, [rows, M]; [0, 0] if all rows are sorted, as those of monotone heads are."""
+    rows = values.reshape(-1, values.shape[-1])
+    return np.empty((0, 0), np.int64) if _rows_ascend(rows) else np.argsort(rows, axis=-1)
+
+
+def _share_out(kernel: Callable[..., None], num_tokens: int, *arguments: Any) -> None:
+    """Run a kernel over all tokens, on as many threads as torch uses."""
+    threads = min(torch.get_num_threads(), max(1, num_tokens // 64))
+    if threads == 1:
+        kernel(0, num_tokens, *arguments)
+        return
+    cuts = [num_tokens * i // threads for i in range(threads + 1)]
+    list(_pool(threads).map(lambda i: kernel(cuts[i], cuts[i + 1], *arguments), range(threads)))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="dvpo-kernel")
+
+
+@_compile
+def _rows_ascend(rows: Any) -> bool:
+    for row in rows:
+        descents = 0
+        for j in range(len(row) - 1):
+            descents += not row[j] <= row[j + 1]  # to NaN nothing ascends
+        if descents:
+            return False
+    return True
+
+
+@_compile
+def _prefix_sums(atoms: Any, sums: Any, squares: Any) -> float:
+    """Of the atoms' distances from their mean, which is returned, and of the squares."""
+    mean = 0.0
+    for atom in atoms:
+        mean += atom
+    mean /= len(atoms)
+    sums[0] = squares[0] = 0.0
+    for k in range(len(atoms)):
+        away = atoms[k] - mean
+        sums[k + 1] = sums[k] + away
+        squares[k + 1] = squares[k] + away * away
+    return mean
+
+
+@_compile
+def _merge(queries: Any, atoms: Any, kappa: float, below: Any) -> None:
+    """below[e, j]: how many atoms lie below query j - kappa, below query j, below query j + kappa.
+
+    Both are sorted, and a sentinel of infinity ends them. M + L steps, three merges abreast, and no branch that the
+    values decide.
+    """
+    # Unsigned, since a negative index would be asked whether it counts from the end. What step k finds belongs to query
+    # k - i; it is written in every step, and the last to write knows.
+    i0, i1, i2 = uintp(0), uintp(0), uintp(0)
+    lower, middle, upper = below
+    for k in range(uintp(len(queries) + len(atoms) - 2)):
+        j0, j1, j2 = k - i0, k - i1, k - i2
+        lower[j0], middle[j1], upper[j2] = i0, i1, i2
+        i0 += uintp(atoms[i0] < queries[j0] - kappa)
+        i1 += uintp(atoms[i1] < queries[j1])
+        i2 += uintp(atoms[i2] < queries[j2] + kappa)
+
+
+@_compile
+def _merge_ties(queries: Any, atoms: Any, below: Any) -> None:
+    """below[0, j], below[1, j]: how many atoms lie below query j, and how many not above it."""
+    i0, i1, last = uintp(0), uintp(0), uintp(len(atoms) - 1)
+    under, not_over = below[0], below[1]
+    for k in range(uintp(len(queries) + len(atoms) - 2)):
+        j0, j1 = k - i0, k - i1
+        under[j0], not_over[j1] = i0, i1
+        i0 += uintp(atoms[i0] < queries[j0])
+        i1 += uintp((atoms[i1] <= queries[j1]) & (i1 < last))
+
+
+@_compile
+def _finite(values: Any) -> bool:
+    bad = 0
+    for value in values:
+        bad += not math.isfinite(value)
+    return bad == 0
+
+
+@_compile
+def _scratch(num_quantiles: int, num_atoms: int) -> Any:
+    """Sorted atoms and queries with their sentinels, prefix sums, counts, levels, value and slope by rank."""
+    atoms, queries = np.full(num_atoms + 1, np.inf), np.full(num_quantiles + 1, np.inf)
+    sums, squares = np.empty(num_atoms + 1), np.empty(num_atoms + 1)
+    below = np.empty((3, num_quantiles + 1), np.int32)
+    return atoms, queries, sums, squares, below, np.empty((3, num_quantiles))
+
+
+@_compile
+def _huber_token(
+    theta: Any, given: Any, order: Any, first: int, taus: Any, kappa: float, scratch: Any, losses: Any, slopes: Any
+) -> float:
+    """Losses by level, summed over heads (overwritten), and slopes of their mean; returns the mean of the atoms."""
+    atoms, queries, sums, squares, below, rows = scratch
+    num_heads, num_quantiles = theta.shape
+    num_atoms = len(given)
+    for k in range(num_atoms):
+        atoms[k] = given[k]
+    mean = _prefix_sums(atoms[:num_atoms], sums, squares)
+    sound = math.isfinite(squares[num_atoms])
+    losses[:] = 0.0
+    values, by_rank, tau = rows
+    tau[:] = taus
+    for i in range(num_heads):
+        if not sound or not _finite(theta[i]):
+            losses[:], slopes[i] = np.nan, np.nan
+            continue
+        if order.size:
+            for j in range(num_quantiles):
+                queries[j], tau[j] = theta[i, order[first + i, j]], taus[order[first + i, j]]
+        else:
+            for j in range(num_quantiles):
+                queries[j] = theta[i, j]
+        if kappa > 0:
+            _merge(queries, atoms, kappa, below)
+            _smooth(queries, sums, squares, below, mean, kappa, tau, values, by_rank)
+        else:
+            _merge_ties(queries, atoms, below)
+            _pinball(queries, sums, below, mean, tau, values, by_rank)
+        if order.size:
+            for j in range(num_quantiles):
+                losses[order[first + i, j]] += values[j]
+                slopes[i, order[first + i, j]] = by_rank[j] / num_heads
+        else:
+            for j in range(num_quantiles):
+                losses[j] += values[j]
+                slopes[i, j] = by_rank[j] / num_heads
+    return mean
+
+
+@_compile
+def _smooth(
+    queries: Any, sums: Any, squares: Any, below: Any, mean: float, kappa: float, tau: Any, values: Any, slopes: Any
+) -> None:
+    """The differences of `core/sorted_huber.py`: f is P', s is 2 P, at query - kappa, query, query + kappa."""
+    per_atom = 1.0 / (kappa * (len(sums) - 1))
+    for j in range(len(tau)):
+        at = queries[j] - mean
+        n0, n1, n2 = below[0, j], below[1, j], below[2, j]
+        f0, f1, f2 = n0 * (at - kappa) - sums[n0], n1 * at - sums[n1], n2 * (at + kappa) - sums[n2]
+        s0 = (at - kappa) * (f0 - sums[n0]) + squares[n0]
+        s1 = at * (f1 - sums[n1]) + squares[n1]
+        s2 = (at + kappa) * (f2 - sums[n2]) + squares[n2]
+        values[j] = ((1 - tau[j]) * (s1 - s0) + tau[j] * (s2 - s1)) * (0.5 * per_atom) - tau[j] * (at + 0.5 * kappa)
+        slopes[j] = ((1 - tau[j]) * (f1 - f0) + tau[j] * (f2 - f1)) * per_atom - tau[j]
+
+
+@_compile
+def _pinball(queries: Any, sums: Any, below: Any, mean: float, tau: Any, values: Any, slopes: Any) -> None:
+    """kappa = 0; an atom that ties with a prediction counts in neither slope."""
+    num_atoms = len(sums) - 1
+    for j in range(len(tau)):
+        at, under, not_over = queries[j] - mean, below[0, j], below[1, j]
+        values[j] = (under * at - sums[under]) / num_atoms - tau[j] * at
+        slopes[j] = ((1 - tau[j]) * under + tau[j] * (not_over - num_atoms)) / num_atoms
+
+
+@_compile
+def _huber(
+    start: int, stop: int, theta: Any, atoms: Any, order: Any, taus: Any, kappa: float, losses: Any, slopes: Any
+) -> None:
+    num_heads, num_quantiles = theta.shape[1:]
+    scratch, by_level = _scratch(num_quantiles, atoms.shape[1]), np.empty(num_quantiles)
+    for k in range(start, stop):
+        _huber_token(theta[k], atoms[k], order, k * num_heads, taus, kappa, scratch, by_level, slopes[k])
+        for j in range(num_quantiles):
+            losses[k, j] = by_level[j] / num_heads
+
+
+@_compile
+def _ensemble(theta: Any, centre: float, ranks: Any, k: int, by_level: Any, by_rank: Any) -> None:
+    """The mean over heads less `centre`, level by level and sorted.
+
+    No term depends on where 0 lies, but a difference of squares does.
+    """
+    num_heads, num_quantiles = theta.shape
+    by_level[:] = 0.0
+    for i in range(num_heads):
+        for j in range(num_quantiles):
+            by_level[j] += theta[i, j]
+    for j in range(num_quantiles):
+        by_level[j] = by_level[j] / num_heads - centre
+    for r in range(num_quantiles):
+        by_rank[r] = by_level[ranks[k, r]] if ranks.size else by_level[r]
+
+
+@_compile
+def _moments(atoms: Any, centre: float) -> tuple[float, float]:
+    """Mean, less `centre`, and population variance."""
+    mean = 0.0
+    for atom in atoms:
+        mean += atom - centre
+    mean /= len(atoms)
+    variance = 0.0
+    for atom in atoms:
+        variance += (atom - centre - mean) ** 2
+    return mean, variance / len(atoms)
+
+
+@_compile
+def _bends_down(ranked: Any, start: int, stop: int) -> float:
+    """Mean of relu(-D) over second differences."""
+    total = 0.0
+    for d in range(start, stop):
+        total += max(0.0, 2 * ranked[d + 1] - ranked[d + 2] - ranked[d])
+    return total / (stop - start)
+
+
+@_compile
+def _forward(
+    start: int, stop: int, theta: Any, atoms: Any, order: Any, ranks: Any, taus: Any, weights: Any, kappa: float,
+    low: int, up: int, target_low: int, target_up: int, bends_low: int, bends_up: int,
+    terms: Any, slopes: Any, tails: Any,
+) -> None:  # fmt: skip
+    num_heads, num_quantiles = theta.shape[1:]
+    num_atoms, num_bends = atoms.shape[1], num_quantiles - 2
+    scratch, losses = _scratch(num_quantiles, num_atoms), np.empty(num_quantiles)
+    by_level, ranked = np.empty(num_quantiles), np.empty(num_quantiles)
+    for k in range(start, stop):
+        centre = _huber_token(theta[k], atoms[k], order, k * num_heads, taus, kappa, scratch, losses, slopes[k])
+        qr = risk = 0.0
+        for j in range(num_quantiles):
+            qr += losses[j]
+            risk += losses[j] * weights[j]
+        _ensemble(theta[k], centre, ranks, k, by_level, ranked)
+        spread = mean = 0.0
+        for j in range(num_quantiles):
+            mean += by_level[j]
+            for i in range(num_heads):
+                spread += (theta[k, i, j] - centre - by_level[j]) ** 2
+        low_mean, low_variance = _moments(ranked[:low], 0.0)
+        up_mean, up_variance = _moments(ranked[num_quantiles - up :], 0.0)
+        target_low_mean, target_low_variance = _moments(atoms[k, :target_low], centre)
+        target_up_mean, target_up_variance = _moments(atoms[k, num_atoms - target_up :], centre)
+        cvar_gap, gain_gap, shift = low_mean - target_low_mean, up_mean - target_up_mean, -mean / num_quantiles
+        too_wide, too_narrow = low_variance - target_low_variance, target_up_variance - up_variance
+        terms[0, k], terms[1, k] = qr / (num_heads * num_quantiles), risk / (num_heads * num_quantiles)
+        terms[2, k], terms[3, k], terms[4, k] = cvar_gap**2, gain_gap**2, max(shift, 0.0)
+        terms[5, k] = max(too_wide, 0.0) + max(too_narrow, 0.0)
+        terms[6, k] = 0.0
+        if num_bends > 0:
+            terms[6, k] = _bends_down(ranked, 0, bends_low) + _bends_down(ranked, num_bends - bends_up, num_bends)
+        # The mean squared difference of two heads is twice their unbiased variance: no loop over pairs.
+        terms[7, k] = 2 * spread / (max(1, num_heads - 1) * num_quantiles)
+        if not math.isfinite(qr):
+            terms[:, k] = np.nan
+        kept = tails[k]
+        kept[0], kept[1], kept[2], kept[3], kept[4] = centre, cvar_gap, gain_gap, low_mean, up_mean
+        kept[5], kept[6], kept[7] = shift > 0, too_wide > 0, too_narrow > 0
+
+
+@_compile
+def _backward(
+    start: int, stop: int, grads: Any, theta: Any, slopes: Any, tails: Any, ranks: Any, weights: Any,
+    low: int, up: int, bends_low: int, bends_up: int, result: Any,
+) -> None:  # fmt: skip
+    num_heads, num_quantiles = theta.shape[1:]
+    by_level, ranked, push = np.empty(num_quantiles), np.empty(num_quantiles), np.empty(num_quantiles)
+    pushed, by_head = np.empty(num_quantiles), np.empty(num_quantiles)
+    num_bends = num_quantiles - 2
+    for k in range(start, stop):
+        qr, risk, cvar, gain, shift, shape, curvature, consistency = grads[:, k]
+        centre, cvar_gap, gain_gap, low_mean, up_mean, shifts, contracts, widens = tails[k]
+        _ensemble(theta[k], centre, ranks, k, by_level, ranked)
+        push[:] = -shift * shifts / num_quantiles
+        contract, widen = 2 * shape * contracts / low, -2 * shape * widens / up
+        for r in range(low):
+            push[r] += 2 * cvar * cvar_gap / low + contract * (ranked[r] - low_mean)
+        for r in range(num_quantiles - up, num_quantiles):
+            push[r] += 2 * gain * gain_gap / up + widen * (ranked[r] - up_mean)
+        for first, last in ((0, bends_low), (num_bends - bends_up, num_bends)):
+            for d in range(first, last):
+                if ranked[d] + ranked[d + 2] < 2 * ranked[d + 1]:
+                    step = curvature / (last - first)
+                    push[d] -= step
+                    push[d + 1] += 2 * step
+                    push[d + 2] -= step
+        for r in range(num_quantiles):
+            pushed[ranks[k, r] if ranks.size else r] = push[r] / num_heads
+        for j in range(num_quantiles):
+            by_head[j] = (qr + risk * weights[j]) / num_quantiles
+        apart = 4 * consistency / (max(1, num_heads - 1) * num_quantiles)
+        for i in range(num_heads):
+            for j in range(num_quantiles):
+                away = theta[k, i, j] - centre - by_level[j]
+                result[k, i, j] = slopes[k, i, j] * by_head[j] + pushed[j] + apart * away
