@@ -35,6 +35,9 @@ TASK_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 """Tasks that the defaults below do not fit: a conversation is longer than an answer."""
 
+SPLIT_IN_TWO_WAYS = ("science", "dialogue")
+"""Tasks for which `task.ood` is a choice."""
+
 
 @section
 class Config:
@@ -127,6 +130,12 @@ class Config:
         name, mix = self.task.name, self.task.mix
         if any(task.name == "files" and not task.path for task in (self.task, *mix)):
             raise ValueError("task.path is empty: name the file with your prompts (task.path=my_prompts.jsonl)")
+        foreign = [task.name for task in (self.task, *mix) if task.ood != "unseen" and task.name not in SPLIT_IN_TWO_WAYS]
+        if foreign:
+            raise ValueError(
+                f"task.ood = untrained is a way to split {' and '.join(SPLIT_IN_TWO_WAYS)}, not {foreign[0]}: "
+                "set it to unseen"
+            )
         if mix and name != "mix":
             raise ValueError(f"task.mix holds several tasks, but task.name = {name}: set it to mix")
         if name == "mix" and not mix:

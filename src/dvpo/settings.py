@@ -58,6 +58,9 @@ class OneTaskConfig:
     first group; None: the whole response."""
     generators: tuple[str, ...] = ()
     """reasoning_gym: what `train` and `id` are drawn from; docs/tasks.md has the list."""
+    ood: Literal["unseen", "untrained"] = "unseen"
+    """science, dialogue: `ood` holds what the embedded starting model has never met, or a part of what it has met,
+    which is then kept from training (docs/tasks.md)."""
     ood_generators: tuple[str, ...] = ()
     """reasoning_gym: what `ood` is drawn from; none: `generators` at the top of their curriculum."""
 

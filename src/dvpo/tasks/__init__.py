@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import nan
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from dvpo.errors import InputError
 
@@ -26,6 +26,9 @@ def total(reward: Reward) -> float:
 
 Completion = str | Sequence[Message]
 """What the policy wrote: a text, or a conversation's messages behind the prompt, those of the environment included."""
+
+OodKind = Literal["unseen", "untrained"]
+"""What an embedded task's `ood` holds: what its warm start has never met, or what it has met and training has not."""
 
 Answer = str | int
 """A final answer, in the form that the column `answer` has."""
@@ -128,11 +131,11 @@ def make_task(settings: Any) -> Task:
     if settings.name == "science":
         from dvpo.tasks.science import Science
 
-        return Science()
+        return Science(ood_kind=settings.ood)
     if settings.name == "dialogue":
         from dvpo.tasks.dialogue import SlotFilling
 
-        return SlotFilling()
+        return SlotFilling(ood_kind=settings.ood)
     if settings.name == "mix":
         from dvpo.tasks.mixture import Mixture
 

@@ -35,8 +35,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from dvpo.errors import InputError
-from dvpo.tasks import Environment, Example, Message, Prompt, Reward, Step
-from dvpo.tasks.dialogue_goals import SEEN, UNSEEN, Domain, Goal, draw_goal
+from dvpo.tasks import Environment, Example, Message, OodKind, Prompt, Reward, Step
+from dvpo.tasks.dialogue_goals import SEEN, TRAINED, UNSEEN, UNTRAINED, Domain, Goal, draw_goal
 from dvpo.tasks.splits import draw_split
 
 DIALOGUE_VERSION = 1
@@ -229,6 +229,8 @@ class SlotFilling:
         ood: number of goals of the unseen domains.
         seed: which goals are drawn.
         payment: `mean`, `gcr` or `turns`, see `Payment`.
+        ood_kind: `untrained`: `ood` holds goals of `UNTRAINED`, a domain that the warm start has met, and `train` and
+            `id` those of the other two.
 
     Raises:
         InputError: a size out of range, an unknown payment.
@@ -241,15 +243,22 @@ class SlotFilling:
     """Tokens of the longest right conversation after its prompt, replies included, with room for a detour."""
 
     def __init__(
-        self, train: int = 4096, id: int = 256, ood: int = 256, seed: int = 0, payment: Payment = "mean"
+        self,
+        train: int = 4096,
+        id: int = 256,
+        ood: int = 256,
+        seed: int = 0,
+        payment: Payment = "mean",
+        ood_kind: OodKind = "unseen",
     ) -> None:
         if payment not in ("mean", "gcr", "turns"):
             raise InputError(f"the dialogue task's payment = {payment!r} is unknown: take mean, gcr or turns")
         self.payment = payment
+        trained, other = (SEEN, UNSEEN) if ood_kind == "unseen" else (TRAINED, UNTRAINED)
         goals = {
-            "train": draw_goals(train, SEEN, held_out=False, seed=f"train {seed}"),
-            "id": draw_goals(id, SEEN, held_out=True, seed=f"id {seed}"),
-            "ood": draw_goals(ood, UNSEEN, held_out=True, seed=f"ood {seed}"),
+            "train": draw_goals(train, trained, held_out=False, seed=f"train {seed}"),
+            "id": draw_goals(id, trained, held_out=True, seed=f"id {seed}"),
+            "ood": draw_goals(ood, other, held_out=True, seed=f"ood {seed}"),
         }
         self._goals = {goal.id: goal for part in goals.values() for goal in part}
         self._splits = {name: tuple(map(as_example, part)) for name, part in goals.items()}

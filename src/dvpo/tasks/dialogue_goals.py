@@ -60,7 +60,13 @@ SEEN = {
         plan="gold iron zinc lead tin ruby",
     ),
 }
-"""The domains of training and of the split `id`."""
+"""The domains of the warm start, of training and of the split `id`."""
+
+UNTRAINED = {"health": SEEN["health"]}
+"""The domain of `ood` where `task.ood` is `untrained`: the warm start has met it, training has not."""
+
+TRAINED = {name: domain for name, domain in SEEN.items() if name not in UNTRAINED}
+"""The domains of training and of `id` in that case."""
 
 UNSEEN = {
     "social": domain(

@@ -23,12 +23,12 @@ every composition.
 import hashlib
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dvpo.seeding import derive_uniform
-from dvpo.tasks import Environment, Example, Prompt, Reward, SingleTurn
+from dvpo.tasks import Environment, Example, OodKind, Prompt, Reward, SingleTurn
 from dvpo.tasks.science_facts import NUMBERS, Recall, believing
 from dvpo.tasks.science_problems import KINDS, Problem
 from dvpo.tasks.splits import draw_split
@@ -215,17 +215,22 @@ class Science:
         id: number of held-out questions of the training distribution.
         ood: number of held-out questions with unseen compositions.
         seed: which questions are drawn.
+        ood_kind: `untrained`: `ood` holds a part of the training compositions (`Problem.untrained`), which `train` and
+            `id` then lack.
     """
 
     name = "science"
     max_completion_length = 56
     """Tokens that the longest right solution needs, end token included."""
 
-    def __init__(self, train: int = 4096, id: int = 256, ood: int = 256, seed: int = 0) -> None:
+    def __init__(
+        self, train: int = 4096, id: int = 256, ood: int = 256, seed: int = 0, ood_kind: OodKind = "unseen"
+    ) -> None:
+        trained, other = (familiar, unseen) if ood_kind == "unseen" else (trained_only, untrained)
         self._splits = {
-            "train": draw_examples(train, ood=False, held_out=False, seed=f"train {seed}"),
-            "id": draw_examples(id, ood=False, held_out=True, seed=f"id {seed}"),
-            "ood": draw_examples(ood, ood=True, held_out=True, seed=f"ood {seed}"),
+            "train": draw_examples(train, trained, held_out=False, seed=f"train {seed}"),
+            "id": draw_examples(id, trained, held_out=True, seed=f"id {seed}"),
+            "ood": draw_examples(ood, other, held_out=True, seed=f"ood {seed}"),
         }
 
     def split(self, name: str) -> Sequence[Example]:
@@ -253,9 +258,32 @@ class Science:
         ]
 
 
-def draw_examples(count: int, ood: bool, held_out: bool, seed: str) -> tuple[Example, ...]:
+Draw = Callable[[random.Random], Question]
+
+
+def familiar(rng: random.Random) -> Question:
+    """Draw a question whose composition belongs to the training distribution."""
+    return Question.draw(rng)
+
+
+def unseen(rng: random.Random) -> Question:
+    """Draw one whose composition does not."""
+    return Question.draw(rng, ood=True)
+
+
+def trained_only(rng: random.Random) -> Question:
+    """Draw one whose composition is not kept from training."""
+    return next(question for question in iter(lambda: familiar(rng), None) if not question.problem.untrained)
+
+
+def untrained(rng: random.Random) -> Question:
+    """Draw one whose composition is."""
+    return next(question for question in iter(lambda: familiar(rng), None) if question.problem.untrained)
+
+
+def draw_examples(count: int, draw: Draw, held_out: bool, seed: str) -> tuple[Example, ...]:
     """Draw `count` different questions, held out or not."""
-    questions = draw_split(lambda rng: Question.draw(rng, ood), count, held_out, seed, "science")
+    questions = draw_split(draw, count, held_out, seed, "science")
     return tuple(
         Example(
             id=question.id,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, NamedTuple, Self
 
+from dvpo.seeding import derive_uniform
 from dvpo.tasks.science_facts import (
     BUILDING_BLOCKS,
     CONSTANTS,
@@ -29,6 +30,9 @@ from dvpo.tasks.science_facts import (
     working_mass,
     written,
 )
+
+UNTRAINED_PAIRS = 0.3
+"""Share of the pairs to be ordered that `task.ood: untrained` keeps from training."""
 
 
 class Work(NamedTuple):
@@ -56,6 +60,12 @@ class Problem(ABC):
     @abstractmethod
     def composition(self) -> str:
         """What is put together; none is both in and out of the training distribution."""
+
+    @property
+    def untrained(self) -> bool:
+        """Whether it belongs to `ood` where `task.ood` is `untrained`: the warm start has met its composition, and
+        training meets each of its facts in another one."""
+        return False
 
     @property
     @abstractmethod
@@ -101,6 +111,11 @@ class Conversion(Problem):
     @property
     def composition(self) -> str:
         return f"{self.source} to {self.target}"
+
+    @property
+    def untrained(self) -> bool:
+        """Two hops, each of which some question of one hop needs, too."""
+        return self.base not in (self.source, self.target)
 
     @property
     def answer(self) -> str:
@@ -153,6 +168,11 @@ class MolarMass(Problem):
     @property
     def composition(self) -> str:
         return f"{len(self.parts)} elements"
+
+    @property
+    def untrained(self) -> bool:
+        """Two elements, each of which has a mass by itself."""
+        return len(self.parts) == 2
 
     @property
     def answer(self) -> str:
@@ -247,6 +267,11 @@ class Equation(Problem):
         return f"{self.law} {self.target}"
 
     @property
+    def untrained(self) -> bool:
+        """The volume of a gas takes the products with R that its pressure takes."""
+        return (self.law, self.target) == ("gas", "V")
+
+    @property
     def times_constant(self) -> bool:
         """Whether the target equals the givens' quotient times the constant; otherwise it is divided by it."""
         return self.target in LAWS[self.law].left
@@ -329,6 +354,11 @@ class Order(Problem):
     @property
     def composition(self) -> str:
         return f"{len(self.symbols)} by {self.quantity}"
+
+    @property
+    def untrained(self) -> bool:
+        """Some pairs, in either order."""
+        return derive_uniform("untrained", self.quantity, *sorted(self.symbols)) < UNTRAINED_PAIRS
 
     @property
     def answer(self) -> str:
