@@ -172,6 +172,10 @@ def test_an_unknown_key_in_a_file_is_refused_like_one_in_an_override(tmp_path: P
         ("critic.num_quantiles=2", "critic.num_quantiles = 2 is too few for tail terms"),
         ("update.minibatches=129", "update.minibatches = 129 exceeds the 128 responses of a step"),
         ("task.name=files", "task.path is empty"),
+        (
+            "task.ood=untrained",
+            "task.ood = untrained is a way to split science and dialogue, not math: set it to unseen",
+        ),
         ("algorithm=dvop", "algorithm = dvop is unknown: did you mean dvpo?"),
         ("algorithm=[dvpo]", "algorithm = ['dvpo'] is not a name"),
         ("critic.alpha", "override 'critic.alpha' has no `key=value` form"),

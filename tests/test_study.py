@@ -23,7 +23,7 @@ from dvpo.study_table import make_report, to_markdown
 from runs import SETTINGS, model_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
+STUDIES = sorted((ROOT / "configs" / "studies").rglob("*.yaml"))
 
 OWN = """
 import dataclasses, os, signal
@@ -215,6 +215,17 @@ def test_failed_runs_are_recorded_named_on_the_screen_tried_again_and_make_the_e
     assert len(read_results(place / "out" / "results.jsonl")) == 2
 
 
+def test_a_noise_may_be_another_one_for_a_task(place: Path):
+    noises = {"hard": {"kind": "flip", "rate": 0.4, "tasks": {"b": {"kind": "persistent", "rate": 0.3}}}, "clean": {}}
+    own = {"name": "own:make_task"}
+    study = load_study(write(place, noises=noises, tasks={"a": own, "b": own}, algorithms=["ppo"], seeds=[1]))
+    found = {(cell.task, cell.noise): (cell.config.noise.kind, cell.config.noise.rate) for cell in study.cells}
+    clean = ("none", None)
+    assert found == {
+        ("a", "hard"): ("flip", 0.4), ("b", "hard"): ("persistent", 0.3), ("a", "clean"): clean, ("b", "clean"): clean
+    }  # fmt: skip
+
+
 def test_every_study_in_the_repository_is_valid(monkeypatch: pytest.MonkeyPatch):
     assert STUDIES
     monkeypatch.chdir(ROOT)
@@ -233,6 +244,8 @@ def test_every_study_in_the_repository_is_valid(monkeypatch: pytest.MonkeyPatch)
         ({"config": {"seed": 3}}, r"config: seed is set by the study itself"),
         ({"noises": {"flip": {"rat": 0.4}}}, r"cell parity-flip-.* unknown config key noise.rat: did you mean noise.r"),
         ({"noises": {"flip": 0.4}}, r"noises: flip = 0.4 is no section"),
+        ({"noises": {"flip": {"tasks": {"partiy": {}}}}}, r"flip: tasks: unknown key partiy: did you mean parity\?"),
+        ({"noises": {"flip": {"tasks": {"parity": 3}}}}, r"flip: tasks: parity = 3 is no section"),
         ({"noises": {False: {}}}, r"the name False must be a text"),
         ({"tasks": {}}, r"tasks = {} must name at least one"),
         ({"algorithms": ["dvpo", "pppo"]}, r"algorithm = pppo is unknown: did you mean ppo\?"),

@@ -130,7 +130,9 @@ class Config:
         name, mix = self.task.name, self.task.mix
         if any(task.name == "files" and not task.path for task in (self.task, *mix)):
             raise ValueError("task.path is empty: name the file with your prompts (task.path=my_prompts.jsonl)")
-        foreign = [task.name for task in (self.task, *mix) if task.ood != "unseen" and task.name not in SPLIT_IN_TWO_WAYS]
+        foreign = [
+            task.name for task in (self.task, *mix) if task.ood != "unseen" and task.name not in SPLIT_IN_TWO_WAYS
+        ]
         if foreign:
             raise ValueError(
                 f"task.ood = untrained is a way to split {' and '.join(SPLIT_IN_TWO_WAYS)}, not {foreign[0]}: "

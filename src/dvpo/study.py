@@ -7,8 +7,9 @@
     algorithms: [dvpo, ppo, {name: dvpo_m8, algorithm: dvpo, overrides: {critic: {num_quantiles: 8}}}]
     seeds: [101, 102, 103]                      # the same for every algorithm, so that runs are paired
 
-An entry's `overrides` are further settings, nested as in a run's config; the algorithm's win over the noise's, these
-over the task's, these over `config`. Every cell's config is made and validated before anything runs.
+A noise's `tasks: {task: {...}}` are sections that take its place for single tasks. An entry's `overrides` are further
+settings, nested as in a run's config; the algorithm's win over the noise's, these over the task's, these over `config`.
+Every cell's config is made and validated before anything runs.
 """
 
 import difflib
@@ -100,14 +101,14 @@ def load_study(path: str | Path, overrides: Sequence[str] = (), only: str | None
     base = _settings(values.get("config"), f"study {path}: config")
     tasks = _sections(values["tasks"], "task", f"study {path}: tasks")
     tasks = {name: merged({"task": {"name": name}}, settings) for name, settings in tasks.items()}
-    noises = _sections(values["noises"], "noise", f"study {path}: noises")
+    noises, apart = _noises(values["noises"], list(tasks), f"study {path}: noises")
     algorithms = _algorithms(values["algorithms"], f"study {path}: algorithms")
     chosen = _selection(only, {"task": [*tasks], "noise": [*noises], "algorithm": [*algorithms],
                                "seed": _seeds(values["seeds"], f"study {path}: seeds")})  # fmt: skip
     cells = [
         _make_cell(
             (task, noise, algorithm, seed),
-            merged(base, tasks[task], noises[noise], algorithms[algorithm]),
+            merged(base, tasks[task], apart.get((noise, task), noises[noise]), algorithms[algorithm]),
             overrides,
             output,
             path,
@@ -206,6 +207,23 @@ def _sections(values: Any, section: str, where: str) -> dict[str, dict[str, Any]
         overrides = _settings(own.pop("overrides", None), f"{here}: overrides")
         found[name] = merged({section: own}, overrides)
     return found
+
+
+def _noises(
+    values: Any, tasks: list[str], where: str
+) -> tuple[dict[str, dict[str, Any]], dict[tuple[str, str], dict[str, Any]]]:
+    """Name -> settings, and (name, task) -> the settings that stand in for these where an entry's `tasks` says so."""
+    apart: dict[tuple[str, str], dict[str, Any]] = {}
+    if isinstance(values, Mapping):
+        values = dict(values)
+        for name, entry in values.items():
+            if isinstance(entry, Mapping) and "tasks" in entry:
+                here = f"{where}: {name}: tasks"
+                own = _sections(entry["tasks"], "noise", here)
+                _check_keys(own, tasks, here)
+                apart |= {(name, task): settings for task, settings in own.items()}
+                values[name] = {key: value for key, value in entry.items() if key != "tasks"}
+    return _sections(values, "noise", where), apart
 
 
 def _algorithms(values: Any, where: str) -> dict[str, dict[str, Any]]:

@@ -98,6 +98,16 @@ def test_unseen_domains_share_no_slot_verb_attribute_or_value_with_seen_ones():
     assert shown == {"train": seen_slots, "id": seen_slots, "ood": unseen_slots}
 
 
+def test_an_untrained_domain_is_one_of_the_warm_starts_and_no_other_goal_is_of_it():
+    task = SlotFilling(train=300, id=60, ood=60, ood_kind="untrained")
+    domains = {name: {task.goal(e).domain for e in task.split(name)} for name in SPLITS}
+    assert domains["train"] == domains["id"]
+    assert not domains["id"] & domains["ood"]
+    assert domains["id"] | domains["ood"] == set(SEEN)
+    assert not any(task.goal(e).held_out for e in task.split("train"))
+    assert all(task.goal(e).held_out for name in ("id", "ood") for e in task.split(name))
+
+
 def test_splits_have_the_sizes_asked_for_and_held_out_goals_are_never_trained_on_whatever_the_seed():
     for task in (TASK, SlotFilling(train=300, id=60, ood=60, seed=1)):
         ids = [e.id for name in SPLITS for e in task.split(name)]

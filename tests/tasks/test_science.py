@@ -205,6 +205,34 @@ def test_held_out_questions_are_never_training_questions_whatever_the_seed():
     assert tasks[0].split("train") == Science(train=300, id=0, ood=0).split("train")
 
 
+def test_untrained_questions_are_familiar_ones_that_training_lacks_and_put_together_facts_that_it_has():
+    task = Science(ood_kind="untrained")
+    ids = {name: {example.id for example in task.split(name)} for name in SPLITS}
+    assert not ids["train"] & ids["id"]
+    assert not (ids["train"] | ids["id"]) & ids["ood"]
+    trained, kept = ({q.problem for q in FAMILIAR if q.problem.untrained == untrained} for untrained in (False, True))
+    assert {p.kind for p in trained} == {kind.kind for kind in KINDS}
+    assert {p.kind for p in kept} == {kind.kind for kind in KINDS} - {"element"}  # nothing is shared by its two lookups
+    texts = {name: {e.prompt[0]["content"].split("?")[0] + "?" for e in task.split(name)} for name in SPLITS}
+    for problem in trained | kept:
+        assert not any(problem.text in texts[name] for name in (SPLITS[:2] if problem.untrained else SPLITS[2:]))
+
+    def facts(problems):
+        found = []
+
+        def note(fact, truth, others):
+            del others
+            found.append(fact)
+            return truth
+
+        for problem in problems:
+            problem.work(note)
+        return set(found)
+
+    needed = facts(kept)
+    assert len(needed - facts(trained)) < 0.06 * len(needed)  # some are too rare for 4,000 draws
+
+
 def test_no_composition_is_both_familiar_and_unseen():
     familiar, unseen = ({(q.problem.kind, q.problem.composition) for q in part} for part in (FAMILIAR, UNSEEN))
     assert not familiar & unseen
