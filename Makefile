@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 TRL    := .venv-trl
 BROWSER := $(VENV)/.browser
 
-.PHONY: demo test test-all test-browser bench bench-trl faults lint format wheel-test learns clean
+.PHONY: demo test test-all test-browser bench bench-trl faults results lint format wheel-test learns clean
 
 # The set-up is one pinned environment; it is remade when the pins change.
 $(READY): pyproject.toml constraints.txt
@@ -63,6 +63,10 @@ faults: $(READY)
 # Does it learn? Five seeds, two algorithms, two settings of the checker dial; about half an hour on 2 cores.
 learns: $(READY)
 	$(BIN)/python benchmarks/learns.py
+
+# Tables and figures of docs/results.md from the committed rows; nothing is trained.
+results: $(READY)
+	$(BIN)/python benchmarks/noise_results.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ import yaml
 from dvpo.cli import main
 from dvpo.errors import InputError
 from dvpo.study import load_study
-from dvpo.study_results import FIELDS, ResultsFile, read_results, result_row
+from dvpo.study_results import FIELDS, ResultsFile, last_quarter, read_results, result_row
 from dvpo.study_table import make_report, to_markdown
 from runs import SETTINGS, model_folder
 
@@ -407,6 +407,15 @@ def test_a_row_is_read_from_the_log_of_its_run(place: Path):
     (unfinished, *_) = load_study(write(place), ["steps=11"]).cells
     with pytest.raises(InputError, match="lacks an evaluation at its start or end"):
         result_row(unfinished)
+
+
+def test_the_last_quarter_is_averaged_split_by_split_and_the_start_is_no_part_of_it():
+    curve = [[0, 0.1, 0.1], [4, 0.5, 0.5], [6, 0.6, None], [8, 0.9, 0.3]]
+    averaged = last_quarter(a_row(curve=curve, id_true=0.9, ood_true=0.3))
+    assert averaged["id_true"] == pytest.approx(0.75)  # of steps 6 and 8 of 8
+    assert averaged["ood_true"] == 0.3
+    assert last_quarter(a_row(curve=[[0, 0.1, None], [1, 0.4, None]]))["id_true"] == 0.4
+    assert last_quarter(a_row(curve=[[0, 0.1, None], [1, 0.4, None]]))["ood_true"] is None
 
 
 # Tables

@@ -85,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--results", metavar="FILE", help="default: results.jsonl in the study's output")
     study.add_argument("--table", action="store_true", help="run nothing, print tables of the results")
     study.add_argument("--markdown", action="store_true", help="the same as Markdown")
+    study.add_argument(
+        "--last-quarter", action="store_true", help="tables of the mean over the last quarter's evaluations"
+    )
     study.add_argument("--baseline", default="ppo", help="whom the tables compare with (default: ppo)")
     study.set_defaults(run=_study, go_on="the same command goes on with the study")
 
@@ -211,10 +214,12 @@ def _study(arguments: argparse.Namespace) -> int:
     study = load_study(arguments.study, arguments.overrides, arguments.only)
     results = Path(arguments.results) if arguments.results else study.results
     if arguments.table or arguments.markdown:
-        from dvpo.study_results import read_results
+        from dvpo.study_results import last_quarter, read_results
         from dvpo.study_table import make_report, print_report, to_markdown
 
-        report = make_report(study, read_results(results), arguments.baseline)
+        rows = read_results(results)
+        rows = [last_quarter(row) for row in rows] if arguments.last_quarter else rows
+        report = make_report(study, rows, arguments.baseline)
         if arguments.markdown:
             sys.stdout.write(to_markdown(report))
         else:

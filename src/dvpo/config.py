@@ -35,6 +35,9 @@ TASK_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 """Tasks that the defaults below do not fit: a conversation is longer than an answer."""
 
+DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+"""The same text, much faster where PyYAML has its C part: a study writes the config of every cell at its start."""
+
 SPLIT_IN_TWO_WAYS = ("science", "dialogue")
 """Tasks for which `task.ood` is a choice."""
 
@@ -233,7 +236,7 @@ def _task_defaults(task: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """YAML text that `load_config` reads back to an equal config."""
-    return yaml.safe_dump(TypeAdapter(Config).dump_python(config, mode="json"), sort_keys=False)
+    return str(yaml.dump(TypeAdapter(Config).dump_python(config, mode="json"), Dumper=DUMPER, sort_keys=False))
 
 
 def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:

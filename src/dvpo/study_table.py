@@ -79,6 +79,14 @@ def make_report(study: Study, rows: Sequence[Row], baseline: str = "ppo") -> Rep
     return Report(tuple(sheets), _notes(data, len(rows) - len(kept)))
 
 
+def compare(study: Study, rows: Sequence[Row], x: str, y: str, split: str) -> PairedDifference | None:
+    """Accuracy of `x` less that of `y` in points, paired by the seeds that both have in all places of the study."""
+    wanted = {cell.key for cell in study.cells}
+    data = _Data(study, {row_key(row): row for row in rows if row_key(row) in wanted}, y)
+    places = list(dict.fromkeys((cell.task, cell.noise) for cell in study.cells))
+    return _compare(data, data.with_split(places, split), x, split)
+
+
 @dataclass(frozen=True)
 class _Data:
     """The rows, and the scores in them."""

@@ -1,0 +1,144 @@
+"""Every table and figure of docs/results.md, from the committed rows alone; nothing is trained.
+
+    make results
+
+A study that has not all of its rows yet is shown with what is there, and says so.
+"""
+
+import argparse
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from markupsafe import Markup
+
+from dvpo.stats import PairedDifference
+from dvpo.study import Study, load_study
+from dvpo.study_results import Row, last_quarter, read_results, row_key
+from dvpo.study_table import Report, compare, make_report, to_markdown
+
+ROOT = Path(__file__).parents[1]
+STUDIES, ROWS = ROOT / "configs" / "studies", Path(__file__).parent / "results"
+PAGE, FIGURE = ROOT / "docs" / "results.md", ROOT / "docs" / "images" / "noise_study.svg"
+BEGIN, END = "<!-- results: written by make results -->", "<!-- /results -->"
+
+
+class Part(NamedTuple):
+    """A study and the rows of it."""
+
+    title: str
+    study: Path
+    rows: Path
+    baseline: str
+
+
+REPORTING = Part("The study", STUDIES / "noise.yaml", ROWS / "noise_study.jsonl", "dvpo")
+TUNING = [
+    Part(f"Tuning seeds: {path.stem}", path, ROWS / "tuning" / f"{path.stem}.jsonl", "")
+    for path in sorted((STUDIES / "tuning").glob("*.yaml"))
+]
+
+
+@cache
+def study_at(path: Path) -> Study:
+    return load_study(path)
+
+
+def rows_of(part: Part) -> tuple[Study, list[Row], list[Row]]:
+    """The study, its rows with the mean over their last quarter as their end, and rows that are no cell of it."""
+    study = study_at(part.study)
+    wanted = {cell.key for cell in study.cells}
+    rows = [last_quarter(row) for row in read_results(part.rows)]
+    return study, [row for row in rows if row_key(row) in wanted], [row for row in rows if row_key(row) not in wanted]
+
+
+def section(part: Part) -> str:
+    """What is there of a study, and its tables."""
+    study, rows, foreign = rows_of(part)
+    place = part.rows.relative_to(ROOT)
+    text = f"### {part.title}\n\n{len(rows)} of {len(study.cells)} rows are there ([`{place}`](../{place}), of "
+    text += f"[`{part.study.relative_to(ROOT)}`](../{part.study.relative_to(ROOT)}))"
+    if foreign:
+        text += f"; {len(foreign)} more rows are of cells that it does not name"
+    if not rows:
+        return f"{text}. It has not begun: there is no table.\n"
+    baseline = part.baseline or study.names("algorithm")[0]
+    commits = ", ".join(sorted({str(row["commit"])[:7] for row in rows}))
+    seconds = sum(row["seconds"] for row in rows)
+    text += f". Made at {commits} on {', '.join(sorted({row['machine'] for row in rows}))}, one thread a run, "
+    text += f"{seconds / 3600:.1f} hours in all.\n\n"
+    report = make_report(study, rows, baseline)
+    return text + to_markdown(report if part is REPORTING else Report(report.sheets, ()))
+
+
+# The figure: what dvpo ended above each other row, over all places.
+
+
+def contrasts(study: Study, rows: Sequence[Row], first: str) -> list[tuple[str, str, PairedDifference]]:
+    """(algorithm, split, first less that algorithm) over the pairs that are there, of seeds complete in all places."""
+    others = [name for name in study.names("algorithm") if name != first]
+    found = []
+    for name in others:
+        for split in ("id", "ood"):
+            difference = compare(study, rows, first, name, split)
+            if difference is not None:
+                found.append((name, split, difference))
+    return found
+
+
+def figure(study: Study, rows: Sequence[Row], first: str = "dvpo") -> Markup | None:
+    """A line a contrast with its 95% interval, as an SVG that needs no style sheet; None if nothing can be compared."""
+    lines = [line for line in contrasts(study, rows, first) if line[2].pairs > 1]
+    if not lines:
+        return None
+    reach = max(5.0, *(abs(end) for _, _, d in lines for end in (d.low, d.high)))
+    width, left, height = 640, 190, 50 + 22 * len(lines)
+
+    def x(value: float) -> float:
+        return round(left + (value + reach) / (2 * reach) * (width - left - 20), 1)
+
+    body = [Markup('<path d="M{0} 10V{1}" stroke="#888"/>').format(x(0), height - 34)]
+    for place, (name, split, difference) in enumerate(lines):
+        y = 24 + 22 * place
+        body.append(
+            Markup(
+                '<text x="8" y="{0}">{1}, {2} ({3})</text><path d="M{4} {5}H{6}" stroke="#27b" stroke-width="2"/>'
+                '<circle cx="{7}" cy="{5}" r="4" fill="#27b"/>'
+            ).format(y + 4, name, split.upper(), difference.pairs, x(difference.low), y, x(difference.high),
+                     x(difference.mean))
+        )  # fmt: skip
+    for tick in (-reach, 0.0, reach):
+        body.append(Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(
+            x(tick) if abs(tick) < reach else x(tick * 0.95), height - 18, f"{tick:+.1f}"))  # fmt: skip
+    title = f"{first} less each row, points of true accuracy over all places, paired by seed (number of pairs)"
+    body.append(Markup('<text x="8" y="{}">{}</text>').format(height - 3, title))
+    return Markup(
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0} {1}" font-family="sans-serif" font-size="12">'
+        '<rect width="{0}" height="{1}" fill="white"/>{2}</svg>\n'
+    ).format(width, height, Markup("").join(body))
+
+
+def page(text: str) -> str:
+    """The page with its block made anew."""
+    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    study, rows, _ = rows_of(REPORTING)
+    drawn = f"![Paired differences]({FIGURE.relative_to(PAGE.parent)})\n\n" if figure(study, rows) else ""
+    parts = "\n".join(section(part) for part in (REPORTING, *TUNING))
+    return f"{text[:begin]}\n{drawn}{parts}{text[end:]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    PAGE.write_text(page(PAGE.read_text()))
+    study, rows, _ = rows_of(REPORTING)
+    drawn = figure(study, rows)
+    if drawn is not None:
+        FIGURE.write_text(drawn)
+    else:
+        FIGURE.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

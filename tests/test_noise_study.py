@@ -1,0 +1,97 @@
+"""The noise study keeps what its protocol promises: seeds apart, rows made again bit for bit, a page from rows."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dvpo.cli import main
+from dvpo.study import load_study
+from dvpo.study_results import read_results
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import noise_results  # noqa: E402
+
+STUDIES = ROOT / "configs" / "studies"
+TUNING = sorted((STUDIES / "tuning").glob("*.yaml"))
+REPORTING = sorted(STUDIES.glob("noise*.yaml"))
+TUNING_SEEDS = set(range(1, 21))
+TINY = (
+    "steps=2",
+    "sampling.prompts_per_step=4",
+    "sampling.samples_per_prompt=2",
+    "evaluation.every=1",
+    "evaluation.prompts=4",
+)
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def seeds_of(studies: list[Path]) -> set[int]:
+    return {seed for path in studies for seed in yaml.safe_load(path.read_text())["seeds"]}
+
+
+def test_no_reporting_seed_occurs_in_any_tuning_file_or_row():
+    reporting = seeds_of(REPORTING)
+    assert min(reporting) > 100
+    assert seeds_of(TUNING) <= TUNING_SEEDS
+    rows = [row for path in (ROOT / "benchmarks/results/tuning").glob("*.jsonl") for row in read_results(path)]
+    assert rows
+    assert {row["seed"] for row in rows} <= TUNING_SEEDS
+    assert {row["seed"] for row in read_results(noise_results.REPORTING.rows)} <= reporting
+
+
+def test_every_reporting_row_is_of_the_studies_own_settings_and_of_a_clean_commit():
+    rows = read_results(noise_results.REPORTING.rows)
+    studies = [noise_results.study_at(path) for path in REPORTING if rows]
+    hashes = {(cell.key, cell.config_hash) for study in studies for cell in study.cells}
+    for row in rows:
+        assert ((row["task"], row["noise"], row["algorithm"], row["seed"]), row["config_hash"]) in hashes
+        assert row["commit"]
+        assert "dirty" not in row["commit"]
+
+
+@pytest.mark.slow
+def test_a_row_of_the_study_is_made_again_bit_for_bit(tmp_path: Path):
+    study = str(STUDIES / "noise.yaml")
+    first, again = tmp_path / "first", tmp_path / "again"
+    few = "task=math,noise=flip,noise=heavy,algorithm=dvpo,algorithm=grpo,seed=101"
+    assert main(["study", study, f"output={first}", "--only", few, "--processes", "1", *TINY]) == 0
+    one = "task=math,noise=flip,algorithm=dvpo,seed=101"
+    assert main(["study", study, f"output={again}", "--only", one, "--processes", "1", *TINY]) == 0
+    rows = {(row["noise"], row["algorithm"]): same(row) for row in read_results(first / "results.jsonl")}
+    assert len(rows) == 4
+    (row,) = read_results(again / "results.jsonl")
+    assert json.dumps(same(row)) == json.dumps(rows["flip", "dvpo"])
+
+
+def same(row: dict[str, Any]) -> dict[str, Any]:
+    """What two equal runs share: all but where and when."""
+    return {name: value for name, value in row.items() if name not in ("seconds", "machine", "commit")}
+
+
+def test_the_results_page_is_what_the_committed_rows_say():
+    text = noise_results.PAGE.read_text()
+    assert noise_results.page(text) == text
+
+
+def test_the_figure_shows_each_contrast_where_its_mean_is():
+    study = load_study(STUDIES / "noise.yaml", only="task=math,noise=flip,algorithm=dvpo,algorithm=ppo")
+    rows = [
+        {"task": "math", "noise": "flip", "algorithm": name, "seed": seed, "id_true": score / 100, "ood_true": None}
+        for name, scores in {"dvpo": (80, 82, 90), "ppo": (70, 76, 80)}.items()
+        for seed, score in zip((101, 102, 103), scores, strict=True)
+    ]
+    ((name, split, difference),) = noise_results.contrasts(study, rows, "dvpo")
+    assert (name, split, difference.pairs) == ("ppo", "id", 3)
+    assert difference.mean == pytest.approx((10 + 6 + 10) / 3)
+    assert "ppo, ID (3)" in str(noise_results.figure(study, rows))
+    assert noise_results.figure(study, rows[:1]) is None
