@@ -57,7 +57,8 @@ def section(part: Part) -> str:
     """What is there of a study, and its tables."""
     study, rows, foreign = rows_of(part)
     place = part.rows.relative_to(ROOT)
-    text = f"### {part.title}\n\n{len(rows)} of {len(study.cells)} rows are there ([`{place}`](../{place}), of "
+    link = f"[`{place}`](../{place})" if part.rows.exists() else f"`{place}`"
+    text = f"### {part.title}\n\n{len(rows)} of {len(study.cells)} rows are there ({link}, of "
     text += f"[`{part.study.relative_to(ROOT)}`](../{part.study.relative_to(ROOT)}))"
     if foreign:
         text += f"; {len(foreign)} more rows are of cells that it does not name"
