@@ -63,7 +63,7 @@ class Chart:
 
 def draw(chart: Chart) -> Markup:
     """The chart's SVG element; all text in it is escaped."""
-    x_axis, y_axis = _scales(chart)
+    x_axis, y_axis = scales(chart)
     place = _Place(x_axis, y_axis)
     body = Markup("").join([_grid(chart, place), *(_line(line, place) for line in chart.lines)])
     names = ", ".join(dict.fromkeys(line.name for line in chart.lines if line.points))
@@ -128,14 +128,15 @@ class _Place:
         return "M" + "L".join(f"{self.x(x):g} {self.y(y):g}" for x, y in points)
 
 
-def _scales(chart: Chart) -> tuple[Axis, Axis]:
+def scales(chart: Chart, count: int = 5, span: Point | None = None) -> tuple[Axis, Axis]:
+    """The axes that hold the whole chart: about `count` ticks at y; x over `span`, if that is given."""
     points = [p for line in chart.lines for part in (line.points, line.low, line.high) for p in part]
     xs, ys = [x for x, _ in points], [y for _, y in points]
     if chart.categories:
         places = [float(i) for i in range(len(chart.categories))]
         x_axis = (-0.3, len(places) - 0.7, places)
     else:
-        low, high = min(xs), max(xs)
+        low, high = (min(xs), max(xs)) if span is None else span
         high = high if high > low else low + 1
         marks = [tick for tick in ticks(low, high) if low <= tick <= high]
         x_axis = (low, high, [tick for tick in marks if tick % 1 == 0] if chart.x_label == "step" else marks)
@@ -146,7 +147,7 @@ def _scales(chart: Chart) -> tuple[Axis, Axis]:
         low, high = max(low, 0.0), min(high, 1.0)
     if high - low < 1e-9 * max(abs(low), abs(high), 1e-3):
         low, high = low - 0.05 * abs(low), high + 0.05 * (abs(high) or 1)
-    marks = ticks(low, high)
+    marks = ticks(low, high, count)
     return x_axis, (marks[0], marks[-1], marks)
 
 

@@ -1,4 +1,5 @@
-"""The command line: `dvpo demo | train | eval | study | report | inspect | label | reward-model | diagnose | doctor`.
+"""The command line: `dvpo demo`, `train`, `eval`, `study`, `report`, `inspect`, `watch`, `label`, `reward-model`,
+`diagnose`, `doctor`.
 
 Exit codes: 0 done, 1 a fault of ours (with its traceback) or a failed run of a study, 2 bad input (one sentence),
 3 a run that stopped itself (one sentence), 75 interrupted by SIGTERM or SIGINT, and the same command (`train` with
@@ -115,6 +116,19 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--compare", metavar="RUN_OR_CHECKPOINT", help="the same response under another critic")
     inspect.add_argument("--html", metavar="FILE.html", help="write the view as a page as well")
     inspect.set_defaults(run=_inspect, go_on="nothing was written")
+
+    watch = commands.add_parser("watch", help="curves of runs in the terminal, redrawn while they go on")
+    watch.add_argument("runs", nargs="+", metavar="RUN", help="run folders or folders of runs, begun or not")
+    watch.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="draw this figure instead of the usual ones; KEY,KEY in one chart, 'critic/*' a chart each; repeatable",
+    )
+    watch.add_argument("--once", action="store_true", help="draw once and end; so does an output that is no terminal")
+    watch.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="default: 2")
+    watch.set_defaults(run=_watch)
 
     label = commands.add_parser("label", help="majority-vote pseudo-labels of the training prompts, by any model")
     label.add_argument("config", metavar="CONFIG.yaml")
@@ -263,6 +277,14 @@ def _inspect(arguments: argparse.Namespace) -> None:
     )
     colour = {"advantage": "advantages"}.get(arguments.colour, arguments.colour)
     inspect_checkpoint(arguments.checkpoint, question, colour, arguments.compare, arguments.html, Console())
+
+
+def _watch(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from dvpo.watch import watch
+
+    watch(arguments.runs, arguments.metric, arguments.once, arguments.every, Console())
 
 
 def _label(arguments: argparse.Namespace) -> None:
