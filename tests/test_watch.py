@@ -167,7 +167,7 @@ def test_a_picture_fits_its_screen_and_says_what_it_left_out(tmp_path: Path) -> 
         out = StringIO()
         Console(file=out, width=100).print(picture([run], [], 100, height))
         lines = out.getvalue().rstrip("\n").split("\n")
-        assert height - 6 <= len(lines) <= height
+        assert height - 8 <= len(lines) <= height
         assert ("more charts in a larger window" in lines[-1]) == (height == 24)
 
 
