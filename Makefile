@@ -5,8 +5,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TRL    := .venv-trl
 BROWSER := $(VENV)/.browser
+DOCS   := $(VENV)/.docs
 
-.PHONY: demo test test-all test-browser bench bench-trl faults results lint format wheel-test learns clean
+.PHONY: demo test test-all test-browser docs site pictures bench bench-trl faults results lint format wheel-test learns \
+        clean
 
 # The set-up is one pinned environment; it is remade when the pins change.
 $(READY): pyproject.toml constraints.txt
@@ -28,12 +30,31 @@ demo: $(READY)
 test: $(READY) lint
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(READY) lint test-browser
+test-all: $(READY) lint test-browser site
 	$(BIN)/python -m pytest
 
 # The report in a headless Chromium, which is installed if the machine has none.
 test-browser: $(BROWSER)
 	$(BIN)/python -m pytest tests/browser
+
+$(DOCS): $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+# The pages' links, commands, settings and blocks of code, then the site: site/index.html opens from the disk.
+docs: $(DOCS)
+	$(BIN)/python -m pytest tests/test_docs.py
+	$(MAKE) site
+
+# A warning of Sphinx, such as a dead link, is an error.
+site: $(DOCS)
+	rm -rf site docs/reference
+	$(BIN)/python -m sphinx -b html -q -E -W --keep-going docs site
+	$(BIN)/python -m pytest tests/site
+
+# Those of the method, drawn from its own functions; what is committed is what the pages show.
+pictures: $(DOCS)
+	$(BIN)/python docs/site/pictures.py
 
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quantile_loss.py
@@ -78,4 +99,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(TRL) build dist .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TRL) build dist site docs/reference .mypy_cache .ruff_cache

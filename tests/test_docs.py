@@ -1,20 +1,27 @@
 """The prose says what the code does: links, commands, settings, files, metrics, dependencies; and its examples run."""
 
+import ast
 import json
 import re
+import shlex
 import sys
+import textwrap
 import tomllib
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from dvpo import Trainer, load_config
-from dvpo.cli import main
+from dvpo.algorithms import ALGORITHMS
+from dvpo.cli import main, parse
 from dvpo.config import to_yaml
 from dvpo.embedded import make_model, make_tokenizer
+from dvpo.study import load_study
 from dvpo.tasks.math import ChainArithmetic
 from dvpo.tasks.mixture import Mixture
 from dvpo.tasks.science import Science
@@ -23,6 +30,8 @@ from fake_vllm import FakeVllm
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+sys.path.append(str(DOCS / "site"))
+navigation, reference = import_module("navigation"), import_module("reference")
 EXAMPLES = DOCS / "own_data.md"
 TINY = (
     "steps=1",
@@ -49,14 +58,22 @@ def fenced(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def code(page: Path) -> list[str]:
-    """Inline code and lines of code, comments left out."""
-    prose = page.read_text()
+def lines(page: Path) -> list[str]:
+    """Lines of code, comments and what a command printed (```text) left out."""
+    prose = re.sub(r"^```text\n.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     blocks = re.findall(r"^```\w*\n(.*?)^```", prose, re.MULTILINE | re.DOTALL)
     prose = re.sub(r"^```.*?^```", "", prose, flags=re.MULTILINE | re.DOTALL)
-    lines = [*re.findall(r"^ {4}(.*)", prose, re.MULTILINE), *"\n".join(blocks).splitlines()]
-    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^ {4}.*", "", prose, flags=re.MULTILINE))
-    return [line.split("#")[0].strip() for line in lines] + inline
+    shown = [*re.findall(r"^ {4}(.*)", prose, re.MULTILINE), *"\n".join(blocks).splitlines()]
+    return [re.split(r"(?:^|\s)#", line)[0].strip() for line in shown]
+
+
+def mentions(page: Path) -> list[str]:
+    """Code within a sentence."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```|^ {4}.*?$", "", page.read_text(), flags=re.M | re.S))
+
+
+def code(page: Path) -> list[str]:
+    return [*lines(page), *mentions(page)]
 
 
 def anchors(page: Path) -> set[str]:
@@ -95,22 +112,30 @@ def settings() -> set[str]:
     return found
 
 
-def commands(page: Path) -> list[list[str]]:
-    found = [re.match(r"(?:\S*/)?dvpo ([a-z].*)", line) for line in code(page)]
-    return [match[1].split() for match in found if match]
+def commands(shown: list[str]) -> list[list[str]]:
+    """The words of command lines, without what a synopsis has in brackets and its dots."""
+    found = [re.match(r"(?:\S*/)?dvpo ([a-z].*)", re.sub(r" \[.*\]| \.\.\.", "", line)) for line in shown]
+    return [shlex.split(match[1]) for match in found if match]
 
 
 @each_page
-def test_every_command_shown_has_its_options_and_overrides(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for command, *words in commands(page):
+def test_every_command_line_is_one_and_its_overrides_are_settings(page: Path) -> None:
+    for words in commands(lines(page)):
+        arguments = parse(words)
+        overrides = [*getattr(arguments, "overrides", ()), *getattr(arguments, "set", ())]
+        # `key.sub=value` is the form itself, and rows of one's own are imported by another test.
+        load_config(None, [word for word in overrides if word != "key.sub=value" and not re.search(r"\w:\w", word)])
+
+
+@each_page
+def test_every_command_mentioned_has_its_options_and_overrides(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command, *words in commands(mentions(page)):
         with pytest.raises(SystemExit) as ended:
             main([command, "--help"])
         assert ended.value.code == 0, command
         options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
         assert {word for word in words if word.startswith("--")} <= options
-        # `key.sub=value` is the form itself, and rows of one's own are imported by another test.
-        overrides = [word for word in words if re.match(r"[a-z._]+=", word) and ":" not in word]
-        load_config(None, [override for override in overrides if not override.endswith("=value")])
+        load_config(None, [word for word in words if re.match(r"[a-z._]+=", word) and word != "key.sub=value"])
 
 
 @each_page
@@ -128,10 +153,42 @@ def test_every_setting_named_in_prose_exists(page: Path, settings: set[str]) -> 
     assert keys - settings == set()
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))], ids=lambda page: page.name)
-def test_every_yaml_block_is_a_valid_config(page: Path) -> None:
+@each_page
+def test_every_yaml_block_is_a_valid_config_or_study(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "my_rows", SimpleNamespace(mine=ALGORITHMS["dvpo"]))  # type: ignore[arg-type]
     for block in fenced(page, "yaml"):
-        load_config(yaml.safe_load(block))
+        values = yaml.safe_load(block)
+        if "seeds" in values:
+            (tmp_path / "study.yaml").write_text(block)
+            assert load_study(tmp_path / "study.yaml").cells
+        else:
+            load_config(values)
+
+
+@each_page
+def test_every_block_of_python_compiles_and_imports_what_is_there(page: Path) -> None:
+    indented = re.findall(r"(?:^ {4}.*\n)+", page.read_text(), re.MULTILINE)
+    blocks = [textwrap.dedent(block) for block in indented]
+    for block in [*fenced(page, "python"), *(block for block in blocks if re.match(r"(import|from) \w", block))]:
+        tree = ast.parse(block)
+        for imported in (node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)):
+            exec(compile(ast.Module([imported], []), str(page), "exec"), {})
+
+
+def test_the_reference_says_of_every_setting_what_it_is(settings: set[str]) -> None:
+    explained = dict(re.findall(r"^``([a-z_.]+)``\n   (.*)$", reference.settings_page(), re.MULTILINE))
+    sections = {name.rpartition(".")[0] for name in settings}
+    assert set(explained) == settings - sections
+    assert [key for key, text in explained.items() if text.lstrip().startswith("*")] == []
+
+
+def test_the_sites_side_bar_names_every_page() -> None:
+    named = {page for pages in navigation.NAVIGATION.values() for page in pages}
+    pages = {page.relative_to(DOCS).with_suffix("").as_posix() for page in DOCS.rglob("*.md")}
+    made = {f"reference/{group}" for group in reference.GROUPS}
+    assert named == pages - {"index"} | made
 
 
 # Files, dependencies, versions.

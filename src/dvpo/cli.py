@@ -19,14 +19,7 @@ OVERRIDES = "settings that win over the file, for example critic.alpha=0.05"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
-    # argparse takes no further positionals behind an option: `train a.yaml --resume steps=200` leaves steps=200 over.
-    unknown = [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in arguments]
-    if unknown:
-        parser.error(f"unrecognised argument {unknown[0]}: see dvpo COMMAND --help")
-    if rest:
-        arguments.overrides += rest
+    arguments = parse(argv)
     # Reward functions, tasks and rows of the user's own are imported from where the command was given.
     sys.path.insert(0, os.getcwd())
     try:
@@ -42,6 +35,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dvpo: interrupted by {stop}; {arguments.go_on}", file=sys.stderr)  # noqa: T201
         return stop.exit_code
     return code or 0
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of a command line; one that makes no sense ends the process with exit code 2."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes no further positionals behind an option: `train a.yaml --resume steps=200` leaves steps=200 over.
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in arguments]
+    if unknown:
+        parser.error(f"unrecognised argument {unknown[0]}: see dvpo COMMAND --help")
+    if rest:
+        arguments.overrides += rest
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -49,9 +49,11 @@ class Config:
     output: str = "runs/default"
     """The run's folder."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of prompts, draws, heads, minibatches and noise."""
     algorithm: str = "dvpo"
     """A row of `dvpo.algorithms.ALGORITHMS`, or `my_module:row`."""
     steps: Count = 100
+    """Rounds of sampling, each with its optimiser steps."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1` ..."""
     task: TaskConfig = TaskConfig()

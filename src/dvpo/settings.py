@@ -142,9 +142,13 @@ class SamplingConfig:
     correction: CorrectionConfig = CorrectionConfig()
 
     prompts_per_step: Count = 16
+    """Prompts, each answered `samples_per_prompt` times."""
     samples_per_prompt: Count = 8
+    """Responses to one prompt: the group that a group baseline compares."""
     temperature: Positive = 1.0
+    """Of the draws in training and in pass@k."""
     top_p: Tail = 1.0
+    """Likeliest tokens of this mass only; 1 = all."""
     top_k: CountOrZero = 0
     """0 = off. Recorded log-probs are those of the untruncated distribution whatever top_p and top_k."""
     max_prompt_length: Count = 256
@@ -278,6 +282,7 @@ class NoiseModelConfig:
     """One noise model. A kind takes some of the parameters and needs all that it takes; docs/noise.md has the table."""
 
     kind: Annotated[str, AfterValidator(_noise_kind)] = "none"
+    """What happens to a reward; docs/noise.md has the table."""
     rate: Share | None = None
     """Probability that a reward is hit; persistent: share of the prompts."""
     false_positive: Share | None = None

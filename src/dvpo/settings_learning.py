@@ -37,10 +37,13 @@ class AdvantageConfig:
     """Returns, targets and what becomes of sequences without a clean end or a reward."""
 
     gamma: Share = 1.0
+    """Discount a policy token."""
     lam: Share = 0.95
+    """lambda of the advantages: 1 trusts the return alone, 0 the next value alone."""
     critic_lam: Share | None = None
     """lambda of the critic's targets; None: the same as `lam`."""
     target: Literal["indexwise", "mixture"] = "indexwise"
+    """Target law of a quantile critic: lambda-mixture index by index (the paper), or of the laws themselves."""
     target_atoms: Count = 32
     """mixture: number of target atoms L."""
     law: LawConfig = LawConfig()
@@ -59,12 +62,19 @@ class TermWeights:
     """Weights of the critic's extra terms; 0 switches a term off."""
 
     risk: Weight = 0.0
+    """Quantile loss that weighs lower levels more."""
     cvar: Weight = 0.0
+    """Mean of the lower tail."""
     gain: Weight = 0.0
+    """Mean of the upper tail."""
     shift: Weight = 0.0
+    """Mean, pushed up where it lies below the target."""
     shape: Weight = 0.0
+    """Variance of the tails: less below, no less above."""
     curvature: Weight = 0.0
+    """Tails that bend the wrong way."""
     consistency: Weight = 0.0
+    """Distance between the heads."""
 
     def needs_tails(self) -> bool:
         return any((self.risk, self.cvar, self.gain, self.shape, self.curvature))
@@ -98,12 +108,17 @@ class CriticConfig:
     trunk: Literal["own", "frozen", "shared"] = "own"
     """Own copy of the starting policy's trunk; the same but frozen; or the policy's trunk, read without gradient."""
     num_heads: Count = 3
+    """N, heads of the ensemble."""
     num_quantiles: Count = 32
+    """M, quantiles a head; 200 for large models."""
     levels: Literal["midpoint", "paper"] = "midpoint"
+    """Where the quantiles stand: (j - 1/2) / M, or j / M."""
     monotone: bool = True
+    """Heads whose quantiles cannot cross."""
     kappa: Weight = 0.1
     """Width of the Huber zone in units of the reward."""
     eta: Weight = 2.0
+    """How much more `weights.risk` heeds lower levels."""
     alpha: Tail = 0.1
     """Mass of the lower tail."""
     beta: Tail = 0.1
@@ -153,6 +168,7 @@ class KLConfig:
     """Penalty for leaving the starting policy."""
 
     coef: Weight = 0.0
+    """0 = no penalty, and no copy of the starting policy."""
     place: Literal["reward", "loss"] = "loss"
     """`reward`: k1 is taken from each token's reward; `loss`: the estimator below is added to the actor's loss."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -177,10 +193,14 @@ class ActorConfig:
     """The policy's loss."""
 
     clip_low: Share = 0.2
+    """PPO's clip: a token's probability ratio is held above 1 - clip_low."""
     clip_high: Weight = 0.2
+    """And below 1 + clip_high."""
     aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_sum_fixed_length"] = "token_mean"
+    """All tokens alike, all responses alike, or sums over a fixed length (Dr. GRPO)."""
     kl: KLConfig = KLConfig()
     entropy_coef: Weight = 0.0
+    """Weight of an entropy bonus."""
 
 
 @section
@@ -188,13 +208,19 @@ class OptimiserConfig:
     """AdamW and its schedule, one for the policy and one for the critic."""
 
     lr: Weight = 3e-4
+    """For the embedded model; about 1e-6 (policy) and 1e-5 (critic) for a large one."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """AdamW's decay rates."""
     eps: Positive = 1e-8
+    """AdamW's."""
     weight_decay: Weight = 0.0
+    """Decoupled from the gradient."""
     max_grad_norm: Positive = 1.0
+    """Each module's gradient is clipped to this norm by itself."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up: stay, or fall to 0, which a step behind the last would reach."""
     warmup_steps: CountOrZero = 0
+    """Steps over which the rate rises from 0."""
 
 
 @section
@@ -204,6 +230,7 @@ class UpdateConfig:
     epochs: Count = 1
     """Passes over the responses of a step."""
     minibatches: Count = 2
+    """Optimiser steps an epoch: the responses are cut into so many parts."""
     microbatch_size: Count = 64
     """Sequences in one forward and backward pass: memory only, the result does not depend on it."""
     actor_warmup_steps: CountOrZero = 0

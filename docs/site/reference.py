@@ -1,0 +1,211 @@
+"""Pages made of the code: the Python API from its docstrings, every setting, every command's help.
+
+They are written into docs/reference/, which git ignores, before Sphinx looks for its pages.
+"""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dvpo.cli import _parser
+from dvpo.config import Config
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+
+FOLDER = Path(__file__).parents[1] / "reference"
+
+MODULES = {
+    "python": (
+        "Trainer, configs, models",
+        ["trainer", "config", "critic", "policy", "checkpoint", "evaluate", "sampling", "batch", "errors"],
+    ),
+    "core": (
+        "Mathematics",
+        [
+            f"core.{name}"
+            for name in ("quantiles", "returns", "risk", "tail_law", "categorical", "losses", "masks", "terms", "scan")
+        ],
+    ),
+    "rows": ("Algorithms", ["algorithms", "estimates", "heads", "rates", "risk_control", "kl"]),
+    "tasks": (
+        "Tasks",
+        [
+            "tasks",
+            *(f"tasks.{name}" for name in ("math", "science", "dialogue", "files", "gym", "mixture")),
+        ],
+    ),
+    "rewards": ("Rewards and noise", ["rewards", "reward_mix", "reward_model", "math_answers", "noise", "preferences"]),
+    "stats": ("Statistics and studies", ["stats", "diagnosis", "study", "study_results", "study_table"]),
+}
+GROUPS = ["settings", "commands", *MODULES]
+
+
+def write_pages(app: "Sphinx") -> None:
+    FOLDER.mkdir(exist_ok=True)
+    pages = {"settings": settings_page(), "commands": commands_page()}
+    pages |= {group: modules_page(title, modules) for group, (title, modules) in MODULES.items()}
+    for old in FOLDER.iterdir():
+        old.unlink()
+    for name, text in pages.items():
+        (FOLDER / f"{name}.rst").write_text(text)
+
+
+def heading(text: str, line: str) -> str:
+    return f"{text}\n{line * len(text)}\n\n"
+
+
+# Modules.
+
+
+def modules_page(title: str, modules: list[str]) -> str:
+    text = heading(title, "=")
+    for name in modules:
+        path = Path(inspect.getfile(import_module(f"dvpo.{name}")))
+        source = path.relative_to(FOLDER.parents[1]).as_posix()
+        text += heading(f"dvpo.{name}", "-")
+        text += f".. automodule:: dvpo.{name}\n   :members:\n\n`{source} <source:{source}>`__\n\n"
+    return text
+
+
+def as_restructured(app: "Sphinx", what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Docstrings are plain text: an indented block is an equation, bars and stars mean themselves."""
+    made: list[str] = []
+    block = section = False
+    for line in lines:
+        if line and not line.startswith(" "):
+            block, section = False, bool(re.match(r"(Args|Returns|Raises|Yields):$", line))
+        elif line and not section and not block and not "".join(made[-1:]):
+            made += ["::", ""]
+            block = True
+        made.append(line if block else escaped(line))
+    if what == "attribute":  # napoleon takes what stands before a colon for its type: there is none
+        made[0] = f": {made[0]}"
+    lines[:] = made
+
+
+def escaped(line: str) -> str:
+    parts = re.split(r"(`+[^`]*`+)", line)
+    return "".join(part if part.startswith("`") else re.sub(r"[|\\*]|_(?!\w)", r"\\\g<0>", part) for part in parts)
+
+
+# Settings.
+
+
+def settings_page() -> str:
+    text = heading("Settings", "=")
+    text += (
+        "Every key of a run's config with its default. An algorithm's row may have another one, and its page says so; "
+        "``dvpo train my.yaml --print-config`` prints what a run would use.\n\n"
+    )
+    config = Config()
+    sections = [
+        field.name for field in dataclasses.fields(config) if dataclasses.is_dataclass(getattr(config, field.name))
+    ]
+    loose = [field.name for field in dataclasses.fields(config) if field.name not in sections]
+    text += heading("The run", "-") + "".join(entry(config, name, "") for name in loose)
+    for name in sections:
+        text += heading(name, "-") + "".join(entries(getattr(config, name), f"{name}."))
+    return text
+
+
+def entries(section: Any, prefix: str) -> Iterator[str]:
+    yield " ".join((section.__doc__ or "").split()) + "\n\n"
+    for field in dataclasses.fields(section):
+        if dataclasses.is_dataclass(inner := getattr(section, field.name)):
+            yield from entries(inner, f"{prefix}{field.name}.")
+        else:
+            yield entry(section, field.name, prefix)
+
+
+def entry(section: Any, name: str, prefix: str) -> str:
+    owner = next(kind for kind in type(section).__mro__ if name in vars(kind).get("__annotations__", {}))
+    kind, what = explained(owner)[name]
+    return f"``{prefix}{name}``\n   {what} *{kind}; by default* ``{shown(getattr(section, name))}``\n\n"
+
+
+def explained(section: type) -> dict[str, tuple[str, str]]:
+    """What a section's source says of each field: its type in words, and the text below it."""
+    tree = ast.parse(inspect.getsource(section))
+    (definition,) = tree.body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for statement, after in zip(definition.body, [*definition.body[1:], None], strict=True):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            text = ""
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                text = " ".join(str(after.value.value).split())
+            found[statement.target.id] = (in_words(statement.annotation), escaped(re.sub("`([^`]*)`", r"``\1``", text)))
+    return found
+
+
+WORDS = {
+    "Share": "from 0 to 1",
+    "Rate": "from 0 to below 1",
+    "Decay": "from 0 to below 1",
+    "Tail": "above 0, up to 1",
+    "Weight": "0 or more",
+    "Positive": "above 0",
+    "Count": "1 or more",
+    "CountOrZero": "0 or more",
+    "bool": "true or false",
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "None": "null",
+}
+BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+def in_words(annotation: ast.expr) -> str:
+    """What a setting may be."""
+    if isinstance(annotation, ast.BinOp):
+        return f"{in_words(annotation.left)}, or {in_words(annotation.right)}"
+    if isinstance(annotation, ast.Subscript):
+        kind = ast.unparse(annotation.value)
+        inside = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+        if kind == "Literal":
+            return "one of " + ", ".join(f"``{ast.literal_eval(value)}``" for value in inside)
+        if kind == "tuple":
+            return "a list"
+        limits = [word for part in inside[1:] if isinstance(part, ast.Call) for word in part.keywords]
+        return " and ".join(f"{BOUNDS[w.arg]} {ast.unparse(w.value)}" for w in limits if w.arg in BOUNDS) or in_words(
+            inside[0]
+        )
+    return WORDS.get(ast.unparse(annotation), ast.unparse(annotation))
+
+
+def shown(default: Any) -> str:
+    if default is None or isinstance(default, bool):
+        return {None: "null", True: "true", False: "false"}[default]
+    if isinstance(default, tuple):
+        return str(list(default))
+    return str(default) or '""'
+
+
+# Commands.
+
+
+def commands_page() -> str:
+    text = heading("Commands", "=") + literal(_parser())
+    (commands,) = (action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    for name, parser in commands.choices.items():
+        text += heading(f"dvpo {name}", "-") + literal(parser)
+    return text
+
+
+def literal(parser: argparse.ArgumentParser) -> str:
+    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=100)  # type: ignore[assignment]
+    return "::\n\n" + "".join(f"    {line}\n" for line in parser.format_help().splitlines()) + "\n"
+
+
+def setup(app: "Sphinx") -> dict[str, Any]:
+    app.connect("builder-inited", write_pages)
+    app.connect("autodoc-process-docstring", as_restructured, priority=100)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
