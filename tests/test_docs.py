@@ -296,6 +296,17 @@ def test_the_own_data_page_runs_as_it_stands(tmp_path: Path, tiny_model: Path, m
     assert 0 < step["actor/advantage_std"] <= 0.5  # a rank advantage lies in [-1/2, 1/2]
 
 
+def test_a_checkpoints_policy_opens_as_the_evaluation_page_says(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Trainer(load_config(None, [*TINY, f"model.path={tiny_model}", "output=runs/first"])).train()
+    (block,) = fenced(DOCS / "evaluation.md", "python")
+    capsys.readouterr()
+    exec(block.replace("checkpoint-40", "checkpoint-1"), {})
+    assert capsys.readouterr().out.endswith("\n")
+
+
 def test_the_readme_shows_what_the_own_data_page_runs() -> None:
     for language in ("python", "yaml"):
         assert set(fenced(ROOT / "README.md", language)) <= set(fenced(EXAMPLES, language))
