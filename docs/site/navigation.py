@@ -15,7 +15,8 @@ NAVIGATION = {
     "What it does": ["method", "critic", "noise", "tasks", "labels"],
     "Using it": ["diagnose", "runs", "report", "studies", "evaluation", "metrics", "faults"],
     "Algorithms": sorted(f"algorithms/{page.stem}" for page in ALGORITHMS.glob("*.md")),
-    "The project": ["architecture", "speed", "dependencies", "log"],
+    "What was found": ["results", "protocol", "speed", "log"],
+    "The project": ["architecture", "dependencies"],
     "Reference": [f"reference/{group}" for group in GROUPS],
 }
 
