@@ -6,11 +6,13 @@ A study that has not all of its rows yet is shown with what is there, and says s
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
 from markupsafe import Markup
 
 from dvpo.stats import PairedDifference
@@ -33,7 +35,16 @@ class Part(NamedTuple):
     baseline: str
 
 
-REPORTING = Part("The study", STUDIES / "noise.yaml", ROWS / "noise_study.jsonl", "dvpo")
+REPORTING = [
+    Part(title, STUDIES / f"{name}.yaml", ROWS / "noise_study.jsonl", "dvpo")
+    for title, name in {
+        "Nine cells, checker dial 1": "noise",
+        "Nine cells, checker dial 0": "noise_dial0",
+        "Flips, checker dial one half": "noise_dial_half",
+        "Controls": "noise_controls",
+        "Further rows": "noise_rest",
+    }.items()
+]
 TUNING = [
     Part(f"Tuning seeds: {path.stem}", path, ROWS / "tuning" / f"{path.stem}.jsonl", "")
     for path in sorted((STUDIES / "tuning").glob("*.yaml"))
@@ -45,24 +56,26 @@ def study_at(path: Path) -> Study:
     return load_study(path)
 
 
-def rows_of(part: Part) -> tuple[Study, list[Row], list[Row]]:
-    """The study, its rows with the mean over their last quarter as their end, and rows that are no cell of it."""
+def rows_of(part: Part) -> tuple[Study, list[Row]]:
+    """The study, and those of its rows that are there, with the mean over their last quarter as their end."""
     study = study_at(part.study)
     wanted = {cell.key for cell in study.cells}
-    rows = [last_quarter(row) for row in read_results(part.rows)]
-    return study, [row for row in rows if row_key(row) in wanted], [row for row in rows if row_key(row) not in wanted]
+    return study, [last_quarter(row) for row in read_results(part.rows) if row_key(row) in wanted]
+
+
+def planned(part: Part) -> int:
+    """How many cells the study has, without making all their configs, which takes seconds."""
+    values = yaml.safe_load(part.study.read_text())
+    return math.prod(len(values[axis]) for axis in ("tasks", "noises", "algorithms", "seeds"))
 
 
 def section(part: Part) -> str:
     """What is there of a study, and its tables."""
-    study, rows, foreign = rows_of(part)
-    place = part.rows.relative_to(ROOT)
+    study, rows = rows_of(part) if part.rows.exists() else (None, [])
+    place, source = (path.relative_to(ROOT) for path in (part.rows, part.study))
     link = f"[`{place}`](../{place})" if part.rows.exists() else f"`{place}`"
-    text = f"### {part.title}\n\n{len(rows)} of {len(study.cells)} rows are there ({link}, of "
-    text += f"[`{part.study.relative_to(ROOT)}`](../{part.study.relative_to(ROOT)}))"
-    if foreign:
-        text += f"; {len(foreign)} more rows are of cells that it does not name"
-    if not rows:
+    text = f"### {part.title}\n\n{len(rows)} of {planned(part)} rows are there ({link}, of [`{source}`](../{source}))"
+    if study is None or not rows:
         return f"{text}. It has not begun: there is no table.\n"
     baseline = part.baseline or study.names("algorithm")[0]
     commits = ", ".join(sorted({str(row["commit"])[:7] for row in rows}))
@@ -70,7 +83,7 @@ def section(part: Part) -> str:
     text += f". Made at {commits} on {', '.join(sorted({row['machine'] for row in rows}))}, one thread a run, "
     text += f"{seconds / 3600:.1f} hours in all.\n\n"
     report = make_report(study, rows, baseline)
-    return text + to_markdown(report if part is REPORTING else Report(report.sheets, ()))
+    return text + to_markdown(report if part is REPORTING[0] else Report(report.sheets, ()))
 
 
 # The figure: what dvpo ended above each other row, over all places.
@@ -120,12 +133,16 @@ def figure(study: Study, rows: Sequence[Row], first: str = "dvpo") -> Markup | N
     ).format(width, height, Markup("").join(body))
 
 
+def headline() -> Markup | None:
+    """The figure of the nine cells, if their rows can be compared."""
+    return figure(*rows_of(REPORTING[0])) if REPORTING[0].rows.exists() else None
+
+
 def page(text: str) -> str:
     """The page with its block made anew."""
     begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    study, rows, _ = rows_of(REPORTING)
-    drawn = f"![Paired differences]({FIGURE.relative_to(PAGE.parent)})\n\n" if figure(study, rows) else ""
-    parts = "\n".join(section(part) for part in (REPORTING, *TUNING))
+    drawn = f"![Paired differences]({FIGURE.relative_to(PAGE.parent)})\n\n" if headline() else ""
+    parts = "\n".join(section(part) for part in (*REPORTING, *TUNING))
     return f"{text[:begin]}\n{drawn}{parts}{text[end:]}"
 
 
@@ -133,8 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     PAGE.write_text(page(PAGE.read_text()))
-    study, rows, _ = rows_of(REPORTING)
-    drawn = figure(study, rows)
+    drawn = headline()
     if drawn is not None:
         FIGURE.write_text(drawn)
     else:
