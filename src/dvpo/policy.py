@@ -186,9 +186,10 @@ def open_policy(
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        fetch = "" if local.is_dir() else f"fetch it where there is a network (hf download {path}), or "
         raise InputError(
             f"model.path = {path} cannot be loaded as a causal language model with its tokenizer "
-            f"({first_line}): give a folder written by save_pretrained"
+            f"({first_line}): {fetch}give a folder written by save_pretrained"
         ) from None
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
