@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from dvpo.errors import InputError, RunStoppedError
 from dvpo.interrupt import Interrupted, handled
@@ -41,6 +42,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments of a command line; one that makes no sense ends the process with exit code 2."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
+    if "run" not in arguments:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
     # argparse takes no further positionals behind an option: `train a.yaml --resume steps=200` leaves steps=200 over.
     unknown = [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in arguments]
     if unknown:
@@ -52,21 +56,28 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="dvpo", description="Train language models by reinforcement learning when rewards are noisy."
+        prog="dvpo",
+        description="Train language models by reinforcement learning when rewards are noisy.",
+        epilog="Begin with `dvpo demo`. With a config of your own: `dvpo doctor`, `dvpo diagnose`, `dvpo train`, then "
+        "`dvpo eval` and `dvpo report`. `dvpo COMMAND --help` has the options, docs/tutorial.md walks through them.",
     )
     parser.set_defaults(go_on="nothing was written")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"dvpo {version('dvpo')}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="train a tiny model by dvpo and ppo under a noisy reward (minutes, CPU)")
+    def command(name: str, what: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+
+    demo = command("demo", "train a tiny model by dvpo and ppo under a noisy reward (minutes, CPU)")
     demo.add_argument("--algorithms", nargs="+", default=["dvpo", "ppo"], metavar="NAME", help="default: dvpo ppo")
-    demo.add_argument("--steps", type=int, default=100, help="training steps of each (default: 100)")
-    demo.add_argument("--noise", type=float, default=0.2, help="share of flipped rewards (default: 0.2)")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--steps", type=int, metavar="N", default=100, help="training steps of each (default: 100)")
+    demo.add_argument("--noise", type=float, metavar="X", default=0.2, help="share of flipped rewards (default: 0.2)")
+    demo.add_argument("--seed", type=int, metavar="N", default=0, help="of prompts, draws and noise (default: 0)")
     demo.add_argument("--output", help="folder of the runs (default: a new one under runs/)")
     demo.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=OVERRIDES)
     demo.set_defaults(run=_demo, go_on="the run folders hold what was done")
 
-    train = commands.add_parser("train", help="train as a YAML config says")
+    train = command("train", "train as a YAML config says")
     train.add_argument("config", metavar="CONFIG.yaml", help="settings of the run; configs/ has some to start from")
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
     train.add_argument("--resume", action="store_true", help="go on from the newest sound checkpoint in `output`")
@@ -76,18 +87,22 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--print-config", action="store_true", help="print the whole config as YAML and stop")
     train.set_defaults(run=_train, go_on="`dvpo train ... --resume` goes on from the last checkpoint")
 
-    evaluate = commands.add_parser("eval", help="evaluate a checkpoint on its task, one JSONL row an item")
+    evaluate = command("eval", "evaluate a checkpoint on its task, one JSONL row an item")
     evaluate.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run folder (newest checkpoint) or one")
     evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
     evaluate.add_argument("--splits", nargs="+", help="default: id and ood, if the task has them")
-    evaluate.add_argument("--samples", type=int, default=8, help="draws an item for pass@k (default: 8; 0: greedy)")
+    evaluate.add_argument(
+        "--samples", type=int, metavar="N", default=8, help="draws an item for pass@k (default: 8; 0: greedy)"
+    )
     evaluate.add_argument("--output", help="the JSONL file (default: evaluation-N.jsonl in the run folder)")
     evaluate.set_defaults(run=_eval)
 
-    study = commands.add_parser("study", help="a grid of task x noise x algorithm x seed; the same command resumes it")
-    study.add_argument("study", metavar="STUDY.yaml")
+    study = command("study", "a grid of task x noise x algorithm x seed; the same command resumes it")
+    study.add_argument("study", metavar="STUDY.yaml", help="the grid; configs/studies/ has some to start from")
     study.add_argument("overrides", nargs="*", metavar="key.sub=value", help=f"{OVERRIDES}; of every run")
-    study.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="runs at a time (default: cores)")
+    study.add_argument(
+        "--processes", type=int, metavar="N", default=os.cpu_count() or 1, help="runs at a time (default: cores)"
+    )
     study.add_argument("--only", metavar="AXIS=VALUE,...", help="some cells, e.g. task=math,noise=flip,seed=101")
     study.add_argument("--results", metavar="FILE", help="default: results.jsonl in the study's output")
     study.add_argument("--table", action="store_true", help="run nothing, print tables of the results")
@@ -98,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--baseline", default="ppo", help="whom the tables compare with (default: ppo)")
     study.set_defaults(run=_study, go_on="the same command goes on with the study")
 
-    report = commands.add_parser("report", help="one HTML page of runs side by side, or of a study")
+    report = command("report", "one HTML page of runs side by side, or of a study")
     report.add_argument(
         "sources", nargs="+", metavar="RUN_OR_STUDY", help="run folders, folders of runs, or STUDY.yaml"
     )
@@ -109,21 +124,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(run=_report)
 
-    inspect = commands.add_parser("inspect", help="a response token by token, as a checkpoint's critic sees it")
+    inspect = command("inspect", "a response token by token, as a checkpoint's critic sees it")
     inspect.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run folder (newest checkpoint) or one")
     inspect.add_argument("--prompt", help="a prompt of your own; default: an example of the task")
     inspect.add_argument("--split", default="id", help="of the example: train, id or ood (default: id)")
-    inspect.add_argument("--row", type=int, default=0, help="its place in the split, from 0 (default: 0)")
+    inspect.add_argument("--row", type=int, metavar="N", default=0, help="its place in the split, from 0 (default: 0)")
     inspect.add_argument("--response", help="look at this text instead of a sampled one")
-    inspect.add_argument("--reward", type=float, help="of the response, where the task does not know it")
+    inspect.add_argument("--reward", type=float, metavar="X", help="of the response, where the task does not know it")
     inspect.add_argument("--greedy", action="store_true", help="take the likeliest tokens instead of drawing")
-    inspect.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
-    inspect.add_argument("--colour", choices=["advantage", "value", "width"], default="advantage")
+    inspect.add_argument("--seed", type=int, metavar="N", default=0, help="of the draw (default: 0)")
+    inspect.add_argument("--colour", choices=["advantage", "value", "width"], default="advantage", help="of the tokens")
     inspect.add_argument("--compare", metavar="RUN_OR_CHECKPOINT", help="the same response under another critic")
     inspect.add_argument("--html", metavar="FILE.html", help="write the view as a page as well")
     inspect.set_defaults(run=_inspect, go_on="nothing was written")
 
-    watch = commands.add_parser("watch", help="curves of runs in the terminal, redrawn while they go on")
+    watch = command("watch", "curves of runs in the terminal, redrawn while they go on")
     watch.add_argument("runs", nargs="+", metavar="RUN", help="run folders or folders of runs, begun or not")
     watch.add_argument(
         "--metric",
@@ -136,46 +151,58 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="default: 2")
     watch.set_defaults(run=_watch)
 
-    label = commands.add_parser("label", help="majority-vote pseudo-labels of the training prompts, by any model")
-    label.add_argument("config", metavar="CONFIG.yaml")
+    label = command("label", "majority-vote pseudo-labels of the training prompts, by any model")
+    label.add_argument("config", metavar="CONFIG.yaml", help="of a run; nothing is trained")
     label.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
-    label.add_argument("--samples", type=int, default=8, help="answers a prompt (default: 8)")
-    label.add_argument("--prompts", type=int, help="only so many of the first prompts (default: all)")
+    label.add_argument("--samples", type=int, metavar="N", default=8, help="answers a prompt (default: 8)")
+    label.add_argument("--prompts", type=int, metavar="N", help="only so many of the first prompts (default: all)")
     label.add_argument("--output", default="labels.jsonl", metavar="FILE.jsonl", help="default: labels.jsonl")
     label.set_defaults(run=_label)
 
-    reward = commands.add_parser("reward-model", help="train a reward model on preference pairs, or make such pairs")
+    reward = command("reward-model", "train a reward model on preference pairs, or make such pairs")
     reward.add_argument("pairs", metavar="PAIRS.jsonl", help='lines of {"prompt": ..., "chosen": ..., "rejected": ...}')
     reward.add_argument("--model", default="embedded", help="a folder or hub name to start from (default: embedded)")
     reward.add_argument("--output", default="reward-model", metavar="FOLDER", help="default: reward-model")
-    reward.add_argument("--epochs", type=int, default=2, help="default: 2")
-    reward.add_argument("--lr", type=float, default=1e-3, help="default: 1e-3; about 1e-5 for a large model")
-    reward.add_argument("--batch-size", type=int, default=32, help="pairs in an optimiser step (default: 32)")
-    reward.add_argument("--held-out", type=float, default=0.1, help="share of prompts to test on (default: 0.1)")
-    reward.add_argument("--seed", type=int, default=0)
-    reward.add_argument("--device", default="auto")
+    reward.add_argument("--epochs", type=int, metavar="N", default=2, help="default: 2")
+    reward.add_argument(
+        "--lr", type=float, metavar="X", default=1e-3, help="default: 1e-3; about 1e-5 for a large model"
+    )
+    reward.add_argument(
+        "--batch-size", type=int, metavar="N", default=32, help="pairs in an optimiser step (default: 32)"
+    )
+    reward.add_argument(
+        "--held-out", type=float, metavar="X", default=0.1, help="share of prompts to test on (default: 0.1)"
+    )
+    reward.add_argument(
+        "--seed", type=int, metavar="N", default=0, help="of the order and of the new head (default: 0)"
+    )
+    reward.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
     reward.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute type")
     made = reward.add_argument_group("making PAIRS.jsonl instead of reading it")
     made.add_argument("--from-task", metavar="CONFIG.yaml", help="answers of its model, ordered by its task's verifier")
-    made.add_argument("--pairs", dest="count", type=int, default=2000, help="pairs to make (default: 2000)")
-    made.add_argument("--wrong", type=float, default=0.0, help="share of them to be turned (default: 0)")
+    made.add_argument(
+        "--pairs", dest="count", type=int, metavar="N", default=2000, help="pairs to make (default: 2000)"
+    )
+    made.add_argument("--wrong", type=float, metavar="X", default=0.0, help="share of them to be turned (default: 0)")
     made.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=OVERRIDES)
     reward.set_defaults(run=_reward_model)
 
-    diagnose = commands.add_parser("diagnose", help="how noisy a reward is on a model's answers, and what follows")
-    diagnose.add_argument("config", metavar="CONFIG.yaml")
+    diagnose = command("diagnose", "how noisy a reward is on a model's answers, and what follows")
+    diagnose.add_argument("config", metavar="CONFIG.yaml", help="of a run; nothing is trained")
     diagnose.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
-    diagnose.add_argument("--prompts", type=int, default=64, help="training prompts to try (default: 64)")
-    diagnose.add_argument("--samples", type=int, default=8, help="answers a prompt (default: 8)")
-    diagnose.add_argument("--repeats", type=int, default=2, help="scorings of each answer (default: 2)")
+    diagnose.add_argument("--prompts", type=int, metavar="N", default=64, help="training prompts to try (default: 64)")
+    diagnose.add_argument("--samples", type=int, metavar="N", default=8, help="answers a prompt (default: 8)")
+    diagnose.add_argument("--repeats", type=int, metavar="N", default=2, help="scorings of each answer (default: 2)")
     diagnose.add_argument(
         "--reward", action="append", default=[], metavar="FUNCTION", help="a further reward to compare with; repeatable"
     )
     diagnose.add_argument("--json", metavar="FILE.json", help="write findings, advice and settings as well")
     diagnose.set_defaults(run=_diagnose)
 
-    doctor = commands.add_parser("doctor", help="what is installed; what a config will need in memory and time")
-    doctor.add_argument("config", nargs="?", metavar="CONFIG.yaml")
+    doctor = command("doctor", "what is installed; what a config will need in memory and time")
+    doctor.add_argument(
+        "config", nargs="?", metavar="CONFIG.yaml", help="of a run to be measured; none: what is installed"
+    )
     doctor.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
     doctor.set_defaults(run=_doctor)
     return parser
