@@ -184,11 +184,12 @@ def test_the_reference_says_of_every_setting_what_it_is(settings: set[str]) -> N
     assert [key for key, text in explained.items() if text.lstrip().startswith("*")] == []
 
 
-def test_the_sites_side_bar_names_every_page() -> None:
-    named = {page for pages in navigation.NAVIGATION.values() for page in pages}
+def test_the_sites_side_bar_names_every_page_once_and_no_other() -> None:
+    named = [page for pages in navigation.navigation().values() for page in pages]
     pages = {page.relative_to(DOCS).with_suffix("").as_posix() for page in DOCS.rglob("*.md")}
     made = {f"reference/{group}" for group in reference.GROUPS}
-    assert named == pages - {"index"} | made
+    assert set(named) == pages - {"index"} | made
+    assert len(named) == len(set(named))
 
 
 # Files, dependencies, versions.

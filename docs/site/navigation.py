@@ -1,4 +1,4 @@
-"""What stands in the site's side bar. A page that is named nowhere here fails the build."""
+"""What stands in the site's side bar, in this order; a page that is named nowhere comes under "Further pages"."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,23 +8,30 @@ from reference import GROUPS
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
-ALGORITHMS = Path(__file__).parents[1] / "algorithms"
+DOCS = Path(__file__).parents[1]
 
-NAVIGATION = {
+CHOSEN = {
     "Start": ["tutorial", "own_data", "choosing", "batch_sizes", "scale"],
     "What it does": ["method", "critic", "noise", "tasks", "labels"],
     "Using it": ["diagnose", "runs", "report", "studies", "evaluation", "metrics", "faults"],
-    "Algorithms": sorted(f"algorithms/{page.stem}" for page in ALGORITHMS.glob("*.md")),
-    "What was found": ["results", "protocol", "speed", "log"],
+    "Algorithms": sorted(f"algorithms/{page.stem}" for page in DOCS.glob("algorithms/*.md")),
+    "What was found": ["results", "protocol", "paper", "speed", "log"],
     "The project": ["architecture", "dependencies"],
     "Reference": [f"reference/{group}" for group in GROUPS],
 }
 
 
+def navigation() -> dict[str, list[str]]:
+    named = {page for pages in CHOSEN.values() for page in pages}
+    pages = sorted(page.relative_to(DOCS).with_suffix("").as_posix() for page in DOCS.rglob("*.md"))
+    further = [page for page in pages if page not in named and page != "index"]
+    return CHOSEN | ({"Further pages": further} if further else {})
+
+
 def append_tables_of_contents(app: "Sphinx", docname: str, source: list[str]) -> None:
     """Give the first page the tables that a code host has no use for."""
     if docname == "index":
-        for caption, pages in NAVIGATION.items():
+        for caption, pages in navigation().items():
             entries = "\n".join(pages)
             source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n:maxdepth: 1\n\n{entries}\n```\n"
 
