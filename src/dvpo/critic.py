@@ -2,7 +2,8 @@
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -156,10 +157,16 @@ class Critic(nn.Module):
         with compute_type(self.dtype, tokens_BS.device):
             return hidden_states(self.trunk, tokens_BS, attention_BS, first)
 
-    def save(self, folder: Path) -> None:
-        """Write `critic.safetensors`, `critic.json` and the trunk's `config.json`."""
+    def save(self, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Write `critic.safetensors`, `critic.json` and the trunk's `config.json`.
+
+        Args:
+            folder: made if it is not there.
+            tensors: the whole state, where this module holds a shard of it.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        state = self.state_dict() if tensors is None else tensors
+        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
         save_file(tensors, folder / "critic.safetensors")
         (folder / "critic.json").write_text(json.dumps(asdict(self.shape), indent=2) + "\n")
         if self.trunk is not None:
@@ -214,6 +221,7 @@ def load_critic(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     gradient_checkpointing: bool = False,
+    attention: str | None = None,
 ) -> Critic:
     """Load a critic saved by `Critic.save` (the `critic/` folder of a checkpoint).
 
@@ -222,24 +230,54 @@ def load_critic(
         device: where it lives.
         dtype: compute type of its trunk.
         gradient_checkpointing: recompute the trunk's activations in the backward pass.
+        attention: implementation of the trunk's attention; None: transformers' choice.
 
     Raises:
         InputError: files missing, or weights that do not fit.
     """
-    folder = Path(folder)
-    try:
-        shape = CriticShape(**json.loads((folder / "critic.json").read_text()))
-        tensors = load_file(folder / "critic.safetensors")
+    critic = blank_critic(folder, dtype, gradient_checkpointing, attention)
+    with _readable(folder):
+        critic.load_state_dict(load_file(Path(folder) / "critic.safetensors"))
+    return critic.to(device).train(gradient_checkpointing)
+
+
+def blank_critic(
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    gradient_checkpointing: bool = False,
+    attention: str | None = None,
+) -> Critic:
+    """A critic of the same shape with fresh weights: for a process that is sent them by another.
+
+    Args, Raises: as `load_critic`.
+    """
+    shape = critic_shape(folder)
+    with _readable(folder):
         trunk = None
         if shape.trunk != "shared":
-            trunk = AutoModel.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            trunk = AutoModel.from_config(config, attn_implementation=attention)
             if gradient_checkpointing:
                 trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        critic = Critic(shape, trunk, dtype)
-        critic.load_state_dict(tensors)
+        return Critic(shape, trunk, dtype).train(gradient_checkpointing)
+
+
+def critic_shape(folder: str | Path) -> CriticShape:
+    """What is said of a saved critic beside its weights.
+
+    Raises:
+        InputError: no critic there.
+    """
+    with _readable(folder):
+        return CriticShape(**json.loads((Path(folder) / "critic.json").read_text()))
+
+
+@contextmanager
+def _readable(folder: str | Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"critic folder {folder} cannot be read ({reason}): give the critic/ folder of a checkpoint"
         ) from None
-    return critic.to(device).train(gradient_checkpointing)

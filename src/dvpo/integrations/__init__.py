@@ -1,0 +1,1 @@
+"""Engines of others that DVPO runs in."""

@@ -1,0 +1,1 @@
+"""Hydra configs of the plug-in; a package, so that Hydra finds them wherever dvpo is installed."""
