@@ -50,7 +50,7 @@ class CriticModule(nn.Module):
         return False
 
 
-@EngineRegistry.register(model_type=MODEL_TYPE, backend="fsdp2", device=["cuda", "npu", "cpu"])
+@EngineRegistry.register(model_type=MODEL_TYPE, backend="fsdp2", device=["cuda", "npu"])
 class CriticEngine(FSDPEngineWithLMHead):
     """FSDP2 for the trunk in the compute type that verl is told, and for the heads in float32."""
 
