@@ -19,14 +19,17 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import pytest  # noqa: E402
 import ray  # noqa: E402
+from reference import ADAM, Reference, make_reference  # noqa: E402
+from verl.single_controller.ray import RayWorkerGroup  # noqa: E402
+from workers import critic_workers  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    """Two places for workers, which verl takes for GPUs."""
+    """Four places for workers, which verl takes for GPUs."""
     ray.init(
-        num_cpus=8,
-        num_gpus=2,
+        num_cpus=16,
+        num_gpus=4,
         object_store_memory=200 * 2**20,
         include_dashboard=False,
         log_to_driver=False,
@@ -34,3 +37,21 @@ def cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return make_reference(tmp_path_factory.mktemp("critic"), tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="session")
+def one_rank(cluster: None, reference: Reference) -> Iterator[RayWorkerGroup]:
+    how = {"enable_gradient_checkpointing": True}
+    with critic_workers(reference.folder, reference.objective, ranks=1, optimiser=ADAM, **how) as group:
+        yield group
+
+
+@pytest.fixture(scope="session")
+def two_ranks(cluster: None, reference: Reference) -> Iterator[RayWorkerGroup]:
+    with critic_workers(reference.folder, reference.objective, ranks=2, optimiser=ADAM) as group:
+        yield group

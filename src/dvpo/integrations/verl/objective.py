@@ -1,5 +1,6 @@
 """What the critic learns inside verl, as functions of flat tensors: verl itself is not imported here."""
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -119,21 +120,24 @@ def make_objective(settings: Mapping[str, Any], gamma: float, lam: float) -> Obj
             f"dvpo.advantage.gamma, lam = {advantage.gamma}, {advantage.lam} differ from algorithm.gamma, lam = "
             f"{gamma}, {lam}, which the actor uses: set the latter, and dvpo.advantage.critic_lam for the targets"
         )
-    impossible = {
-        "dvpo.advantage.law.functional": advantage.law.functional in ("rank", "denoised"),
-        "dvpo.advantage.delta_clip": advantage.delta_clip is not None,
-        "dvpo.advantage.whiten": not advantage.whiten,
-        "dvpo.advantage.truncation": advantage.truncation != "terminal",
-        "dvpo.critic.adaptive_risk": critic.adaptive_risk,
-        "dvpo.critic.replay": bool(critic.replay),
-        "dvpo.critic.verdict_only_steps": bool(critic.verdict_only_steps),
-        "dvpo.critic.epochs": critic.epochs is not None,
-        "dvpo.critic.privileged": critic.privileged is not None,
+    followed = {
+        "advantage.law.functional": advantage.law.functional not in ("rank", "denoised"),
+        "advantage.delta_clip": advantage.delta_clip is None,
+        "advantage.whiten": advantage.whiten,
+        "advantage.truncation": advantage.truncation == "terminal",
+        "critic.trunk": critic.trunk == "own",
+        "critic.features": not critic.features,
+        "critic.privileged": critic.privileged is None,
+        "critic.adaptive_risk": not critic.adaptive_risk,
+        "critic.replay": not critic.replay,
+        "critic.verdict_only_steps": not critic.verdict_only_steps,
+        "critic.epochs": critic.epochs is None,
     }
-    if refused := [name for name, asked in impossible.items() if asked]:
+    if refused := [name for name, known in followed.items() if not known]:
+        value = functools.reduce(getattr, refused[0].split("."), config)
         raise InputError(
-            f"{refused[0]}: verl's GAE and its critic worker know nothing of it: leave it at its default, "
-            "or train with `dvpo train`"
+            f"dvpo.{refused[0]} = {value} cannot be followed inside verl, where GAE, epochs and inputs are verl's: "
+            "leave it out, or train with `dvpo train`"
         )
     return Objective(config)
 
