@@ -26,10 +26,10 @@ from workers import critic_workers  # noqa: E402
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    """Four places for workers, which verl takes for GPUs."""
+    """Eight places for workers, which verl takes for GPUs."""
     ray.init(
-        num_cpus=16,
-        num_gpus=4,
+        num_cpus=32,
+        num_gpus=8,
         object_store_memory=200 * 2**20,
         include_dashboard=False,
         log_to_driver=False,
