@@ -4,10 +4,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TRL    := .venv-trl
+VERL_ENV := .venv-verl
 BROWSER := $(VENV)/.browser
 DOCS   := $(VENV)/.docs
 
-.PHONY: demo test test-all test-browser docs site pictures bench bench-trl faults results lint format wheel-test learns \
+.PHONY: demo test test-all test-browser test-verl docs site pictures bench bench-trl faults results lint format wheel-test learns \
         clean
 
 # The set-up is one pinned environment; it is remade when the pins change.
@@ -56,6 +57,20 @@ site: $(DOCS)
 pictures: $(DOCS)
 	$(BIN)/python docs/site/pictures.py
 
+# The plug-in for verl, in an environment of its own: real Ray workers on a CPU. Against verl's main:
+# `make test-verl VERL=git+https://github.com/verl-project/verl`; nothing depends on that.
+$(VERL_ENV)/.ready: pyproject.toml requirements/verl.txt
+	$(PYTHON) -m venv $(VERL_ENV)
+	$(VERL_ENV)/bin/pip install --quiet --disable-pip-version-check -c requirements/verl.txt torch
+	$(VERL_ENV)/bin/pip install --quiet --disable-pip-version-check -r requirements/verl.txt
+	$(VERL_ENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+# A canary puts another verl there, and the pinned one comes back the next time.
+test-verl: $(VERL_ENV)/.ready
+	$(if $(VERL),rm $< && $(VERL_ENV)/bin/pip install --quiet --no-deps --force-reinstall '$(VERL)')
+	$(VERL_ENV)/bin/python -m pytest tests/with_verl
+
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quantile_loss.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gae.py
@@ -99,4 +114,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(TRL) build dist site docs/reference .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TRL) $(VERL_ENV) build dist site docs/reference .mypy_cache .ruff_cache

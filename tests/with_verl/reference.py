@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from runs import LINEAR, Talk, rollout_of, run_config
 from torch import Tensor
 
 from dvpo.batch import Rollout
 from dvpo.integrations.verl.objective import Objective, make_objective
 from dvpo.trainer import Trainer
+from runs import LINEAR, Talk, rollout_of, run_config
 
 EPOCHS = 3
 ADAM = {"lr": 1.0, "weight_decay": 0.0, "clip_grad": 1.0, "override_optimizer_config": {"eps": 10.0}}

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from reference import ADAM, EPOCHS, TERMS, Reference
-from runs import farthest
 from workers import as_verl_has_it, critic_workers, learn, values_of
 
 from dvpo.critic import load_critic
+from runs import farthest
 
 CASES = {
     "1 rank, activations recomputed": ("one_rank", {}),

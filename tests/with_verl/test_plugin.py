@@ -8,10 +8,19 @@ from pathlib import Path
 import pytest
 import ray
 import yaml
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.config import omega_conf_to_dataclass, validate_config
+
+from dvpo.integrations.verl.prepare import packaged_settings, prepare
+from dvpo.integrations.verl.trainer import read_objective
+from runs import model_folder
 
 FRESH = {key: value for key, value in os.environ.items() if not key.startswith(("VERL_", "PYTHONPATH"))}
 CHECK = ["-m", "dvpo.integrations.verl.check"]
 MAIN = ["-m", "verl.trainer.main_ppo", "--config-path=pkg://dvpo.integrations.verl.config", "--config-name=dvpo"]
+SCRIPT = Path(__file__).parents[2] / "examples" / "verl" / "qwen3_8b_8_gpus.sh"
 
 
 def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -81,3 +90,34 @@ def test_verls_own_command_composes_the_packaged_config_from_anywhere(tmp_path: 
     )
     assert config["actor_rollout_ref"]["actor"]["strategy"] == "fsdp2"
     assert "sync" in config["trainer"]["v1"]  # verl's own keys are still there
+
+
+def test_verl_takes_the_settings_of_the_script_for_eight_gpus(tmp_path: Path):
+    """Run with a Python that notes what it is asked for; the settings are then composed and validated by verl."""
+    stub = tmp_path / "bin" / "python"
+    stub.parent.mkdir()
+    stub.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >> {tmp_path}/asked\n')
+    stub.chmod(0o755)
+    critic = tmp_path / "critic"
+    prepare(model_folder(), critic, packaged_settings())
+    given = {
+        "MODEL": model_folder(),
+        "CRITIC": str(critic),
+        "TRAIN": "a.parquet",
+        "TEST": "b.parquet",
+        "REWARD": "r.py",
+    }
+    path = f"{stub.parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run([SCRIPT, "trainer.nnodes=2"], env={**FRESH, **given, "PATH": path}, check=True)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked[:2] == CHECK
+    assert asked[2:6] == MAIN
+    with initialize_config_module("dvpo.integrations.verl.config", version_base=None):
+        config = compose("dvpo", overrides=asked[6:])
+    OmegaConf.resolve(config)
+    validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+    read_objective(config)
+    critic_config = omega_conf_to_dataclass(config.critic)
+    assert critic_config.ppo_infer_max_token_len_per_gpu == 16384
+    assert (critic_config.engine.strategy, critic_config.engine.param_offload) == ("fsdp2", True)
+    assert config.trainer.nnodes == 2

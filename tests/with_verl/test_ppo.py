@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas
 import pytest
@@ -11,13 +11,13 @@ import torch
 import transfer_queue
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
-from runs import model_folder
 from verl.trainer.ppo.v1 import get_trainer_cls, trainer_base
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from dvpo.critic import load_critic
 from dvpo.errors import InputError
 from dvpo.integrations.verl.prepare import packaged_settings, prepare
+from runs import model_folder
 
 PROMPTS, SAMPLES = 4, 2
 
@@ -36,7 +36,7 @@ class NoServers:
 class Recorder:
     """In the place of verl's loggers."""
 
-    rows: list[dict[str, Any]] = []
+    rows: ClassVar[list[dict[str, Any]]] = []
 
     def __init__(self, **settings: Any) -> None:
         Recorder.rows = []
@@ -131,7 +131,7 @@ def run_config(folder: Path, *overrides: str) -> Any:
         f"critic.model.path={folder}/critic",
         "critic.model.use_remove_padding=False",
         "+critic.model.override_config.attn_implementation=sdpa",
-        "critic.ppo_micro_batch_size_per_gpu=2",
+        "critic.ppo_max_token_len_per_gpu=64",
         f"+critic.fsdp.mixed_precision={exact}",
         "critic.optim.lr=1e-2",
         "critic.checkpoint.save_contents=[model,optimizer,extra,hf_model]",

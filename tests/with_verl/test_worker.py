@@ -61,9 +61,11 @@ def test_targets_stay_with_their_responses_however_a_batch_is_cut_and_shuffled(
 
 
 def exchanged(rewards: Tensor) -> Tensor:
-    """Every response has its neighbour's rewards, as far as they fit."""
+    """Every response has its neighbour's return, at its end."""
     rows = rewards.unbind()
-    return nested([torch.zeros_like(row).index_put((torch.tensor(-1),), rows[i - 1].sum()) for i, row in enumerate(rows)])
+    return nested(
+        [torch.zeros_like(row).index_put((torch.tensor(-1),), rows[i - 1].sum()) for i, row in enumerate(rows)]
+    )
 
 
 # Batches.
@@ -116,7 +118,7 @@ def test_a_batch_that_was_not_evaluated_is_not_learnt_from(reference: Reference,
         learn(one_rank, reversed_rows)
 
 
-@pytest.mark.parametrize("name, value", [("num_quantiles", 16), ("num_heads", 2), ("monotone", False)])
+@pytest.mark.parametrize(("name", "value"), [("num_quantiles", 16), ("num_heads", 2), ("monotone", False)])
 def test_a_critic_prepared_otherwise_is_refused(
     name: str, value: object, reference: Reference, one_rank: RayWorkerGroup
 ):
@@ -149,9 +151,7 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(
     assert all(not torch.equal(state[name], tensor) for name, tensor in later.heads.state_dict().items())
 
 
-def test_the_exported_critic_says_what_the_worker_said(
-    reference: Reference, two_ranks: RayWorkerGroup, tmp_path: Path
-):
+def test_the_exported_critic_says_what_the_worker_said(reference: Reference, two_ranks: RayWorkerGroup, tmp_path: Path):
     batch = as_verl_has_it(reference.rollout)
     two_ranks.reset()
     losses(two_ranks, batch, steps=1)

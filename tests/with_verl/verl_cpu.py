@@ -10,7 +10,6 @@ import torch
 import torch.distributed
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 
-
 _init_process_group = torch.distributed.init_process_group
 
 

@@ -68,11 +68,14 @@ class CriticEngine(FSDPEngineWithLMHead):
         }
         if asked := [name for name, on in unknown.items() if on]:
             raise InputError(f"{asked[0]} is on, which dvpo's critic does not know: leave it off")
-        contents = list(self.checkpoint_config.save_contents)
-        self._exports = "hf_model" in contents
+        checkpoint: Any = self.checkpoint_config
+        self._exports = "hf_model" in checkpoint.save_contents
         # verl would write it as a model of transformers, which a critic with its heads is not.
-        plain = [content for content in contents if content != "hf_model"]
-        self.checkpoint_config = replace(self.checkpoint_config, save_contents=plain, load_contents=plain)
+        saved, loaded = (
+            [content for content in contents if content != "hf_model"]
+            for contents in (checkpoint.save_contents, checkpoint.load_contents)
+        )
+        self.checkpoint_config: Any = replace(checkpoint, save_contents=saved, load_contents=loaded)
         self.objective: Objective | None = None
         self.ensembles: dict[int, Tensor] = {}
         """Of the last batch that was evaluated, by row: the mean over heads at each token of the response, [T, M]."""

@@ -67,8 +67,10 @@ class CriticWorker(TrainingWorker):
             RuntimeError: the batch is not the one that was evaluated last.
         """
         if not same_rows(self._evaluated, data["input_ids"].unbind()):
-            raise RuntimeError("the critic is to learn from responses that it has not just evaluated: use trainer_mode")
-        rewards = data["token_level_rewards"] if "token_level_rewards" in data.keys() else data["rm_scores"]
+            raise RuntimeError(
+                "the critic is to learn from responses that it has not just evaluated: take trainer_mode=dvpo"
+            )
+        rewards = data["token_level_rewards"] if "token_level_rewards" in data else data["rm_scores"]
         given = zip(rewards.unbind(), data["response_mask"].unbind(), data["responses"].unbind(), strict=True)
         self.engine.targets = {
             row: self.engine.objective.targets(rewards_T, self.engine.ensembles[row], mask_T, tokens_T)
