@@ -8,8 +8,8 @@ VERL_ENV := .venv-verl
 BROWSER := $(VENV)/.browser
 DOCS   := $(VENV)/.docs
 
-.PHONY: demo test test-all test-browser test-verl docs site pictures bench bench-trl faults results lint format wheel-test learns \
-        clean
+.PHONY: demo test test-all test-browser test-verl docs site pictures bench bench-trl faults results lint format \
+        wheel-test learns clean
 
 # The set-up is one pinned environment; it is remade when the pins change.
 $(READY): pyproject.toml constraints.txt

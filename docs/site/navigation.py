@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 DOCS = Path(__file__).parents[1]
 
 CHOSEN = {
-    "Start": ["tutorial", "own_data", "choosing", "batch_sizes", "scale"],
+    "Start": ["tutorial", "own_data", "choosing", "batch_sizes", "scale", "verl"],
     "What it does": ["method", "critic", "noise", "tasks", "labels"],
     "Using it": ["diagnose", "runs", "report", "studies", "evaluation", "metrics", "faults"],
     "Algorithms": sorted(f"algorithms/{page.stem}" for page in DOCS.glob("algorithms/*.md")),
