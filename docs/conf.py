@@ -31,7 +31,10 @@ highlight_language = "none"
 
 # What a docstring puts in backticks is a name: a link where the name has a page, code where not.
 default_role = "py:obj"
-suppress_warnings = ["ref.python"]  # a word such as `seed` names fields of several classes
+suppress_warnings = [
+    "ref.python",  # a word such as `seed` names fields of several classes
+    "myst.header",  # tables that a command writes bring their own headings
+]
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
@@ -44,5 +47,6 @@ html_title = f"dvpo {version}"
 html_static_path = ["site/static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_show_search_summary = False  # summaries are fetched, which no page from a disk may do
 html_show_sphinx = False
 html_show_copyright = False

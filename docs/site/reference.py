@@ -175,9 +175,9 @@ def in_words(annotation: ast.expr) -> str:
         if kind == "tuple":
             return "a list"
         limits = [word for part in inside[1:] if isinstance(part, ast.Call) for word in part.keywords]
-        return " and ".join(f"{BOUNDS[w.arg]} {ast.unparse(w.value)}" for w in limits if w.arg in BOUNDS) or in_words(
-            inside[0]
-        )
+        return " and ".join(
+            f"{BOUNDS[w.arg]} {ast.unparse(w.value).replace(' ** ', '^')}" for w in limits if w.arg in BOUNDS
+        ) or in_words(inside[0])
     return WORDS.get(ast.unparse(annotation), ast.unparse(annotation))
 
 
@@ -201,7 +201,7 @@ def commands_page() -> str:
 
 
 def literal(parser: argparse.ArgumentParser) -> str:
-    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=100)  # type: ignore[assignment]
+    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=88)  # type: ignore[assignment]
     return "::\n\n" + "".join(f"    {line}\n" for line in parser.format_help().splitlines()) + "\n"
 
 
