@@ -308,6 +308,21 @@ def test_a_checkpoints_policy_opens_as_the_evaluation_page_says(
     assert capsys.readouterr().out.endswith("\n")
 
 
+def test_the_blocks_of_the_critics_page_run_as_they_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in fenced(DOCS / "critic_use.md", "python"):
+        exec(block, names)
+    said = capsys.readouterr().out.splitlines()
+    assert 0 <= float(said[0]) <= 1
+    first, other = names["readings"]
+    assert first.values_U[:15].tolist() == pytest.approx(other.values_U[:15].tolist(), abs=1e-5)  # up to `...-4=1`
+    assert first.value != other.value
+    assert json.loads(said[-1]) == pytest.approx([first.value], abs=1e-5)
+
+
 def test_the_readme_shows_what_the_own_data_page_runs() -> None:
     for language in ("python", "yaml"):
         assert set(fenced(ROOT / "README.md", language)) <= set(fenced(EXAMPLES, language))

@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parents[1] / "reference"
 MODULES = {
     "python": (
         "Trainer, configs, models",
-        ["trainer", "config", "critic", "policy", "checkpoint", "evaluate", "sampling", "batch", "errors"],
+        ["trainer", "config", "valuation", "critic", "policy", "checkpoint", "evaluate", "sampling", "batch", "errors"],
     ),
     "core": (
         "Mathematics",

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dvpo.config import load_config
-    from dvpo.critic import load_critic
     from dvpo.trainer import Trainer
+    from dvpo.valuation import load_critic
 
 __all__ = ["Trainer", "load_config", "load_critic"]
 __version__ = version("dvpo")
 
-_HOMES = {"Trainer": "dvpo.trainer", "load_config": "dvpo.config", "load_critic": "dvpo.critic"}
+_HOMES = {"Trainer": "dvpo.trainer", "load_config": "dvpo.config", "load_critic": "dvpo.valuation"}
 
 
 def __getattr__(name: str) -> Any:

@@ -27,6 +27,7 @@ from dvpo.seeding import derive_seed
 from dvpo.tasks import Example, SingleTurn, Task, make_task
 from dvpo.token_terminal import print_view
 from dvpo.token_view import token_row
+from dvpo.valuation import with_features
 
 
 @dataclass(frozen=True)
@@ -199,20 +200,9 @@ def _rollout(subject: Subject, example: Example, episode: Episode, question: Que
         columns = {name: [value] for name, value in example.columns.items()}
         rollout = replace(rollout, hints_BH=privilege.hints(columns))
     rollout = rollout.to(subject.policy.device)
-    return _with_features(subject, rollout) if settings.critic.features else rollout
-
-
-def _with_features(subject: Subject, rollout: Rollout) -> Rollout:
-    """Log-probs and entropies of the tokens under the policy: a given response was never drawn."""
-    hidden_BSD = subject.policy.hidden_states(rollout.tokens_BS, rollout.attention_BS)
-    states_BTD = hidden_BSD[:, rollout.prompt_length - 1 : -1]
-    figures = torch.zeros(2, *rollout.mask_BT.shape, device=subject.policy.device)
-    figures[:, rollout.mask_BT] = torch.stack(
-        subject.policy.token_logprobs(
-            states_BTD[rollout.mask_BT], rollout.response_BT[rollout.mask_BT], subject.config.sampling.temperature
-        )
-    )
-    return replace(rollout, sampler_logprobs_BT=figures[0], old_logprobs_BT=figures[0], entropies_BT=figures[1])
+    if not settings.critic.features:
+        return rollout
+    return with_features(rollout, subject.policy, settings.sampling.temperature)
 
 
 def _estimates(subject: Subject, rollout: Rollout) -> Estimates:
