@@ -181,7 +181,7 @@ def test_the_reference_says_of_every_setting_what_it_is(settings: set[str]) -> N
     explained = dict(re.findall(r"^``([a-z_.]+)``\n   (.*)$", reference.settings_page(), re.MULTILINE))
     sections = {name.rpartition(".")[0] for name in settings}
     assert set(explained) == settings - sections
-    assert [key for key, text in explained.items() if text.lstrip().startswith("*")] == []
+    assert [key for key, text in explained.items() if text.lstrip().startswith("(")] == []
 
 
 def test_the_sites_side_bar_names_every_page_once_and_no_other() -> None:

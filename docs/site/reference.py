@@ -66,6 +66,10 @@ def heading(text: str, line: str) -> str:
 
 def modules_page(title: str, modules: list[str]) -> str:
     text = heading(title, "=")
+    if "trainer" in modules:
+        text += (
+            "``from dvpo import Trainer, load_config, load_critic`` has the three names that most programs need.\n\n"
+        )
     for name in modules:
         path = Path(inspect.getfile(import_module(f"dvpo.{name}")))
         source = path.relative_to(FOLDER.parents[1]).as_posix()
@@ -85,7 +89,7 @@ def as_restructured(app: "Sphinx", what: str, name: str, thing: Any, options: An
             made += ["::", ""]
             block = True
         made.append(line if block else escaped(line))
-    if what == "attribute":  # napoleon takes what stands before a colon for its type: there is none
+    if what in ("attribute", "data", "property"):  # napoleon takes what stands before a colon for its type: none is
         made[0] = f": {made[0]}"
     lines[:] = made
 
@@ -127,7 +131,7 @@ def entries(section: Any, prefix: str) -> Iterator[str]:
 def entry(section: Any, name: str, prefix: str) -> str:
     owner = next(kind for kind in type(section).__mro__ if name in vars(kind).get("__annotations__", {}))
     kind, what = explained(owner)[name]
-    return f"``{prefix}{name}``\n   {what} *{kind}; by default* ``{shown(getattr(section, name))}``\n\n"
+    return f"``{prefix}{name}``\n   {what} ({kind}; default ``{shown(getattr(section, name))}``)\n\n"
 
 
 def explained(section: type) -> dict[str, tuple[str, str]]:

@@ -91,7 +91,8 @@ def test_the_reference_has_the_public_names_and_no_private_ones(pages: dict[Path
     assert [place for place in reference if re.match(r"dvpo\.(.*\.)?_", place)] == []
 
 
-def test_equations_in_docstrings_keep_their_lines(pages: dict[Path, Page]) -> None:
+def test_docstrings_keep_their_equations_and_colons(pages: dict[Path, Page]) -> None:
     text = re.sub(r"<[^>]+>", "", (SITE / "reference" / "core.html").read_text())
+    assert "Not tried again: a function" in (SITE / "reference" / "rewards.html").read_text()
     assert "delta_tj = r_t + gamma theta_j(s_{t+1}) - theta_j(s_t)" in text
     assert re.search(r"\n *gain +\( mean up\(theta\) - mean up\(G\) \)\^2", text)
