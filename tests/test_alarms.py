@@ -181,8 +181,8 @@ def with_other_log_probs_in_step_2(folder: Path, *settings: str) -> Trainer:
     trainer = Trainer(run_config(folder, "steps=3", *settings), task=Parity())
     play = trainer.collector.sample
 
-    def sample(count: int) -> Any:
-        episodes = play(count)
+    def sample(draws: Any) -> Any:
+        episodes = play(draws)
         for episode in episodes if trainer.step == 2 else []:
             episode.logprobs = [logprob - 0.3 for logprob in episode.logprobs]
         return episodes

@@ -55,7 +55,7 @@ def test_silent_groups_are_replaced_by_the_next_prompts_and_the_others_stay_wher
     tmp_path: Path, rest: Reward
 ) -> None:
     plain = Trainer(run_config(tmp_path / "plain"), task=Silent(rest))
-    order = [plain.collector.sample(1)[0].example for _ in range(16)]
+    order = [plain.collector.sample(plain.prompts.next(1))[0].example for _ in range(16)]
     plain.close()
     trainer = Trainer(run_config(tmp_path / "run", "sampling.resample_rounds=9"), task=Silent(rest))
     for _ in range(3):

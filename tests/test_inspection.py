@@ -53,7 +53,7 @@ def test_the_values_are_those_that_the_trainer_logs(runs: Path):
     episode = answered(subject, example, question)
     first = Trainer(replace(config, output=str(runs / "fresh")))  # draws the same responses
     first.step = 1
-    episode.tokens = first.collector.sample(1)[0].tokens
+    episode.tokens = first.collector.sample(first.prompts.next(1))[0].tokens
     first.close()
     episode.turns, episode.logprobs = [0] * len(episode.tokens), [0.0] * len(episode.tokens)
     row = look(subject, example, episode, question).tokens[0]

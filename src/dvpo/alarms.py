@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from dvpo.distributed import is_main
 from dvpo.settings_learning import AlarmsConfig
 
 NAMES = ("entropy", "kl", "value", "mismatch", "hacking")
@@ -70,7 +71,7 @@ class Alarms:
     def _ring(self, step: int, ringing: dict[str, str], record: Record) -> None:
         begun = [name for name in ringing if name not in self._ringing]
         self._ringing = ringing
-        for name in begun:
+        for name in begun if is_main() else ():
             warnings.warn(f"step {step}: alarm {name}: {ringing[name]}", stacklevel=3)
         record(step, [{"kind": "alarm", "alarm": name, "message": ringing[name]} for name in begun])
 

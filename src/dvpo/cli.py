@@ -9,6 +9,7 @@ Exit codes: 0 done, 1 a fault of ours (with its traceback) or a failed run of a 
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 
@@ -27,13 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         with handled():
             code: int | None = arguments.run(arguments)
     except InputError as error:
-        print(f"dvpo: {error}", file=sys.stderr)  # noqa: T201
+        _say(str(error))
         return 2
     except RunStoppedError as error:
-        print(f"dvpo: the run stopped itself: {error}", file=sys.stderr)  # noqa: T201
+        _say(f"the run stopped itself: {error}")
         return 3
     except Interrupted as stop:
-        print(f"dvpo: interrupted by {stop}; {arguments.go_on}", file=sys.stderr)  # noqa: T201
+        _say(f"interrupted by {stop}; {arguments.go_on}")
         return stop.exit_code
     return code or 0
 
@@ -51,7 +52,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"unrecognised argument {unknown[0]}: see dvpo COMMAND --help")
     if rest:
         arguments.overrides += rest
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and arguments.run is not _train:
+        parser.error("only `dvpo train` takes several processes: start this command without torchrun")
     return arguments
+
+
+def _say(sentence: str) -> None:
+    """Of several processes the first speaks: they read the same config, and what ends a run they agree on."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"dvpo: {sentence}", file=sys.stderr)  # noqa: T201
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -226,16 +235,24 @@ def _train(arguments: argparse.Namespace) -> None:
         return
     if arguments.allow and not arguments.resume:
         raise InputError("--allow names what a resumed run may change: add --resume")
+    first = os.environ.get("RANK", "0") == "0"
+    if not first:
+        warnings.simplefilter("ignore")  # the first process gives them
     try:
+        from rich.console import Console
+
+        from dvpo.distributed import shutdown
         from dvpo.progress import RunProgress
         from dvpo.trainer import Trainer
 
         allow = arguments.allow.split(",") if arguments.allow else ()
         trainer = Trainer(config, resume=arguments.resume, allow=allow)
-        with RunProgress(config.algorithm, config.steps, start=trainer.step) as progress:
+        console = Console(quiet=not first)
+        with RunProgress(config.algorithm, config.steps, start=trainer.step, console=console) as progress:
             trainer.observer = progress
             trainer.train()
             progress.console.print(f"run folder: {trainer.folder}", soft_wrap=True)
+        shutdown()
     except Interrupted as stop:
         stop.resumable = os.path.exists(os.path.join(config.output, "config.yaml"))  # what a resume needs
         if not stop.resumable:

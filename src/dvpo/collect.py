@@ -1,24 +1,31 @@
-"""The responses of a step: sampled, scored, and groups without signal replaced by others (dynamic sampling)."""
+"""The responses of a step: sampled, scored, and groups without signal replaced by others (dynamic sampling).
+
+Of several processes each samples its share of the step's prompts. Who draws which is the same for all, so that the step
+has the same responses however many there are, and a prompt's responses are never parted.
+"""
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from torch import Tensor
 
 from dvpo.data import MixedPrompts, PromptStream
+from dvpo.distributed import gather_objects, gather_rows, share
 from dvpo.metrics import SAME
+from dvpo.rewards import Fault
 from dvpo.sampling import ChatEncoder, Episode, Sampler, begin, play
 from dvpo.scoring import Scored, Scorer, join
 from dvpo.seeding import derive_seed
 from dvpo.settings import SamplingConfig
-from dvpo.tasks import Task
+from dvpo.tasks import Example, Task
 
 
 @dataclass(frozen=True)
 class Collected:
-    """Everything that a step sampled, and which of it the step trains on."""
+    """Everything that this process sampled in a step, and which of it the step trains on."""
 
     sampled: list[Episode]
     """Groups one after the other; those that were replaced are among them."""
@@ -34,16 +41,28 @@ class Collected:
         return [self.sampled[row] for row in self.kept]
 
     def completions(self, count: int) -> list[dict[str, Any]]:
-        """The first responses of the step, as the log shows them."""
+        """The first responses of the step, of all processes, as the log shows them."""
         observed, true = self.scored.fields["observed_B"], self.scored.fields["true_B"]
-        return [
+        rows = [
             {**_record(self.sampled[row]), "observed": float(observed[row]), "true": float(true[row])}
             for row in self.kept[:count]
         ]
+        return gather_rows(rows)[:count]
 
-    def faults(self) -> list[dict[str, Any]]:
-        """What went wrong with the rewards of anything sampled, as the log shows it."""
-        return [
+    def faults(self) -> tuple[list[Fault], int]:
+        """What went wrong with the rewards of all processes, and how much they sampled: indices count through it."""
+        parts = gather_objects((self.scored.faults, len(self.sampled)))
+        firsts = accumulate((sampled for _, sampled in parts), initial=0)
+        faults = [
+            fault if fault.index is None else replace(fault, index=first + fault.index)
+            for (own, _), first in zip(parts, firsts, strict=False)
+            for fault in own
+        ]
+        return faults, sum(sampled for _, sampled in parts)
+
+    def fault_records(self) -> list[dict[str, Any]]:
+        """What went wrong with the rewards of anything that any process sampled, as the log shows it."""
+        rows = [
             {
                 "kind": f.kind,
                 "message": f.message,
@@ -52,6 +71,7 @@ class Collected:
             }
             for f in self.scored.faults
         ]
+        return gather_rows(rows)
 
 
 class Collector:
@@ -85,27 +105,34 @@ class Collector:
         size, seconds = self.settings.samples_per_prompt, 0.0
         sampled: list[Episode] = []
         parts: list[Scored] = []
-        groups: list[range] = [range(0)] * self.settings.prompts_per_step
-        silent = list(range(len(groups)))
+        own = share(self.settings.prompts_per_step)
+        groups: dict[int, range] = {}
+        silent = list(range(self.settings.prompts_per_step))
         for _ in range(1 + self.settings.resample_rounds):
-            started = time.perf_counter()
-            episodes = self.sample(len(silent))
-            seconds += time.perf_counter() - started
-            parts.append(self.scorer(episodes))
-            for number, place in enumerate(silent):
-                first = len(sampled) + number * size
-                groups[place] = range(first, first + size)
-            observed = parts[-1].fields["observed_B"].split(size)
-            silent = [place for place, rewards in zip(silent, observed, strict=True) if not has_signal(rewards)]
-            sampled += episodes
+            # Every process draws for all of them, and so knows what comes next.
+            draws = dict(zip(silent, self.prompts.next(len(silent)), strict=True))
+            places = [place for place in silent if place in own]
+            if places:
+                started = time.perf_counter()
+                episodes = self.sample([draws[place] for place in places])
+                seconds += time.perf_counter() - started
+                parts.append(self.scorer(episodes))
+                for number, place in enumerate(places):
+                    first = len(sampled) + number * size
+                    groups[place] = range(first, first + size)
+                observed = parts[-1].fields["observed_B"].split(size)
+                places = [place for place, rewards in zip(places, observed, strict=True) if not has_signal(rewards)]
+                sampled += episodes
+            if self.settings.resample_rounds:
+                silent = gather_rows(places)
             if not silent:
                 break
-        return Collected(sampled, join(parts), [row for group in groups for row in group], seconds)
+        return Collected(sampled, join(parts), [row for place in own for row in groups[place]], seconds)
 
-    def sample(self, count: int) -> list[Episode]:
-        """Play `samples_per_prompt` episodes of each of the next `count` prompts."""
+    def sample(self, draws: Sequence[tuple[Example, int]]) -> list[Episode]:
+        """Play `samples_per_prompt` episodes of each of these prompts, given with their visits."""
         episodes, environments = [], []
-        for example, visit in self.prompts.next(count):
+        for example, visit in draws:
             for sample in range(self.settings.samples_per_prompt):
                 episode, environment = begin(self.task, example, visit, sample, self.prompt_tokens, self.encoder)
                 episodes.append(episode)

@@ -23,6 +23,7 @@ from dvpo.settings_learning import (
     AlarmsConfig,
     CheckpointConfig,
     CriticConfig,
+    DistributedConfig,
     EvaluationConfig,
     LogConfig,
     OptimiserConfig,
@@ -67,6 +68,7 @@ class Config:
     policy_optimiser: OptimiserConfig = OptimiserConfig()
     critic_optimiser: OptimiserConfig = OptimiserConfig(lr=1e-3)
     update: UpdateConfig = UpdateConfig()
+    distributed: DistributedConfig = DistributedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
@@ -86,12 +88,17 @@ class Config:
                 f"critic.start = verdict is a value of states, and algorithm = {self.algorithm} learns {learns}: "
                 "set it to random"
             )
+        if self.distributed.strategy == "fsdp" and self.critic.verdict_only_steps:
+            raise ValueError(
+                f"critic.verdict_only_steps = {self.critic.verdict_only_steps} lets a part of the critic learn alone, "
+                "which distributed.strategy = fsdp cannot: set it to 0, or take ddp"
+            )
         if self.critic.adaptive_risk and not row.uses_critic_terms:
             raise ValueError(
                 f"critic.adaptive_risk = true moves the tail terms, which algorithm = {self.algorithm} does not have: "
                 "set it to false"
             )
-        batch = self.sampling.prompts_per_step * self.sampling.samples_per_prompt
+        batch = self.sampling.responses_per_step
         if batch < self.update.minibatches:
             raise ValueError(
                 f"update.minibatches = {self.update.minibatches} exceeds the {batch} responses of a step: "

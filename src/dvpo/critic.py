@@ -2,9 +2,10 @@
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from dvpo.core.categorical import histogram_centres
 from dvpo.core.quantiles import quantile_levels
 from dvpo.errors import InputError
 from dvpo.heads import CategoricalHeads, ImplicitHeads, QuantileHeads, Verdict, VocabularyHead
+from dvpo.parallel import inside, whole_state
 from dvpo.policy import Policy, compute_type
 from dvpo.prefix import hidden_states
 from dvpo.settings_learning import CriticConfig
@@ -87,9 +89,13 @@ class Critic(nn.Module):
         if not isinstance(self.heads, VocabularyHead):
             values_BUNM: Tensor = self(states_BUD)
             return values_BUNM
-        policy_BUD = policy.hidden_states(rollout.tokens_BS, rollout.attention_BS, rollout.prompt_length - 1)
-        values_K = self.heads.expected(states_BUD.flatten(0, 1), policy_BUD.flatten(0, 1), policy, temperature)
-        return values_K.view(*states_BUD.shape[:2], 1, 1)
+        heads = self.heads
+
+        def expected() -> Tensor:
+            policy_BUD = policy.hidden_states(rollout.tokens_BS, rollout.attention_BS, rollout.prompt_length - 1)
+            return heads.expected(states_BUD.flatten(0, 1), policy_BUD.flatten(0, 1), policy, temperature)
+
+        return inside(policy.model, expected).view(*states_BUD.shape[:2], 1, 1)
 
     def predictions(self, states_KD: Tensor, tokens_K: Tensor) -> Tensor:
         """What the critic's loss is about, from the states before the tokens: [K, N, M].
@@ -166,12 +172,15 @@ class Critic(nn.Module):
         """
         folder.mkdir(parents=True, exist_ok=True)
         state = self.state_dict() if tensors is None else tensors
-        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-        save_file(tensors, folder / "critic.safetensors")
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "critic.safetensors")
         (folder / "critic.json").write_text(json.dumps(asdict(self.shape), indent=2) + "\n")
         if self.trunk is not None:
             trunk: Any = self.trunk
             trunk.config.save_pretrained(folder)
+
+    def writer(self) -> Callable[[Path], None]:
+        """What saves it; every process must ask for it, one of them may use it."""
+        return partial(self.save, tensors=whole_state(self))
 
 
 def _make_heads(shape: CriticShape, inputs: int) -> nn.Module:

@@ -1,5 +1,6 @@
 """The critic's forward passes over a rollout; the one before the update serves the update's beginning as well."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 from dvpo.batch import Rollout
 from dvpo.config import Config
 from dvpo.critic import Critic
+from dvpo.parallel import idle_passes, inside, is_sharded
 from dvpo.policy import Policy
 
 
@@ -23,7 +25,8 @@ class CriticPass:
     """Values of a whole rollout without a gradient, states of a micro-batch with one.
 
     Between the estimate and the critic's first micro-batch no weight moves. That micro-batch goes through the trunk
-    once: its states keep their graph, the memory of one micro-batch, until the update takes them.
+    once: its states keep their graph, the memory of one micro-batch, until the update takes them. (Not where the critic
+    is sharded: a graph holds on to gathered weights.)
 
     Args:
         critic: whose passes they are.
@@ -39,7 +42,7 @@ class CriticPass:
 
     def expect(self, minibatch: Tensor) -> None:
         """Announce the rows that the critic learns from first, of the rollout that `values` is asked for next."""
-        self._expected = minibatch[: self.microbatch_size]
+        self._expected = None if is_sharded(self.critic) else minibatch[: self.microbatch_size]
 
     @torch.no_grad()
     def values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -51,19 +54,23 @@ class CriticPass:
         rest_B = every_B[torch.isin(every_B, first_B, invert=True)]
         parts = [part for part in (first_B, *rest_B.split(self.microbatch_size)) if len(part)]
         width, pieces = rollout.mask_BT.shape[1] + 1, []
-        for rows in parts:
+        for rows in [*parts, *[every_B[:1]] * idle_passes(len(parts), self.critic)]:
             micro = rollout.select(rows).trimmed()
-            with torch.set_grad_enabled(rows is first_B):
-                states_BUD = self.critic.states(micro, self.policy)
-            if rows is first_B:
-                self._kept = _Kept(rows, states_BUD, self._version())
-            piece_BUNM = self.critic.values(states_BUD, micro, self.policy, self.temperature)
+            piece_BUNM = inside(self.critic, partial(self._values, rows, micro, keep=rows is first_B))
             pieces.append(F.pad(piece_BUNM, (0, 0, 0, 0, 0, width - piece_BUNM.shape[1])))
+        pieces = pieces[: len(parts)]
         values_BUNM = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         if len(first_B):
             values_BUNM = values_BUNM[torch.cat(parts).argsort()]
         lengths_B = rollout.attention_BS[:, rollout.prompt_length :].sum(dim=-1)
         return values_BUNM[:, :-1], values_BUNM[every_B, lengths_B]
+
+    def _values(self, rows: Tensor, micro: Rollout, keep: bool) -> Tensor:
+        with torch.set_grad_enabled(keep):
+            states_BUD = self.critic.states(micro, self.policy)
+        if keep:
+            self._kept = _Kept(rows, states_BUD, self._version())
+        return self.critic.values(states_BUD, micro, self.policy, self.temperature)
 
     def states(self, rows: Tensor, micro: Rollout) -> Tensor:
         """What the heads read of these rows of the rollout, trimmed: [B, U, D]; what was kept is handed out once."""

@@ -5,6 +5,8 @@ does not depend on how many processes share the batch.
 """
 
 import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -40,6 +42,11 @@ def shutdown() -> None:
     """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def is_launched() -> bool:
+    """Whether this process belongs to a group, be it of one."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def world_size() -> int:
@@ -80,6 +87,20 @@ def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
     return _all_reduce(tensor, dist.ReduceOp.MAX)
 
 
+def sum_in_place(tensor: torch.Tensor) -> None:
+    """Replace a tensor (gradients, say) by the sum of every process's."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+
+
+def spread_from_main(tensors: Iterable[torch.Tensor]) -> None:
+    """Replace tensors by the main process's, without a gradient."""
+    if world_size() > 1:
+        with torch.no_grad():
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+
 def _all_reduce(tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> torch.Tensor:
     if tensor.requires_grad:
         raise ValueError(f"a reduction carries no gradient: detach the tensor of shape {tuple(tensor.shape)} first")
@@ -97,3 +118,58 @@ def gather_objects(value: T) -> list[T]:
     gathered: list[T | None] = [None] * world_size()
     dist.all_gather_object(gathered, value)
     return gathered  # type: ignore[return-value]
+
+
+def gather_rows(rows: Iterable[T]) -> list[T]:
+    """The rows of all processes, one process's behind the other's, on every process."""
+    return [row for own in gather_objects(list(rows)) for row in own]
+
+
+def share(count: int) -> range:
+    """Which of `count` things in a row are this process's: shares follow each other by rank and differ by one at most.
+
+    One after the other they are the whole in its order, so what is gathered needs no sorting.
+    """
+    size, rest = divmod(count, world_size())
+    first = rank() * size + min(rank(), rest)
+    return range(first, first + size + (rank() < rest))
+
+
+def agreed(names: Iterable[str]) -> list[str]:
+    """Every process's names, each once, the same list on every process: one may have had nothing to say of some."""
+    return list(dict.fromkeys(name for own in gather_objects(list(names)) for name in own))
+
+
+def before_me(count: int) -> int:
+    """The sum of the counts of the processes of lower rank."""
+    return sum(gather_objects(count)[: rank()])
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Let the main process alone do something; every process gets what it returned, or raises what it raised.
+
+    So that nobody waits for a process that has failed, and nobody goes on without it.
+    """
+    if world_size() == 1:
+        return function()
+    outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
+    if is_main():
+        try:
+            outcome = [(function(), None)]
+        except Exception as error:
+            outcome = [(None, error)]
+    dist.broadcast_object_list(outcome)
+    result, failed = outcome[0]
+    if failed is not None:
+        raise failed
+    return result  # type: ignore[return-value]
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """The main process passes through this block before the others: what it makes there, they find made."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()

@@ -46,6 +46,8 @@ class Signals:
     """Sequences that have a reward and train: those that count in group statistics."""
     seed: int
     """Of this step, for rows that draw."""
+    tokens_before: int = 0
+    """Tokens that train on processes of lower rank, for rows that draw."""
     rates: Rates = NO_RATES
     """What is believed of the noise, for values that are denoised."""
 
@@ -207,7 +209,14 @@ def distributional_estimate(signals: Signals, config: "Config") -> tuple[Tensor,
         given = (signals.rewards_BT, theta_BTM, signals.mask_BT, settings.gamma, lam)
         missing_B = signals.zero_last_delta_B
         if settings.target == "mixture":
-            return mixture_targets(*given, settings.target_atoms, signals.seed, bootstrap_BM, zero_last_delta=missing_B)
+            return mixture_targets(
+                *given,
+                settings.target_atoms,
+                signals.seed,
+                bootstrap_BM,
+                zero_last_delta=missing_B,
+                tokens_before=signals.tokens_before,
+            )
         return distributional_targets(*given, bootstrap_BM, zero_last_delta=missing_B, out=out)
 
     if settings.law.functional == "rank":

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from dvpo.checkpoint import checkpoint_step, find_fault, latest_checkpoint
 from dvpo.config import load_config
+from dvpo.distributed import gather_rows, share
 from dvpo.durable import write_atomically
 from dvpo.errors import InputError
 from dvpo.policy import Policy, choose_device, open_policy
@@ -53,7 +54,7 @@ def evaluate(
     seed: int,
     drawer: Callable[[bool], Sampler] | None = None,
 ) -> Evaluation:
-    """Answer every example greedily and `samples` times at the sampling temperature.
+    """Answer every example greedily and `samples` times at the sampling temperature; each process answers its share.
 
     Args:
         policy: the one that answers.
@@ -66,23 +67,58 @@ def evaluate(
         drawer: greedy or not -> who draws; None: the policy itself.
     """
 
+    own = [examples[place] for place in share(len(examples))]
+    items = gather_rows(_answers(policy, task, own, judge, settings, samples, seed, drawer) if own else [])
+    summary = _greedy_summary(items)
+    summary |= _with_intervals({name: np.array([item.own[name] for item in items]) for name in items[0].own})
+    if samples:
+        summary |= _sampled_summary(np.array([item.drawn for item in items]))
+    return Evaluation(summary, [_row(item, samples) for item in items])
+
+
+@dataclass(frozen=True)
+class _Item:
+    """How one example was answered."""
+
+    example: Example
+    completion: str
+    terminated: bool
+    reward: float
+    """Of the greedy answer; NaN where unknown."""
+    own: dict[str, float]
+    """The environment's figures."""
+    drawn: list[float]
+    """Rewards of the draws."""
+
+
+def _answers(
+    policy: Policy,
+    task: Task,
+    examples: Sequence[Example],
+    judge: Judge,
+    settings: SamplingConfig,
+    samples: int,
+    seed: int,
+    drawer: Callable[[bool], Sampler] | None,
+) -> list[_Item]:
     def rewards_of(episodes: Sequence[Episode]) -> np.ndarray:
         return np.array([total(r) for r in judge(episodes)]).reshape(len(examples), -1)
 
     greedy, environments = take(policy, task, examples, settings, 1, seed, greedy=True, drawer=drawer)
     rewards, figures = rewards_of(greedy)[:, 0], own_figures(environments)
-    rows: list[dict[str, Any]] = [
-        {"id": e.example.id, "prompt": e.example.prompt, "completion": e.text, "reward": _known(reward), **own}
-        for e, reward, own in zip(greedy, rewards, figures, strict=True)
-    ]
-    summary = _greedy_summary(greedy, rewards)
-    summary |= _with_intervals({name: np.array([own[name] for own in figures]) for name in figures[0]})
+    drawn: list[list[float]] = [[] for _ in examples]
     if samples:
-        drawn = rewards_of(take(policy, task, examples, settings, samples, seed, drawer=drawer)[0])
-        for row, rewards_of_item in zip(rows, drawn, strict=True):
-            row["samples"] = [_known(r) for r in rewards_of_item]
-        summary |= _sampled_summary(drawn)
-    return Evaluation(summary, rows)
+        drawn = rewards_of(take(policy, task, examples, settings, samples, seed, drawer=drawer)[0]).tolist()
+    return [
+        _Item(e.example, e.text, e.terminated, float(reward), own, of_draws)
+        for e, reward, own, of_draws in zip(greedy, rewards, figures, drawn, strict=True)
+    ]
+
+
+def _row(item: _Item, samples: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": item.example.id, "prompt": item.example.prompt, "completion": item.completion}
+    row |= {"reward": _known(item.reward), **item.own}
+    return row | {"samples": [_known(reward) for reward in item.drawn]} if samples else row
 
 
 def take(
@@ -120,7 +156,8 @@ def own_figures(environments: Sequence[Environment]) -> list[dict[str, float]]:
     return [environment.figures() if hasattr(environment, "figures") else {} for environment in environments]
 
 
-def _greedy_summary(episodes: Sequence[Episode], rewards: np.ndarray) -> dict[str, float]:
+def _greedy_summary(items: Sequence[_Item]) -> dict[str, float]:
+    rewards = np.array([item.reward for item in items])
     known = rewards[np.isfinite(rewards)]
     solved = int((known >= CORRECT).sum())
     low, high = wilson_interval(solved, len(known))
@@ -130,7 +167,7 @@ def _greedy_summary(episodes: Sequence[Episode], rewards: np.ndarray) -> dict[st
         "accuracy_low": low,
         "accuracy_high": high,
         "reward": float(known.mean()) if len(known) else float("nan"),
-        "truncated": float(np.mean([not e.terminated for e in episodes])),
+        "truncated": float(np.mean([not item.terminated for item in items])),
     }
 
 

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -84,7 +84,14 @@ def deferred() -> Iterator[None]:
         _request.deferrals -= 1
 
 
-def check() -> None:
-    """Raise `Interrupted` if a signal has arrived."""
-    if _request.number is not None:
-        raise Interrupted(_request.number)
+def check(agree: Callable[[int], int] | None = None) -> None:
+    """Raise `Interrupted` if a signal has arrived.
+
+    Args:
+        agree: the largest number of several processes: they stop together, or one would wait for another for ever.
+    """
+    number = _request.number or 0
+    if agree is not None:
+        number = agree(number)
+    if number:
+        raise Interrupted(number)

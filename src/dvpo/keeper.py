@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ from torch import nn
 
 from dvpo.checkpoint import Checkpointer, Writer, state_of
 from dvpo.critic import Critic
+from dvpo.distributed import on_main
 from dvpo.durable import write_atomically
 from dvpo.errors import InputError
+from dvpo.parallel import all_finite, whole
 from dvpo.policy import Policy
 from dvpo.settings_learning import CheckpointConfig
 from dvpo.tasks import Task
@@ -52,10 +54,10 @@ class Keeper:
     ) -> None:
         self.folder, self.settings, self.parts = folder, settings, parts
         self._weights: list[nn.Module] = [policy.model]
-        self._writers: dict[str, Writer] = {"policy": policy.save}
+        self._writers: dict[str, Callable[[], Writer]] = {"policy": policy.writer}
         if critic is not None:
             self._weights.append(critic)
-            self._writers["critic"] = critic.save
+            self._writers["critic"] = critic.writer
         self.evaluated = -1
         """Step of the last evaluation."""
         self.best: tuple[int, float] | None = None
@@ -95,19 +97,27 @@ class Keeper:
             self.best = (step, value)
 
     def save(self) -> Path | None:
-        """Write the boundary as `checkpoint-N`; None, and nothing is written, if a weight is NaN or infinite."""
-        if not all(bool(p.isfinite().all()) for module in self._weights for p in module.parameters()):
+        """Write the boundary as `checkpoint-N`; None, and nothing is written, if a weight is NaN or infinite.
+
+        Every process must come here: they gather what is sharded, and the main one writes it.
+        """
+        if not all_finite(self._weights):
             return None
-        step = self._boundary["trainer"]["step"]
         if self.healthy:
-            self.last_healthy = step
-        state = {**self._boundary, "keeper": self.state_dict()}
+            self.last_healthy = self._boundary["trainer"]["step"]
+        state = whole({**self._boundary, "keeper": self.state_dict()})
+        writers = {name: writer() for name, writer in self._writers.items()}
+        checkpoint = on_main(lambda: self._write(writers, state))
+        self.on_disk = True
+        return checkpoint
+
+    def _write(self, writers: Mapping[str, Writer], state: Mapping[str, Any]) -> Path:
         spared = [kept for kept in (self.last_healthy, self.best and self.best[0]) if kept is not None]
-        checkpoint = Checkpointer(self.folder, self.settings.keep).save(step, self._writers, state, spared)
+        checkpointer = Checkpointer(self.folder, self.settings.keep)
+        checkpoint = checkpointer.save(self._boundary["trainer"]["step"], writers, state, spared)
         if self.best:
             story = {"checkpoint": f"checkpoint-{self.best[0]}", JUDGES: self.best[1]}
             write_atomically(self.folder / BEST, [json.dumps(story).encode() + b"\n"])
-        self.on_disk = True
         return checkpoint
 
     def state_dict(self) -> dict[str, Any]:

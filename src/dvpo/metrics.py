@@ -28,12 +28,20 @@ class Means:
         entry[0] += values.detach().double().sum()
         entry[1] += float(values.numel()) if weight is None else weight
 
-    def result(self, reduce: Reduce) -> dict[str, float]:
-        if not self._sums:
+    def result(self, reduce: Reduce, agreed: Callable[[Iterable[str]], list[str]] = list) -> dict[str, float]:
+        """The means over all processes.
+
+        Args:
+            reduce: sums over processes.
+            agreed: makes one list of every process's names, where a process may have had nothing to add to some.
+        """
+        names = agreed(self._sums)
+        if not names:
             return {}
-        pairs = torch.stack([torch.stack([torch.as_tensor(x).double() for x in e]) for e in self._sums.values()])
-        totals = reduce(pairs).tolist()
-        return {name: s / w if w else math.nan for name, (s, w) in zip(self._sums, totals, strict=True)}
+        # On the CPU: a process that has nothing to add does not know where the others' tensors are.
+        pairs = [[torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in self._sums[n]] for n in names]
+        totals = reduce(torch.stack([torch.stack(pair) for pair in pairs])).tolist()
+        return {name: s / w if w else math.nan for name, (s, w) in zip(names, totals, strict=True)}
 
 
 def mean_of(values: Tensor, reduce: Reduce) -> float:
@@ -169,14 +177,17 @@ def task_figures(tasks: Iterable[str], task_B: Sequence[str], true_B: Tensor, re
 
 def rollout_figures(rollout: Rollout, sampled: int, reduce: Reduce) -> dict[str, float]:
     """How much a step trains on; `sampled` responses were drawn for it, those that were replaced included."""
-    tokens, responses, drawn = reduce(
-        torch.tensor([float(rollout.mask_BT.sum()), len(rollout), sampled], dtype=torch.float64)
+    tokens, responses, drawn, truncated = reduce(
+        torch.tensor(
+            [float(rollout.mask_BT.sum()), len(rollout), sampled, float(rollout.truncated_B.sum())],
+            dtype=torch.float64,
+        )
     ).tolist()
     return {
         "rollout/sampled": drawn,
         "rollout/tokens": tokens,
         "rollout/length": tokens / responses,
-        "rollout/truncated": float(rollout.truncated_B.float().mean()),
+        "rollout/truncated": truncated / responses,
     }
 
 

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from dvpo.parallel import add_gradients, shared_like
 from dvpo.settings_learning import OptimiserConfig
 
 
@@ -31,7 +33,7 @@ class Optimiser:
         )
 
     def update(self, step: int, loss: float = 0.0) -> tuple[float, bool]:
-        """Clip the gradient's norm, move the weights by training step `step`'s learning rate, drop the gradient.
+        """Add up all processes' gradients, clip their norm, move the weights by training step `step`'s rate, drop them.
 
         A loss or a gradient that is not finite leaves weights and optimiser as they were.
 
@@ -42,7 +44,9 @@ class Optimiser:
         Returns:
             (norm before clipping, whether the weights moved).
         """
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm, foreach=True))
+        add_gradients(self.parameters)
+        size = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm, foreach=True)
+        norm = float(size.full_tensor() if isinstance(size, DTensor) else size)
         sound = math.isfinite(norm) and math.isfinite(loss)
         if sound:
             for group in self.adamw.param_groups:
@@ -55,7 +59,11 @@ class Optimiser:
         return self.adamw.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.adamw.load_state_dict(state_dict)
+        moments = {
+            number: {name: shared_like(value, self.parameters[number]) for name, value in own.items()}
+            for number, own in state_dict["state"].items()
+        }
+        self.adamw.load_state_dict({**state_dict, "state": moments})
 
 
 def learning_rate(settings: OptimiserConfig, step: int, steps: int) -> float:

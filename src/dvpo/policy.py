@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from dvpo.errors import InputError
+from dvpo.parallel import inside, whole_state
 from dvpo.prefix import hidden_states
 
 # Loading bars of single files would tear the progress display.
@@ -38,10 +39,12 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype = torch.float32
     """Compute type of the trunk and of the language-model head's product; logits, log-probs and losses are float32."""
+    home: torch.device | None = None
+    """Where it computes, if not where its weights are kept."""
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self.model.device if self.home is None else self.home
 
     @property
     def trunk(self) -> nn.Module:
@@ -78,7 +81,7 @@ class Policy:
     def hidden_states(self, tokens_BS: Tensor, attention_BS: Tensor, first: int = 0) -> Tensor:
         """Last hidden states from column `first` on, the last one of the prompts: [B, S - first, D]."""
         with self.autocast():
-            return hidden_states(self.trunk, tokens_BS, attention_BS, first)
+            return inside(self.model, lambda: hidden_states(self.trunk, tokens_BS, attention_BS, first))
 
     @property
     def logit_scale(self) -> float:
@@ -87,7 +90,10 @@ class Policy:
         return (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
 
     def logits(self, hidden_KD: Tensor) -> Tensor:
-        """float32 logits [K, V] of given hidden states, as the model's own forward computes them."""
+        """float32 logits [K, V] of given hidden states, as the model's own forward computes them.
+
+        Whoever calls it on a sharded model is `parallel.inside` it.
+        """
         with self.autocast():
             logits_KV = self.model.get_output_embeddings()(hidden_KD).float()
         if self.logit_scale != 1.0:
@@ -126,8 +132,17 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face folder."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        self.writer()(folder)
+
+    def writer(self) -> Callable[[Path], None]:
+        """What writes that folder; every process must ask for it, one of them may use it."""
+        state = whole_state(self.model)
+
+        def write(folder: Path) -> None:
+            self.model.save_pretrained(folder, state_dict=state)
+            self.tokenizer.save_pretrained(folder)
+
+        return write
 
 
 def in_chunks(function: Callable[..., tuple[Tensor, ...]], vocabulary: int, *tensors_K: Tensor) -> tuple[Tensor, ...]:

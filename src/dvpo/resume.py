@@ -6,11 +6,11 @@ from pathlib import Path
 
 from dvpo.checkpoint import Checkpointer, checkpoint_step, latest_checkpoint
 from dvpo.config import Config, differences, load_config
-from dvpo.distributed import barrier, is_main
+from dvpo.distributed import is_main, main_first
 from dvpo.errors import InputError
 from dvpo.nested import all_keys
 
-MAY_CHANGE = ("steps", "device", "evaluation", "checkpoint", "log", "output")
+MAY_CHANGE = ("steps", "device", "distributed", "evaluation", "checkpoint", "log", "output")
 """What a resumed run may set anew: keys and sections that have no say in the steps already done."""
 
 
@@ -30,9 +30,9 @@ def find_checkpoint(config: Config, allow: Iterable[str] = ()) -> Path | None:
     if not written.exists():
         raise InputError(f"output = {folder} holds no run to resume: check the path, or start without --resume")
     _refuse_another_run(written, config, list(allow))
-    if is_main():
-        Checkpointer(folder, config.checkpoint.keep)  # mends what a kill left half-done
-    barrier()
+    with main_first():
+        if is_main():
+            Checkpointer(folder, config.checkpoint.keep)  # mends what a kill left half-done
     checkpoint = latest_checkpoint(folder)
     if checkpoint is None and (damaged := sorted(path.name for path in folder.glob("checkpoint-*"))):
         raise InputError(

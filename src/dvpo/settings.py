@@ -165,6 +165,10 @@ class SamplingConfig:
     """Dynamic sampling: prompts whose responses all earn the same, or fewer than two of them anything, are replaced by
     the next ones, in at most so many rounds a step; 0 = off."""
 
+    @property
+    def responses_per_step(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt
+
     def __post_init__(self) -> None:
         if self.engine == "vllm" and (self.top_p < 1 or self.top_k):
             raise ValueError(

@@ -241,6 +241,24 @@ class UpdateConfig:
 
 
 @section
+class DistributedConfig:
+    """How the models stand on the processes that torchrun starts. No result depends on it beyond rounding."""
+
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """`ddp`: every process holds all models whole. `fsdp`: each holds its share of the weights, gradients and moments
+    of each model, and layers are gathered as they run."""
+    cpu_offload: bool = False
+    """fsdp: the shares stay in host memory, and so does the optimiser's work."""
+
+    def __post_init__(self) -> None:
+        if self.cpu_offload and self.strategy != "fsdp":
+            raise ValueError(
+                f"distributed.cpu_offload = true moves shares of weights, but distributed.strategy = {self.strategy} "
+                "has none: set it to fsdp"
+            )
+
+
+@section
 class AlarmsConfig:
     """When to ring; a bound of 0 switches an alarm off. `dvpo.alarms` says what each of them means."""
 

@@ -10,6 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dvpo.batch import Estimates, Rollout
+from dvpo.distributed import rank
 from dvpo.durable import write_atomically
 
 
@@ -30,7 +31,8 @@ class Skips:
         """Whether a module's optimiser step was made, and the rows of the batch that it was to be made of."""
         self.in_a_row[module] = 0 if moved else self.in_a_row.get(module, 0) + 1
         if 0 < self.limit <= self.in_a_row[module] and self.reason_to_stop is None:
-            path = self.folder / f"skipped-{step}-{module}.safetensors"
+            whose = f"-{rank()}" if rank() else ""  # every process keeps its share of the batch
+            path = self.folder / f"skipped-{step}-{module}{whose}.safetensors"
             facts = {"step": step, "module": module, "skipped_in_a_row": self.limit}
             _write_batch(path, facts, rollout, estimates, rows)
             self.reason_to_stop = (

@@ -7,6 +7,7 @@ the losses are.
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -22,13 +23,25 @@ from dvpo.checkpoint import RNGState, load_state, restore
 from dvpo.collect import Collected, Collector
 from dvpo.config import Config, to_yaml
 from dvpo.core.losses import kl_estimate
-from dvpo.core.masks import whiten
+from dvpo.core.masks import masked_variance, whiten
 from dvpo.core.returns import gae
 from dvpo.critic import load_critic, make_critic
 from dvpo.critic_pass import CriticPass
 from dvpo.data import open_prompts
-from dvpo.distributed import all_reduce_sum, barrier, init_from_env, is_main, world_size
-from dvpo.errors import InputError, RunStoppedError
+from dvpo.distributed import (
+    agreed,
+    all_reduce_max,
+    all_reduce_sum,
+    barrier,
+    before_me,
+    gather_rows,
+    init_from_env,
+    main_first,
+    on_main,
+    spread_from_main,
+    world_size,
+)
+from dvpo.errors import RunStoppedError
 from dvpo.estimates import Signals, overlong_penalties, shape_rewards
 from dvpo.evaluate import Evaluation, evaluate
 from dvpo.faults import fault_figures, refuse_broken_reward, stop_at_faults
@@ -38,6 +51,7 @@ from dvpo.kl import KLController
 from dvpo.metrics import Means, critic_figures, mean_of, reward_figures, rollout_figures, task_figures
 from dvpo.noise import make_noise
 from dvpo.optimiser import Optimiser
+from dvpo.parallel import WholeCopy, refuse_processes, shard
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.privilege import open_privilege
 from dvpo.rates import NO_RATES, open_rates
@@ -98,17 +112,14 @@ class Trainer(Learner):
         self.row = find_algorithm(config.algorithm)
         self.folder = Path(config.output)
         self.device = init_from_env(choose_device(config.device))
-        if world_size() > 1:
-            raise InputError(
-                f"WORLD_SIZE = {world_size()}: this version trains in one process; start it without torchrun"
-            )
+        refuse_processes(config)
         checkpoint = find_checkpoint(config, allow) if resume else None
         begun = resume and (self.folder / "manifest.json").exists()
         if not resume:
             refuse_used_folder(self.folder)  # now, not after minutes of loading a model
-        if is_main():
-            refuse_unusable(config.log)
+        on_main(lambda: refuse_unusable(config.log))
         refuse_absent_server(config.sampling)
+        barrier()  # the main process writes there soon
 
         self.task = make_task(config.task) if task is None else task
         refuse_without_judge(config.checkpoint, self.task)
@@ -127,8 +138,9 @@ class Trainer(Learner):
         if self.row.critic != "none" and checkpoint is None:
             self.critic = make_critic(self.row.critic, config.critic, self.policy)
         elif self.row.critic != "none" and checkpoint is not None:
-            how = (self.device, self.policy.dtype, config.model.gradient_checkpointing)
+            how = (self.policy.device, self.policy.dtype, config.model.gradient_checkpointing)
             self.critic = load_critic(checkpoint / "critic", *how)
+        self._spread()
 
         self.critic_pass = CriticPass(self.critic, self.policy, config) if self.critic else None
         self.prompts = open_prompts(self.task, train, config.seed)
@@ -136,7 +148,8 @@ class Trainer(Learner):
         self.policy_optimiser = Optimiser(self.policy.model, config.policy_optimiser, config.steps)
         self.critic_optimiser = Optimiser(self.critic, config.critic_optimiser, config.steps) if self.critic else None
         self.policy_version = 0
-        self.drawer = open_sampler(config.sampling, self.policy, lambda: self.policy_version, self.folder)
+        drawing = self.whole_copy.policy if self.whole_copy else self.policy
+        self.drawer = open_sampler(config.sampling, drawing, lambda: self.policy_version, self.folder)
         sampler = self.drawer(False)
         self.collector = Collector(
             self.task, self.prompts, prompt_tokens, encoder, sampler, self.scorer, config.sampling, config.seed
@@ -182,22 +195,27 @@ class Trainer(Learner):
             Interrupted: by a signal that `dvpo.interrupt` handles; a checkpoint holds what was done.
             RunStoppedError: at a bound or an alarm that the config says to stop at, after a checkpoint.
         """
+        # Of several processes none stops where the others do not: a signal waits until all have been asked.
+        with nullcontext() if world_size() == 1 else deferred():
+            return self._train()
+
+    def _train(self) -> dict[int, dict[str, float]]:
         evaluations = {}
         stepped = False
         try:
             while True:
-                check()
+                self._check()
                 at_end = self.step == self.config.steps
                 if self.keeper.evaluation_due(self.step, self.config.evaluation.every, at_end):
                     evaluations[self.step] = self.evaluate()
-                    check()
+                    self._check()
                 # What ended a run does not end its resumption before that has made a step.
                 stop = (self.skips.reason_to_stop or self.alarms.reason_to_stop) if stepped else None
                 if stop is not None and not at_end:
                     raise RunStoppedError(f"step {self.step}: {stop}; `--resume` goes on from {self.folder}")
                 if self.keeper.checkpoint_due(self.step, at_end):
                     self.save()
-                    check()
+                    self._check()
                 if at_end:
                     return evaluations
                 self.train_step()
@@ -214,11 +232,12 @@ class Trainer(Learner):
         started = time.perf_counter()
         self.step += 1
         rollout, collected = self.collect()
-        faults, sampled = collected.scored.faults, len(collected.sampled)
-        self.log.faults(self.step, collected.faults())
+        faults, sampled = collected.faults()
+        self.log.faults(self.step, collected.fault_records())
         if self.step == 1:
             refuse_broken_reward(faults, sampled)
         stop_at_faults(faults, sampled, self.step, self.config.reward)
+        self._check()
         scored = time.perf_counter()
         if self.critic_pass is not None:
             self.critic_pass.expect(self._minibatches(rollout, "rows", self.step, 0)[0])
@@ -226,10 +245,10 @@ class Trainer(Learner):
         figures |= self.scorer.figures(all_reduce_sum)
         with deferred():  # weights change: a signal waits for the end of the step
             figures |= self.update(rollout, estimates) | self.update_from_replay()
-            self.kl.observe(figures.get("actor/kl_sampled", math.nan), len(rollout))
+            self.kl.observe(figures.get("actor/kl_sampled", math.nan), self.config.sampling.responses_per_step)
             self.replay.add(rollout)
             ended = time.perf_counter()
-            figures |= rollout_figures(rollout, sampled, all_reduce_sum)
+            figures |= rollout_figures(rollout, len(collected.sampled), all_reduce_sum)
             if isinstance(self.task, Mixture):
                 tasks = [episode.example.columns[COLUMN] for episode in collected.episodes]
                 figures |= task_figures(self.task.parts, tasks, rollout.true_B, all_reduce_sum)
@@ -247,7 +266,7 @@ class Trainer(Learner):
             self.log.metrics(self.step, figures)
             self.log.completions(self.step, collected.completions(self.config.log.completions))
             shown = token_rows(self.step, collected.episodes, rollout, estimates, self.collector.encoder, self.config)
-            self.log.tokens(self.step, shown)
+            self.log.tokens(self.step, gather_rows(shown)[: self.config.log.tokens])
             if self.observer:
                 self.observer.on_step(self.step, figures)
             self.keeper.judge_step(figures)
@@ -262,11 +281,16 @@ class Trainer(Learner):
         if isinstance(self.collector.sampler, VllmSampler):
             self.collector.sampler.close()
 
+    def _check(self) -> None:
+        """Raise `Interrupted` if a signal has arrived, at any process."""
+        check(None if world_size() == 1 else lambda number: int(all_reduce_max(torch.tensor(number))))
+
     # Collect
 
     def collect(self) -> tuple[Rollout, Collected]:
-        """The responses of the next prompts, each with its observed and (where it is known) true reward."""
-        collected = self.collector.collect()
+        """This process's share of the step's responses, each with its observed and (if it is known) true reward."""
+        with self._whole_policy():
+            collected = self.collector.collect()
         if self.rates:  # of all that was sampled: what was kept is chosen by its rewards
             fields = collected.scored.fields
             prompt_ids = [episode.example.id for episode in collected.sampled]
@@ -323,10 +347,11 @@ class Trainer(Learner):
             groups_B=groups_B,
             rewarded_B=counted_B,
             seed=derive_seed(self.config.seed, "targets", self.step),
+            tokens_before=before_me(int(mask_BT.sum())),
             rates=rates,
         )
         advantages_BT, targets_BTL = self.row.estimate(signals, self.config)
-        spread = _std(advantages_BT[mask_BT])
+        spread = float(masked_variance(advantages_BT, mask_BT, all_reduce_sum).sqrt())
         if settings.whiten:
             advantages_BT = whiten(advantages_BT, mask_BT, all_reduce_sum)
         figures = reward_figures(rollout.observed_B, rollout.true_B, rollout.rewarded_B, groups_B, all_reduce_sum)
@@ -369,7 +394,7 @@ class Trainer(Learner):
             estimates, _ = self.estimate(rollout)
             for rows in self._minibatches(rollout, "replay", self.step, age):
                 self._update_critic(rollout, estimates, rows, means)
-        figures = means.result(all_reduce_sum)
+        figures = means.result(all_reduce_sum, agreed)
         return {f"replay/{name}": figures[f"critic/{name}"] for name in REPLAY_FIGURES if f"critic/{name}" in figures}
 
     # Judge, save, log
@@ -393,13 +418,14 @@ class Trainer(Learner):
         """Evaluate on the first `evaluation.prompts` examples of a split."""
         config, examples = self.config, self.task.split(split)[: self.config.evaluation.prompts]
         judge, samples = self.scorer.judge, config.evaluation.samples
-        return evaluate(self.policy, self.task, examples, judge, config.sampling, samples, config.seed, self.drawer)
+        with self._whole_policy() as policy:
+            return evaluate(policy, self.task, examples, judge, config.sampling, samples, config.seed, self.drawer)
 
     def save(self) -> None:
         """Write the state between two steps, unless a weight is NaN or infinite: a sound one must not make room."""
         with deferred():
             self.log.sync()  # a resume from this checkpoint needs the rows up to it
-            if is_main() and self.keeper.save() is None:
+            if self.keeper.save() is None:
                 self.log.faults(self.step, [{"kind": "non_finite_weights", "message": "checkpoint not written"}])
             barrier()
 
@@ -411,6 +437,25 @@ class Trainer(Learner):
 
     # Set-up
 
+    def _spread(self) -> None:
+        """Make the models equal on all processes, and of sharded ones leave each process its share."""
+        modules = [part.model for part in (self.policy, self.reference) if part is not None]
+        modules += [self.critic] if self.critic is not None else []
+        for module in modules:
+            spread_from_main([*module.parameters(), *module.buffers()])
+        self.whole_copy = None
+        if self.config.distributed.strategy == "fsdp":
+            self.whole_copy = WholeCopy(self.policy, self.device)
+            for module in modules:
+                offload = self.config.distributed.cpu_offload
+                shard(module, self.device, self.policy.dtype, offload, root_dtype=module is not self.critic)
+            self.policy = replace(self.policy, home=self.device)
+            self.reference = self.reference and replace(self.reference, home=self.device)
+
+    def _whole_policy(self) -> AbstractContextManager[Policy]:
+        """The policy to sample from, where every process goes its own way."""
+        return nullcontext(self.policy) if self.whole_copy is None else self.whole_copy.filled()
+
     def _open_start(self, source: str | Path) -> Policy:
         """The policy before training; weights and heads, and whatever a task draws, follow the run's seed."""
         set_seed(self.config.seed)
@@ -418,15 +463,14 @@ class Trainer(Learner):
 
     def _open(self, source: str | Path, weights: Literal["pretrained", "random"] = "pretrained") -> Policy:
         model = self.config.model
-        return open_policy(source, self.device, model.dtype, model.gradient_checkpointing, weights)
+        # What is to be sharded is opened in host memory: whole, it may not fit the device.
+        device = torch.device("cpu") if self.config.distributed.strategy == "fsdp" else self.device
+        return open_policy(source, device, model.dtype, model.gradient_checkpointing, weights)
 
 
 def starting_model(config: Config) -> str | Path:
     """Folder or hub name of the policy before training; makes or fetches the embedded model if that is asked for."""
     if config.model.path == "embedded":
-        return warm_start(config.task.name, config.model.checker)
+        with main_first():
+            return warm_start(config.task.name, config.model.checker)
     return config.model.path
-
-
-def _std(values: Tensor) -> float:
-    return float(values.std(unbiased=False)) if len(values) else 0.0

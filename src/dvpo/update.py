@@ -1,13 +1,14 @@
 """The update: what a step's rollout and estimates do to policy and critic, in epochs, minibatches and micro-batches.
 
 Two modules, two optimisers, two clip norms: a critic's gradient never shrinks the policy's update. All denominators are
-those of the optimiser step's whole batch, so nothing depends on the micro-batch.
+those of the optimiser step's whole batch, so nothing depends on the micro-batch, nor on how many processes share it.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dvpo.algorithms import Algorithm
 from dvpo.batch import Estimates, Rollout
@@ -16,10 +17,11 @@ from dvpo.core.losses import aggregation_weights, kl_estimate, truncated_ratio
 from dvpo.core.masks import token_count
 from dvpo.critic import Critic
 from dvpo.critic_pass import CriticPass
-from dvpo.distributed import all_reduce_sum
+from dvpo.distributed import agreed, all_reduce_sum, gather_objects, rank
 from dvpo.kl import KLController
 from dvpo.metrics import Means
 from dvpo.optimiser import Optimiser
+from dvpo.parallel import idle_passes, inside
 from dvpo.policy import Policy
 from dvpo.rates import KnownRates, RateEstimator
 from dvpo.risk_control import matched_to_noise
@@ -58,17 +60,23 @@ class Learner:
                     self._update_critic(rollout, estimates, rows, means)
                 if epoch < actor_epochs:
                     self._update_actor(rollout, estimates, rows, means)
-        return means.result(all_reduce_sum)
+        return means.result(all_reduce_sum, agreed)
 
     def _minibatches(self, rollout: Rollout, *key: str | int) -> tuple[Tensor, ...]:
-        """All rows, each in one of `minibatches` parts, in an order keyed by what it is for."""
+        """All rows of all processes, each in one of `minibatches` parts, in an order keyed by what it is for.
+
+        Returns:
+            Of each part the rows that are this process's.
+        """
+        sizes = gather_objects(len(rollout))
+        first = sum(sizes[: rank()])
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, *key))
-        order_B = torch.randperm(len(rollout), generator=generator).to(self.device)
-        return order_B.tensor_split(self.config.update.minibatches)
+        order_B = torch.randperm(sum(sizes), generator=generator).to(self.device)
+        parts = order_B.tensor_split(self.config.update.minibatches)
+        return tuple(part[(part >= first) & (part < first + len(rollout))] - first for part in parts)
 
     def _update_critic(self, rollout: Rollout, estimates: Estimates, rows: Tensor, means: Means) -> None:
         assert self.critic is not None
-        assert self.critic_pass is not None
         assert self.critic_optimiser is not None
         assert self.row.critic_loss is not None
         self.critic.learn_verdict_alone(self.step <= self.config.critic.verdict_only_steps)
@@ -76,9 +84,8 @@ class Learner:
         config = matched_to_noise(self.config, self.rates.rates()) if self.rates else self.config
         count = token_count(estimates.mask_BT[rows], all_reduce_sum)
         loss = torch.zeros((), device=self.device)
-        for micro, at, mask_BT in self._microbatches(rollout, estimates, rows):
-            states_KD = self.critic_pass.states(at[0], micro)[:, :-1][mask_BT]
-            predictions_KNM = self.critic.predictions(states_KD, micro.response_BT[mask_BT])
+        for micro, at, mask_BT in self._microbatches(rollout, estimates, rows, self.critic):
+            predictions_KNM = inside(self.critic, partial(self._predictions, micro, at[0], mask_BT))
             before_KNM, targets_KL = estimates.values_BTNM[at][mask_BT], estimates.targets_BTL[at][mask_BT]
             terms = self.row.critic_loss(predictions_KNM, before_KNM, targets_KL, config)
             part = terms["loss"].sum() / count
@@ -88,6 +95,12 @@ class Learner:
                 means.add(f"critic/{name}", term_K)
         moved = self._step(self.critic_optimiser, "critic", loss, means)
         self.skips.note("critic", moved, self.step, rollout, estimates, rows)
+
+    def _predictions(self, micro: Rollout, rows: Tensor, mask_BT: Tensor) -> Tensor:
+        assert self.critic is not None
+        assert self.critic_pass is not None
+        states_KD = self.critic_pass.states(rows, micro)[:, :-1][mask_BT]
+        return self.critic.predictions(states_KD, micro.response_BT[mask_BT])
 
     def _update_actor(self, rollout: Rollout, estimates: Estimates, rows: Tensor, means: Means) -> None:
         actor, correction = self.config.actor, self.config.sampling.correction
@@ -100,7 +113,7 @@ class Learner:
             all_reduce_sum,
         )
         loss = torch.zeros((), device=self.device)
-        for micro, at, mask_BT in self._microbatches(rollout, estimates, rows):
+        for micro, at, mask_BT in self._microbatches(rollout, estimates, rows, self.policy.model):
             logprobs_K, entropies_K = self._logprobs(self.policy, micro, mask_BT, bool(actor.entropy_coef))
             old_K, sampled_K = micro.old_logprobs_BT[mask_BT], micro.sampler_logprobs_BT[mask_BT]
             loss_K, clipped_K = self.row.actor_loss(
@@ -134,19 +147,25 @@ class Learner:
         self.policy_version += 1
 
     def _microbatches(
-        self, rollout: Rollout, estimates: Estimates, rows: Tensor
+        self, rollout: Rollout, estimates: Estimates, rows: Tensor, module: nn.Module
     ) -> Iterator[tuple[Rollout, tuple[Tensor, slice], Tensor]]:
-        """(rows without their common padding, where they stand in the full tensors, their training mask)."""
-        for part in rows.split(self.config.update.microbatch_size):
+        """(rows without their common padding, where they stand in the full tensors, their training mask).
+
+        Where a sharded module must be run once more, because another process has more to do, the mask is empty.
+        """
+        parts = [part for part in rows.split(self.config.update.microbatch_size) if estimates.mask_BT[part].any()]
+        idle = [torch.zeros(1, dtype=torch.long, device=self.device)] * idle_passes(len(parts), module)
+        for number, part in enumerate([*parts, *idle]):
             micro = rollout.select(part).trimmed()
             at = (part, slice(0, micro.mask_BT.shape[1]))
-            mask_BT = estimates.mask_BT[at]
-            if mask_BT.any():
-                yield micro, at, mask_BT
+            yield micro, at, estimates.mask_BT[at] & (number < len(parts))
 
     def _logprobs(
         self, policy: Policy, micro: Rollout, mask_BT: Tensor, entropy: bool = False
     ) -> tuple[Tensor, Tensor]:
+        return inside(policy.model, partial(self._logprobs_inside, policy, micro, mask_BT, entropy))
+
+    def _logprobs_inside(self, policy: Policy, micro: Rollout, mask_BT: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
         # The last token's own state predicts nothing.
         states_BTD = policy.hidden_states(micro.tokens_BS[:, :-1], micro.attention_BS[:, :-1], micro.prompt_length - 1)
         return policy.token_logprobs(
@@ -167,7 +186,9 @@ class Learner:
     def _token_figures(self, policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of the policy's tokens under any model, 0 elsewhere: both [B, T]."""
         figures = torch.zeros(2, *rollout.mask_BT.shape, device=self.device)
-        for rows in torch.arange(len(rollout), device=self.device).split(self.config.update.microbatch_size):
+        every_B = torch.arange(len(rollout), device=self.device)
+        parts = every_B.split(self.config.update.microbatch_size)
+        for rows in [*parts, *[every_B[:1]] * idle_passes(len(parts), policy.model)]:
             micro = rollout.select(rows)
             part = torch.zeros(2, *micro.mask_BT.shape, device=self.device)
             part[:, micro.mask_BT] = torch.stack(self._logprobs(policy, micro, micro.mask_BT))

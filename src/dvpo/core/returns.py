@@ -224,6 +224,7 @@ def mixture_targets(
     bootstrap: Tensor | None = None,
     *,
     zero_last_delta: Tensor | None = None,
+    tokens_before: int = 0,
 ) -> Tensor:
     """Draw equally weighted atoms from the true lambda-mixture of the laws of the n-step targets.
 
@@ -248,6 +249,8 @@ def mixture_targets(
         seed: of the shifts, two for each policy token in turn; masked positions draw nothing.
         bootstrap: [B,M], as in `distributional_gae`.
         zero_last_delta: [B] bool, as in `gae`: the law at the last policy token is the critic's own.
+        tokens_before: policy tokens of the batch that are on processes of lower rank; their draws are passed over,
+            so that a token's atoms do not depend on the number of processes.
 
     Returns:
         targets [B,T,L] without gradient, in no order along L, 0 at masked positions. O(T L) time a sequence.
@@ -267,6 +270,7 @@ def mixture_targets(
     to_come_BT, _ = gae(rewards, zeros_BT, mask, gamma, 1.0, zero_last_delta=zero_last_delta)
     end_BM = torch.zeros_like(quantiles_BTM.sum(dim=1)) if bootstrap is None else bootstrap.to(quantiles_BTM)
     generator = torch.Generator().manual_seed(seed)
+    torch.rand(2 * tokens_before, dtype=torch.float64, generator=generator)
     targets_BTL = quantiles_BTM.new_zeros(*keep_BT.shape, num_atoms)
     for b, keep_T in enumerate(keep_BT):
         unrewarded = zero_last_delta is not None and bool(zero_last_delta[b])

@@ -1,0 +1,242 @@
+"""Models on several processes: every process holds them whole (`ddp`), or its share of every weight (`fsdp`).
+
+Whole models need one thing only: that gradients are added up before an optimiser step. That is done here and not by
+torch's DDP, which wants one forward and one backward pass a step, through the module it wraps. Here a minibatch has
+several micro-batches, and on some processes more of them than on others; a policy is asked for hidden states and for
+logits of some of them; a prompt and its responses are two passes. And as every loss is divided by the denominator of
+the whole batch, gradients are to be added, not averaged.
+
+Shared weights are torch's FSDP2 (`fully_shard`): a layer's weights are gathered when it runs and dropped behind it. Its
+hooks sit on modules, so whatever uses a sharded model's weights runs `inside` it, and every process must do that as
+often as all others.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import MethodType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dvpo.distributed import all_reduce_max, is_launched, is_main, sum_in_place, world_size
+from dvpo.errors import InputError
+
+if TYPE_CHECKING:  # policy.py runs inside what this file makes
+    from dvpo.config import Config
+    from dvpo.policy import Policy
+
+T = TypeVar("T")
+BUCKET = 1 << 24
+"""Numbers that are added up in one reduction."""
+
+
+# What is possible
+
+
+def refuse_processes(config: "Config") -> None:
+    """Check that a run can be shared by the processes that there are.
+
+    Raises:
+        InputError: fewer prompts a step than processes, a setting that is for one process, sharding without torchrun.
+    """
+    prompts = config.sampling.prompts_per_step
+    if prompts < world_size():
+        raise InputError(
+            f"sampling.prompts_per_step = {prompts} is less than the {world_size()} processes, and each needs one: "
+            "raise it, or start fewer processes"
+        )
+    alone = world_size() == 1 and config.distributed.strategy == "ddp"
+    if config.sampling.engine == "vllm" and not alone:
+        raise InputError(
+            "sampling.engine = vllm gives a server the weights of one process that has them whole: set it to "
+            "transformers, or start one process with distributed.strategy=ddp"
+        )
+    if config.critic.replay and world_size() > 1:
+        raise InputError(
+            f"critic.replay = {config.critic.replay} keeps responses on one process, and there are {world_size()}: "
+            "set it to 0, or start one process"
+        )
+    if config.distributed.strategy == "fsdp" and not is_launched():
+        raise InputError(
+            "distributed.strategy = fsdp shards models over processes that torchrun starts: run `torchrun "
+            "--nproc-per-node N -m dvpo train ...`, or set it to ddp"
+        )
+
+
+# Whole models
+
+
+def add_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Give every process the sum of all processes' gradients; what has none anywhere keeps none.
+
+    Sharded parameters are left alone: FSDP has added theirs during the backward pass.
+    """
+    if world_size() == 1 or not parameters or isinstance(parameters[0], DTensor):
+        return
+    present = all_reduce_max(torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32))
+    bucket: list[nn.Parameter] = []
+    held = 0
+    for parameter in [p for p, there in zip(parameters, present.tolist(), strict=True) if there]:
+        bucket.append(parameter)
+        held += parameter.numel()
+        if held >= BUCKET:
+            _add(bucket)
+            bucket, held = [], 0
+    if bucket:
+        _add(bucket)
+
+
+def _add(bucket: Sequence[nn.Parameter]) -> None:
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
+    sum_in_place(flat)
+    for parameter, piece in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+        parameter.grad = piece.view_as(parameter)
+
+
+# Sharded models
+
+
+def shard(module: nn.Module, device: torch.device, dtype: torch.dtype, cpu_offload: bool, root_dtype: bool) -> None:
+    """Leave each process its share of a module's weights; the module's class changes in place.
+
+    Args:
+        module: a model with whole weights, equal on all processes. Its layers (`_no_split_modules` of transformers) are
+            gathered one at a time, the rest together.
+        device: where it computes.
+        dtype: what weights are gathered in, `float32` or `bfloat16`; shares, gradients and moments are float32.
+        cpu_offload: shares, gradients and moments live in host memory.
+        root_dtype: whether that holds for what is outside the layers as well; not where heads are to be float32.
+    """
+    mesh = init_device_mesh(device.type, (world_size(),))
+    low = None if dtype is torch.float32 else dtype
+    mixed = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    plain = MixedPrecisionPolicy(cast_forward_inputs=False)
+    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
+    for layer in _layers(module):
+        fully_shard(layer, mesh=mesh, mp_policy=mixed, offload_policy=offload)
+    policy = mixed if root_dtype else plain
+    # True: what a pass without gradient gathered would be stale behind the next optimiser step.
+    fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=True)
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            # A sum: losses are divided by the whole batch already. Forced, since gloo knows no scaled one.
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+    module._is_inside = False  # type: ignore[assignment]
+    module.run_inside = MethodType(_run, module)  # type: ignore[assignment]
+    register_fsdp_forward_method(module, "run_inside")
+
+
+def _run(module: nn.Module, function: Callable[[], Any]) -> Any:
+    return function()
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    names = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
+    return [part for part in module.modules() if type(part).__name__ in names]
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether this process holds but a share of the weights of a module or of its layers."""
+    return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
+def inside(module: nn.Module, function: Callable[[], T]) -> T:
+    """Call a function that uses a module's weights; those of a sharded module are gathered for it.
+
+    What the function returns are the tensors that gradients come back through.
+    """
+    if not hasattr(module, "run_inside") or module._is_inside:
+        return function()
+    module._is_inside = True  # type: ignore[assignment]
+    try:
+        return module.run_inside(function)  # type: ignore[operator]
+    finally:
+        module._is_inside = False  # type: ignore[assignment]
+
+
+def idle_passes(passes: int, module: nn.Module) -> int:
+    """How many passes more another process makes: a sharded module must be run as often by all of them."""
+    if not is_sharded(module):
+        return 0
+    return int(all_reduce_max(torch.tensor(passes))) - passes
+
+
+class WholeCopy:
+    """A plain copy of a policy's model, filled while it is needed: to sample from, where each process goes its own way.
+
+    Args:
+        policy: before it is sharded; its parameters are not copied yet.
+        device: where the copy computes.
+    """
+
+    def __init__(self, policy: "Policy", device: torch.device) -> None:
+        empty = {id(p): nn.Parameter(torch.empty(0, device=device), False) for p in policy.model.parameters()}
+        model = copy.deepcopy(policy.model, empty).to(device).eval()
+        self.policy, self._sharded = replace(policy, model=model), policy.model
+
+    @contextmanager
+    def filled(self) -> Iterator["Policy"]:
+        """The policy as it is now, in its compute type; every process must come here."""
+        parameters = dict(self.policy.model.named_parameters())
+        try:
+            with torch.no_grad():
+                for name, parameter in self._sharded.named_parameters():
+                    whole_one = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+                    parameters[name].data = whole_one.to(parameters[name].device, self.policy.dtype)
+            yield self.policy
+        finally:
+            for parameter in parameters.values():
+                parameter.data = torch.empty(0, device=parameter.device)
+
+
+# State
+
+
+def whole(value: Any) -> Any:
+    """Nested values with whole tensors on the CPU in place of shared ones; only the main process keeps them.
+
+    Every process must come here with the same structure.
+    """
+    if isinstance(value, DTensor):
+        full = value.full_tensor()
+        return full.cpu() if is_main() else full.new_empty(0)
+    if isinstance(value, dict):
+        return {key: whole(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(whole(item) for item in value)
+    return value
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state dict, whole and on the CPU where it was sharded; every process must come here."""
+    state = module.state_dict(keep_vars=True)
+    made = {id(tensor): whole(tensor) for tensor in state.values()}  # tied weights stay one tensor
+    return {name: made[id(tensor)].detach() for name, tensor in state.items()}
+
+
+def shared_like(value: Any, parameter: nn.Parameter) -> Any:
+    """This process's share of a whole tensor that belongs to a sharded parameter; anything else as it is."""
+    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    placed = value.to(parameter.device)
+    return distribute_tensor(placed, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def all_finite(modules: Sequence[nn.Module]) -> bool:
+    """Whether every weight of every process is finite."""
+    own = (p.to_local() if isinstance(p, DTensor) else p for module in modules for p in module.parameters())
+    return not int(all_reduce_max(torch.tensor(int(not all(bool(p.isfinite().all()) for p in own)))))

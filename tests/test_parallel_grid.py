@@ -1,0 +1,148 @@
+"""The grid: 1, 2 and 4 processes, both strategies, any micro-batch, every kind of critic; resumes; the command line."""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dvpo.checkpoint import latest_checkpoint
+from dvpo.config import to_yaml
+from processes import TORCHRUN, launch
+from runs import LINEAR, Talk, run_config, trained
+from test_parallel import STRATEGIES, assert_same_figures, assert_same_weights, seen_by
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+PLAIN = [*LINEAR, "steps=5", "sampling.prompts_per_step=4", "sampling.samples_per_prompt=3", "update.epochs=2"]
+PLAIN += ["actor.kl.coef=0.05", "evaluation.every=2", "evaluation.samples=2", "log.tokens=3"]
+ADAM = ["steps=5", "sampling.prompts_per_step=4", "policy_optimiser.lr=1e-4", "critic_optimiser.lr=1e-4"]
+SHORT = [*LINEAR, "steps=2", "sampling.prompts_per_step=3", "sampling.samples_per_prompt=2", "update.minibatches=3"]
+KINDS: dict[str, list[str]] = {
+    "ppo": ["algorithm=ppo"],
+    "grpo": ["algorithm=grpo"],
+    "reinforce": ["algorithm=reinforce_pp", "actor.kl.coef=0.1", "actor.kl.place=reward"],
+    "vocabulary": ["algorithm=cql_ppo"],
+    "implicit": ["algorithm=dvpo_iqn"],
+    "categorical": ["algorithm=ppo_hl_gauss"],
+    "shared": ["critic.trunk=shared", "model.gradient_checkpointing=true"],
+    "frozen": ["critic.trunk=frozen", "critic.features=true"],
+    "mixture": ["advantage.target=mixture", "advantage.truncation=bootstrap", "model.gradient_checkpointing=true"],
+    "verdict": ["critic.start=verdict", "critic.privileged=answer"],
+    "normed": [
+        "reward.norm=batch",
+        "reward.trusted=1",
+        "reward.correction=backward",
+        "noise.kind=flip",
+        "noise.rate=0.2",
+    ],
+    "token_sum": ["actor.aggregation=seq_mean_token_mean", "advantage.truncation=mask"],
+}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a process without torchrun does."""
+    place = tmp_path_factory.mktemp("one")
+    trained(place / "plain", *PLAIN)
+    trained(place / "adam", *ADAM)
+    trained(place / "talk", *SHORT, task=Talk())
+    for name, overrides in KINDS.items():
+        trained(place / name, *SHORT, *overrides)
+    return place
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_figures_and_weights_do_not_depend_on_processes_strategy_or_micro_batch(
+    tmp_path: Path, one: Path, processes: int
+):
+    runs: list[dict[str, Any]] = [
+        {
+            "output": str(tmp_path / f"{strategy}-{size}"),
+            "overrides": [*PLAIN, f"distributed.strategy={strategy}", f"update.microbatch_size={size}"],
+        }
+        for strategy in STRATEGIES
+        for size in (1, 2, 64)
+    ]
+    runs += [
+        {"output": str(tmp_path / f"adam-{strategy}"), "overrides": [*ADAM, f"distributed.strategy={strategy}"]}
+        for strategy in STRATEGIES
+    ]
+    for answers in launch(tmp_path / "answers", processes, runs, timeout=1000):
+        assert seen_by(answers) == ([processes] * processes, list(range(processes)))
+    for strategy in STRATEGIES:
+        for size in (1, 2, 64):
+            assert_same_figures(tmp_path / f"{strategy}-{size}", one / "plain")
+            assert_same_weights(tmp_path / f"{strategy}-{size}", one / "plain", tolerance=1e-5)
+        assert_same_figures(tmp_path / f"adam-{strategy}", one / "adam", relative=5e-3)
+
+
+def test_every_kind_of_critic_and_loss_is_the_same_on_two_processes(tmp_path: Path, one: Path):
+    runs = [
+        {
+            "output": str(tmp_path / f"{strategy}-{name}"),
+            "overrides": [*SHORT, *KINDS.get(name, []), f"distributed.strategy={strategy}"],
+            "task": "talk" if name == "talk" else "parity",
+        }
+        for strategy in STRATEGIES
+        for name in (*KINDS, "talk")
+    ]
+    launch(tmp_path / "answers", 2, runs, timeout=1000)
+    for strategy in STRATEGIES:
+        for name in (*KINDS, "talk"):
+            assert_same_figures(tmp_path / f"{strategy}-{name}", one / name)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_of_two_processes_goes_on_with_one_and_with_four_and_the_other_strategy(
+    tmp_path: Path, one: Path, strategy: str
+):
+    other = STRATEGIES[1 - STRATEGIES.index(strategy)]
+    names = ("to-1", "to-4", "to-1-other", "to-4-other")
+    first = [*PLAIN, "steps=3", f"distributed.strategy={strategy}"]
+    launch(tmp_path / "2", 2, [{"output": str(tmp_path / name), "overrides": first} for name in names], timeout=500)
+    for processes in (1, 4):
+        runs = [
+            {
+                "output": str(tmp_path / name),
+                "overrides": [*PLAIN, f"distributed.strategy={other if name.endswith('other') else strategy}"],
+                "resume": True,
+            }
+            for name in names
+            if f"to-{processes}" in name
+        ]
+        for answers in launch(tmp_path / str(processes), processes, runs, timeout=500):
+            assert seen_by(answers)[0] == [processes] * processes
+    trained(tmp_path / "to-3", *PLAIN, "steps=3")
+    trained(tmp_path / "to-3", *PLAIN, resume=True)  # an evaluation at step 3, as the others have
+    for name in names:
+        checkpoint = latest_checkpoint(tmp_path / name)
+        assert checkpoint is not None
+        assert checkpoint.name == "checkpoint-5"
+        assert_same_figures(tmp_path / name, tmp_path / "to-3")
+        assert_same_weights(tmp_path / name, one / "plain", tolerance=1e-5)
+
+
+def test_the_command_under_torchrun_trains_and_says_everything_once(tmp_path: Path):
+    (tmp_path / "mine.yaml").write_text(to_yaml(run_config(tmp_path / "run", "task.name=math", "steps=2")))
+
+    def said(*words: str) -> tuple[int, str]:
+        command = [*TORCHRUN, "--nproc-per-node=2", "-m", "dvpo", *words]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        outcome = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=environment)
+        return outcome.returncode, outcome.stdout + outcome.stderr
+
+    code, text = said("train", str(tmp_path / "mine.yaml"), "distributed.strategy=fsdp")
+    assert code == 0, text
+    assert text.count("run folder:") == 1
+    assert text.count("step 2/2") == 2  # its figures, and the evaluation
+    code, text = said("train", str(tmp_path / "mine.yaml"), "critic.alhpa=1")
+    assert code == 1
+    assert text.count("dvpo: unknown config key critic.alhpa") == 1
+    code, text = said("train", str(tmp_path / "mine.yaml"))
+    assert code == 1
+    assert text.count("already holds a run") == 1
+    code, text = said("doctor")
+    assert code == 1
+    assert "only `dvpo train` takes several processes" in text
