@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dvpo.core import risk
+from dvpo.core.backends import ascending
 from dvpo.core.masks import masked_mean, masked_variance, zero_masked
 from dvpo.core.returns import (
     GROUP_STD_EPS,
@@ -202,8 +203,8 @@ def distributional_estimate(signals: Signals, config: "Config") -> tuple[Tensor,
     corrected reward where the value is denoised.
     """
     settings = config.advantage
-    theta_BTM = signals.values_BTNM.mean(dim=-2).sort(dim=-1).values
-    bootstrap_BM = signals.bootstrap_BNM.mean(dim=-2).sort(dim=-1).values
+    theta_BTM = ascending(signals.values_BTNM.mean(dim=-2))
+    bootstrap_BM = ascending(signals.bootstrap_BNM.mean(dim=-2))
 
     def targets_at(lam: float, out: Tensor | None = None) -> Tensor:
         given = (signals.rewards_BT, theta_BTM, signals.mask_BT, settings.gamma, lam)

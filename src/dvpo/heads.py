@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dvpo.core.categorical import categorical_atoms
+from dvpo.core.monotone import monotone_quantiles
 from dvpo.errors import InputError
 from dvpo.policy import Policy, in_chunks
 from dvpo.seeding import derive_seed
@@ -15,12 +16,8 @@ from dvpo.seeding import derive_seed
 class QuantileHeads(nn.Module):
     """N independent linear heads of M quantiles: hidden states [..., D] -> [..., N, M], float32.
 
-    `monotone`: non-crossing by construction (cf. Zhou et al. 2020),
-
-        theta_j = base + (c_j - mean_j c_j) / M,   c_j = sum_{k <= j} softplus(x_k)
-
-    so that `base` is the head's mean and x its shape. At the start base = 0 and the quantiles are spread evenly over
-    one unit of reward; a plain head starts at 0 everywhere. With M = 1 both are a scalar head.
+    `monotone`: non-crossing by construction (`dvpo.core.monotone`). At the start the mean is 0 and the quantiles are
+    spread evenly over one unit of reward; a plain head starts at 0 everywhere. With M = 1 both are a scalar head.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, num_quantiles: int, monotone: bool) -> None:
@@ -39,11 +36,7 @@ class QuantileHeads(nn.Module):
     def forward(self, hidden_D: Tensor) -> Tensor:
         with torch.autocast(hidden_D.device.type, enabled=False):
             out = self.linear(hidden_D.float()).unflatten(-1, (self.num_heads, -1))
-            if not self.monotone:
-                return out
-            base, shape = out[..., :1], out[..., 1:]
-            steps = F.softplus(shape).cumsum(dim=-1) / self.num_quantiles
-            return base + steps - steps.mean(dim=-1, keepdim=True)
+            return monotone_quantiles(out) if self.monotone else out
 
 
 class CategoricalHeads(nn.Module):

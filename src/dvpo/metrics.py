@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dvpo.batch import Rollout
+from dvpo.core.backends import ascending
 from dvpo.core.quantiles import crossing_share
 
 Reduce = Callable[[Tensor], Tensor]
@@ -119,7 +120,7 @@ def critic_figures(values_KNM: Tensor, returns_K: Tensor, truth_K: Tensor, reduc
     error.add("critic/squared_error", (values_K - returns_K).square())
     error.add("critic/squared_return", returns_K.square())
     if values_KNM.shape[-1] > 1:
-        theta_KM = values_KNM.mean(dim=-2).sort(dim=-1).values
+        theta_KM = ascending(values_KNM.mean(dim=-2))
         low, high = (round(q * (theta_KM.shape[-1] - 1)) for q in (0.1, 0.9))
         error.add("critic/spread", theta_KM[:, high] - theta_KM[:, low])
         error.add("critic/crossing_share", crossing_share(values_KNM).flatten())

@@ -16,6 +16,7 @@ from dvpo.core.returns import (
     mixture_targets,
 )
 
+pytestmark = pytest.mark.usefixtures("form")
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "golden.json").read_text())["distributional_gae"]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 F64 = torch.float64

@@ -4,9 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import looped_gae
 
-from dvpo.core import returns
+from dvpo.core import backends, returns
 from dvpo.core.returns import distributional_gae, distributional_targets
 from dvpo.core.scan import PolicyRows, discounted_scan_
+
+pytestmark = pytest.mark.usefixtures("form")
 
 F64 = torch.float64
 
@@ -93,11 +95,12 @@ def test_float32_is_as_near_to_float64_as_the_loop_over_thousands_of_tokens():
 
 
 def test_chunks_of_sequences_change_nothing(monkeypatch):
+    monkeypatch.setattr(backends, "backend", lambda tensor: "torch")
     generator = torch.Generator().manual_seed(2)
     mask = torch.rand(5, 40, generator=generator) < 0.7
     batch = (torch.randn(5, 40, generator=generator) * mask, torch.randn(5, 40, 3, generator=generator), mask, 0.9, 0.8)
     at_once = distributional_gae(*batch)
-    monkeypatch.setattr(returns, "_CHUNK_CPU", 2 * 40 * 3)
+    monkeypatch.setattr(returns, "_CHUNK", 2 * 40 * 3)
     for output, expected in zip(distributional_gae(*batch), at_once, strict=True):
         assert torch.equal(output, expected)
 

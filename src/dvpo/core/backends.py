@@ -1,4 +1,4 @@
-"""Who computes the critic's loss where: compiled code on a CPU, a Triton kernel on a GPU, torch anywhere else."""
+"""Who computes laws and losses where: compiled code on a CPU, a Triton kernel on a GPU, torch anywhere else."""
 
 import importlib.util
 from functools import cache
@@ -33,3 +33,9 @@ def huber_sums(theta_KNM: Tensor, atoms_KL: Tensor, levels_M: Tensor, kappa: flo
             return triton_huber.huber_sums(theta_KNM, atoms_KL.sort(dim=-1).values, levels_M, kappa)
         case "torch":
             return sorted_huber.huber_sums(theta_KNM, atoms_KL.sort(dim=-1).values, levels_M, kappa)
+
+
+def ascending(rows: Tensor) -> Tensor:
+    """Each row sorted; NaN comes last. Rows that are sorted already, as a monotone critic's are, cost a look."""
+    by_look = backend(rows) == "compiled" and not rows.requires_grad
+    return compiled.ascending(rows) if by_look else rows.sort(dim=-1).values

@@ -11,14 +11,14 @@ import math
 import torch
 from torch import Tensor
 
+from dvpo.core import backends, compiled
 from dvpo.core.masks import at_least_float32, zero_masked
 from dvpo.core.scan import PolicyRows, discounted_scan_, take_rows
 
 GROUP_STD_EPS = 1e-4
 
-# Quantiles worked on at a time, in whole sequences: on a CPU the temporaries stay in the cache; elsewhere each chunk
-# costs some hundred launches.
-_CHUNK_CPU, _CHUNK_ELSEWHERE = 2**19, 2**26
+# Quantiles worked on at a time by torch, in whole sequences: each chunk costs some hundred launches.
+_CHUNK = 2**26
 
 
 def gae(
@@ -163,7 +163,7 @@ def _lambda_targets(
     advantages_BTM: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Return the targets, and write the advantages where they are wanted: a few sequences at a time.
+    """Return the targets, and write the advantages where they are wanted; off a CPU, a few sequences at a time.
 
     A last token without a reward adds nothing: its state takes the place of the end, and is its own target.
     """
@@ -172,11 +172,15 @@ def _lambda_targets(
     targets_BTM = torch.empty_like(quantiles_BTM, memory_format=torch.contiguous_format) if out is None else out
     if targets_BTM.numel() == 0:
         return targets_BTM
+    ends_BM = torch.zeros_like(quantiles_BTM[:, 0]) if bootstrap is None else bootstrap.to(quantiles_BTM)
+    if backends.backend(quantiles_BTM) == "compiled":
+        silent_B = torch.zeros_like(keep_BT[:, 0]) if zero_last_delta is None else zero_last_delta.bool()
+        given = (rewards.to(quantiles_BTM), quantiles_BTM, keep_BT, gamma, lam, ends_BM, silent_B, delta_clip)
+        compiled.lambda_targets(*given, advantages_BTM, targets_BTM)
+        return targets_BTM
     rows = PolicyRows.of(keep_BT, zero_last_delta)
     rewards_BS1 = rewards.to(quantiles_BTM).gather(1, rows.source_BR[:, :-1]).unsqueeze(-1)
-    ends_BM = torch.zeros_like(quantiles_BTM[:, 0]) if bootstrap is None else bootstrap.to(quantiles_BTM)
-    chunk_size = _CHUNK_CPU if quantiles.device.type == "cpu" else _CHUNK_ELSEWHERE
-    sequences = max(1, chunk_size // quantiles_BTM[0].numel())
+    sequences = max(1, _CHUNK // quantiles_BTM[0].numel())
     num_rows, num_quantiles = rows.source_BR.shape[1], quantiles_BTM.shape[-1]
     # Reused by all chunks; the last row of `packed` is the 0 of masked positions.
     states = quantiles_BTM.new_empty(min(sequences, len(keep_BT)), num_rows, num_quantiles)

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from dvpo.core.backends import ascending
 from dvpo.core.masks import at_least_float32
 from dvpo.core.quantiles import check_quantile_shapes
 from dvpo.core.terms import fused_terms
@@ -92,8 +93,8 @@ def spectral_value(atoms: Tensor, weights: Tensor) -> Tensor:
     """
     if atoms.dim() < 1 or weights.shape != atoms.shape[-1:]:
         raise ValueError(f"weights must be [M] for atoms [..., M], got {tuple(weights.shape)}, {tuple(atoms.shape)}")
-    sorted_atoms = at_least_float32(atoms).sort(dim=-1).values
-    return (sorted_atoms * weights.to(sorted_atoms)).sum(dim=-1)
+    sorted_atoms = ascending(at_least_float32(atoms))
+    return sorted_atoms @ weights.to(sorted_atoms)
 
 
 def cvar(atoms: Tensor, alpha: float) -> Tensor:
