@@ -125,7 +125,8 @@ def test_the_update_gives_the_losses_gradients_and_weights_of_the_trainers(minim
     for mine, theirs in zip(found, expected, strict=True):
         assert farthest(mine, theirs) <= 1e-5 * max(float(g.abs().max()) for g in theirs)
     moved = [p.detach() for p in (*policy.parameters(), *critic.parameters())]
-    assert farthest(moved, weights(trainer)) <= 1e-5 * farthest(moved, start)
+    one_digit = 2**-23  # the last of a weight near 1, which the move of .009 is added to
+    assert farthest(moved, weights(trainer)) <= 1e-5 * farthest(moved, start) + one_digit
     trainer.close()
 
 

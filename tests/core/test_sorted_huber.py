@@ -7,7 +7,7 @@ import torch
 from naive import naive_quantile_huber_by_level
 from torch import Tensor
 
-from dvpo.core import compiled, sorted_huber
+from dvpo.core import compiled_loss, sorted_huber
 from dvpo.core.quantiles import quantile_huber_by_level, quantile_levels
 from largest_tensor import LargestTensor
 
@@ -35,7 +35,7 @@ def test_the_forms_agree_on_and_beside_the_atoms(atoms: Tensor, kappa: float, dt
     theta = torch.stack([torch.cat([on, beside], dim=1), anywhere, anywhere.sort(-1).values], dim=1)
     levels = quantile_levels(theta.shape[-1])
     for given in (theta, theta.sort(-1).values):
-        ours = compiled.huber_sums(given, atoms, levels, kappa)
+        ours = compiled_loss.huber_sums(given, atoms, levels, kappa)
         theirs = sorted_huber.huber_sums(given, atoms.sort(-1).values, levels, kappa)
         torch.testing.assert_close(ours, theirs, rtol=3e-6, atol=3e-6)
 
@@ -43,20 +43,20 @@ def test_the_forms_agree_on_and_beside_the_atoms(atoms: Tensor, kappa: float, dt
 def test_predictions_that_are_sorted_and_that_are_not_give_the_same_token_by_token():
     theta, levels = torch.randn(8, 3, 40, generator=GENERATOR), quantile_levels(40)
     ascending = theta.sort(-1)
-    losses, slopes = compiled.huber_sums(ascending.values, NORMAL, levels, 0.1)
+    losses, slopes = compiled_loss.huber_sums(ascending.values, NORMAL, levels, 0.1)
     mixed = torch.cat([ascending.values, theta])  # one unsorted row, and no row is taken for sorted
-    losses_too, slopes_too = compiled.huber_sums(mixed, NORMAL.repeat(2, 1), levels, 0.1)
+    losses_too, slopes_too = compiled_loss.huber_sums(mixed, NORMAL.repeat(2, 1), levels, 0.1)
     assert torch.equal(losses_too[:8], losses)
     assert torch.equal(slopes_too[:8], slopes)
 
 
 def test_threads_share_the_tokens_out_and_change_no_bit():
     theta, atoms = torch.randn(300, 2, 9, generator=GENERATOR), torch.randn(300, 11, generator=GENERATOR)
-    alone = compiled.huber_sums(theta, atoms, quantile_levels(9), 0.1)
+    alone = compiled_loss.huber_sums(theta, atoms, quantile_levels(9), 0.1)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        shared = compiled.huber_sums(theta, atoms, quantile_levels(9), 0.1)
+        shared = compiled_loss.huber_sums(theta, atoms, quantile_levels(9), 0.1)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
@@ -65,7 +65,7 @@ def test_threads_share_the_tokens_out_and_change_no_bit():
 def test_inputs_are_left_alone():
     theta, atoms = torch.randn(8, 3, 40, generator=GENERATOR), NORMAL.clone()
     before = theta.clone()
-    compiled.huber_sums(theta, atoms, quantile_levels(40), 0.1)
+    compiled_loss.huber_sums(theta, atoms, quantile_levels(40), 0.1)
     assert torch.equal(theta, before)
     assert torch.equal(atoms, NORMAL)
 

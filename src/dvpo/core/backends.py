@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dvpo.core import compiled, sorted_huber
+from dvpo.core import compiled_loss, compiling, sorted_huber
 
 
 def backend(tensor: Tensor) -> Literal["compiled", "triton", "torch"]:
@@ -26,7 +26,7 @@ def huber_sums(theta_KNM: Tensor, atoms_KL: Tensor, levels_M: Tensor, kappa: flo
     """As `dvpo.core.sorted_huber.huber_sums`, with atoms in any order."""
     match backend(theta_KNM):
         case "compiled":
-            return compiled.huber_sums(theta_KNM, atoms_KL, levels_M, kappa)
+            return compiled_loss.huber_sums(theta_KNM, atoms_KL, levels_M, kappa)
         case "triton":
             from dvpo.core import triton_huber
 
@@ -38,4 +38,4 @@ def huber_sums(theta_KNM: Tensor, atoms_KL: Tensor, levels_M: Tensor, kappa: flo
 def ascending(rows: Tensor) -> Tensor:
     """Each row sorted; NaN comes last. Rows that are sorted already, as a monotone critic's are, cost a look."""
     by_look = backend(rows) == "compiled" and not rows.requires_grad
-    return compiled.ascending(rows) if by_look else rows.sort(dim=-1).values
+    return compiling.ascending(rows) if by_look else rows.sort(dim=-1).values

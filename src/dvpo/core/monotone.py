@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from dvpo.core import backends, compiled
+from dvpo.core import backends, compiled_rows
 
 
 def monotone_quantiles(raw: Tensor) -> Tensor:
@@ -37,10 +37,10 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, raw: Tensor) -> Tensor:
         ctx.save_for_backward(raw)
-        return compiled.monotone_forward(raw)
+        return compiled_rows.monotone_forward(raw)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (raw,) = ctx.saved_tensors
-        return compiled.monotone_backward(raw, grad)
+        return compiled_rows.monotone_backward(raw, grad)

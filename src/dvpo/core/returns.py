@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from dvpo.core import backends, compiled
+from dvpo.core import backends, compiled_rows
 from dvpo.core.masks import at_least_float32, zero_masked
 from dvpo.core.scan import PolicyRows, discounted_scan_, take_rows
 
@@ -176,7 +176,7 @@ def _lambda_targets(
     if backends.backend(quantiles_BTM) == "compiled":
         silent_B = torch.zeros_like(keep_BT[:, 0]) if zero_last_delta is None else zero_last_delta.bool()
         given = (rewards.to(quantiles_BTM), quantiles_BTM, keep_BT, gamma, lam, ends_BM, silent_B, delta_clip)
-        compiled.lambda_targets(*given, advantages_BTM, targets_BTM)
+        compiled_rows.lambda_targets(*given, advantages_BTM, targets_BTM)
         return targets_BTM
     rows = PolicyRows.of(keep_BT, zero_last_delta)
     rewards_BS1 = rewards.to(quantiles_BTM).gather(1, rows.source_BR[:, :-1]).unsqueeze(-1)

@@ -1,9 +1,9 @@
 """The eight terms of the critic's loss and their gradient in one pass: what `dvpo.core.risk.critic_terms` defines.
 
-On a CPU `core/compiled.py` does all of it, and this file says with which arguments. Elsewhere both quantile terms come
-from one evaluation of the sorted form, both tails from one sort of the ensemble. A term of the ensemble is a function
-of its sorted quantiles; its slope is made with its value, as pieces [K, n] that act on the ranks from `start` on, so
-that tails cost what tails are long.
+On a CPU `core/compiled_loss.py` does all of it, and this file says with which arguments. Elsewhere both quantile terms
+come from one evaluation of the sorted form, both tails from one sort of the ensemble. A term of the ensemble is a
+function of its sorted quantiles; its slope is made with its value, as pieces [K, n] that act on the ranks from `start`
+on, so that tails cost what tails are long.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dvpo.core import backends, compiled
+from dvpo.core import backends, compiled_loss
 
 TERMS = ("qr", "risk", "cvar", "gain", "shift", "shape", "curvature", "consistency")
 
@@ -121,9 +121,9 @@ class _CompiledTerms(torch.autograd.Function):
         num_quantiles, num_atoms = theta_KNM.shape[-1], atoms_KL.shape[-1]
         of = (num_quantiles, num_atoms, num_quantiles - 2)
         sizes = [tail_size(share, size) if size > 0 else 0 for size in of for share in (alpha, beta)]
-        ctx.sizes = compiled.TailSizes(*sizes)
+        ctx.sizes = compiled_loss.TailSizes(*sizes)
         weights_M = _risk_weights(levels_M, eta)
-        terms_8K, kept = compiled.terms_forward(theta_KNM, atoms_KL, levels_M, weights_M, kappa, ctx.sizes)
+        terms_8K, kept = compiled_loss.terms_forward(theta_KNM, atoms_KL, levels_M, weights_M, kappa, ctx.sizes)
         ctx.save_for_backward(theta_KNM, weights_M, *kept)
         ctx.set_materialize_grads(False)
         return terms_8K.unbind()
@@ -132,7 +132,7 @@ class _CompiledTerms(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         theta_KNM, weights_M, *kept = ctx.saved_tensors
-        grad_KNM = compiled.terms_backward(list(grads), theta_KNM, compiled.Kept(*kept), weights_M, ctx.sizes)
+        grad_KNM = compiled_loss.terms_backward(list(grads), theta_KNM, compiled_loss.Kept(*kept), weights_M, ctx.sizes)
         return grad_KNM, *(None,) * 6
 
 

@@ -6,23 +6,14 @@ float32 or float64, sums are float64. Tokens know nothing of each other: threads
 """
 
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit, uintp
+from numba import uintp
 from torch import Tensor
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _compile(function: F) -> F:
-    """Sums may be regrouped, for vector instructions; NaN and infinities keep their meaning."""
-    options = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
-    return njit(**options)(function)
+from dvpo.core.compiling import array, compiled, rows_ascend, share_out
 
 
 class TailSizes(NamedTuple):
@@ -61,13 +52,13 @@ def terms_forward(
         kappa: half-width of the quadratic zone, >= 0 and finite.
         sizes: of the tails.
     """
-    theta, atoms = _array(theta_KNM), _sorted(_array(atoms_KL))
+    theta, atoms = array(theta_KNM), _sorted(array(atoms_KL))
     order = _order(theta)
     ranks = _order(theta.mean(axis=1)) if order.size else order
     terms, slopes = np.empty((8, len(theta)), theta.dtype), np.empty_like(theta)
     tails = np.empty((len(theta), 8))
-    taus, weights = _array(levels_M.double()), _array(weights_M)
-    _share_out(_forward, len(theta), theta, atoms, order, ranks, taus, weights, kappa, *sizes, terms, slopes, tails)
+    taus, weights = array(levels_M.double()), array(weights_M)
+    share_out(_forward, len(theta), theta, atoms, order, ranks, taus, weights, kappa, *sizes, terms, slopes, tails)
     return torch.from_numpy(terms), Kept(*map(torch.from_numpy, (slopes, tails, ranks)))
 
 
@@ -75,110 +66,36 @@ def terms_backward(
     grads: list[Tensor | None], theta_KNM: Tensor, kept: Kept, weights_M: Tensor, sizes: TailSizes
 ) -> Tensor:
     """The gradient in theta, [K, N, M], of the terms weighed with what came back for each, [K] or None."""
-    theta = _array(theta_KNM)
+    theta = array(theta_KNM)
     grads_8K = np.zeros((8, len(theta)))
     for row, grad_K in zip(grads_8K, grads, strict=True):
         if grad_K is not None:
-            row[:] = _array(grad_K)
+            row[:] = array(grad_K)
     result = np.empty_like(theta)
-    weights, of_theta = _array(weights_M), (sizes.low, sizes.up, sizes.bends_low, sizes.bends_up)
-    _share_out(_backward, len(theta), grads_8K, theta, *map(_array, kept), weights, *of_theta, result)
+    weights, of_theta = array(weights_M), (sizes.low, sizes.up, sizes.bends_low, sizes.bends_up)
+    share_out(_backward, len(theta), grads_8K, theta, *map(array, kept), weights, *of_theta, result)
     return torch.from_numpy(result)
 
 
 def huber_sums(theta_KNM: Tensor, atoms_KL: Tensor, levels_M: Tensor, kappa: float) -> tuple[Tensor, Tensor]:
     """As `dvpo.core.sorted_huber.huber_sums`, with atoms in any order."""
-    theta, atoms = _array(theta_KNM), _sorted(_array(atoms_KL))
+    theta, atoms = array(theta_KNM), _sorted(array(atoms_KL))
     losses, slopes = np.empty_like(theta[:, 0]), np.empty_like(theta)
-    _share_out(_huber, len(theta), theta, atoms, _order(theta), _array(levels_M.double()), kappa, losses, slopes)
+    share_out(_huber, len(theta), theta, atoms, _order(theta), array(levels_M.double()), kappa, losses, slopes)
     return torch.from_numpy(losses), torch.from_numpy(slopes)
 
 
-def lambda_targets(
-    rewards_BT: Tensor,
-    quantiles_BTM: Tensor,
-    keep_BT: Tensor,
-    gamma: float,
-    lam: float,
-    ends_BM: Tensor,
-    silent_B: Tensor,
-    delta_clip: float | None,
-    advantages_BTM: Tensor | None,
-    out_BTM: Tensor,
-) -> None:
-    """Write the targets of `dvpo.core.returns.distributional_gae`, and its advantages where they are wanted.
-
-    `out_BTM` may be `quantiles_BTM`. `silent_B`: whose last policy token has no reward.
-    """
-    advantages = np.empty((0, 0, 0), out_BTM.numpy().dtype) if advantages_BTM is None else advantages_BTM.numpy()
-    factors = np.array((gamma, lam, math.inf if delta_clip is None else delta_clip), out_BTM.numpy().dtype)
-    given = map(_array, (rewards_BT, quantiles_BTM, keep_BT, ends_BM, silent_B))
-    _share_out(_lambda_targets, len(keep_BT), *given, factors, advantages, out_BTM.numpy(), least=1)
-
-
-def monotone_forward(raw: Tensor) -> Tensor:
-    """As `dvpo.core.monotone.monotone_quantiles`."""
-    rows = _array(raw).reshape(-1, raw.shape[-1])
-    result = np.empty((len(rows), rows.shape[1] - 1), rows.dtype)
-    _share_out(_monotone, len(rows), rows, result)
-    return torch.from_numpy(result).view(*raw.shape[:-1], -1)
-
-
-def monotone_backward(raw: Tensor, grad: Tensor) -> Tensor:
-    """The gradient in its argument."""
-    rows, grads = (_array(x).reshape(-1, x.shape[-1]) for x in (raw, grad))
-    result = np.empty_like(rows)
-    _share_out(_monotone_gradient, len(rows), rows, grads, result)
-    return torch.from_numpy(result).view(raw.shape)
-
-
-def ascending(rows: Tensor) -> Tensor:
-    """The rows, each sorted; the tensor itself if they are."""
-    flat = _array(rows).reshape(-1, rows.shape[-1])
-    return rows if _rows_ascend(flat) else torch.from_numpy(np.sort(flat, axis=-1)).view(rows.shape)
-
-
-def _array(tensor: Tensor) -> Any:
-    return tensor.detach().contiguous().numpy()
-
-
 def _sorted(atoms: Any) -> Any:
-    return atoms if _rows_ascend(atoms) else np.sort(atoms, axis=-1)
+    return atoms if rows_ascend(atoms) else np.sort(atoms, axis=-1)
 
 
 def _order(values: Any) -> Any:
     """The indices that sort each row, [rows, M]; [0, 0] if all rows are sorted, as those of monotone heads are."""
     rows = values.reshape(-1, values.shape[-1])
-    return np.empty((0, 0), np.int64) if _rows_ascend(rows) else np.argsort(rows, axis=-1)
+    return np.empty((0, 0), np.int64) if rows_ascend(rows) else np.argsort(rows, axis=-1)
 
 
-def _share_out(kernel: Callable[..., None], count: int, *arguments: Any, least: int = 64) -> None:
-    """Run a kernel over all tokens or sequences, on as many threads as torch uses, each with `least` of them."""
-    threads = min(torch.get_num_threads(), max(1, count // least))
-    if threads == 1:
-        kernel(0, count, *arguments)
-        return
-    cuts = [count * i // threads for i in range(threads + 1)]
-    list(_pool(threads).map(lambda i: kernel(cuts[i], cuts[i + 1], *arguments), range(threads)))
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="dvpo-kernel")
-
-
-@_compile
-def _rows_ascend(rows: Any) -> bool:
-    for row in rows:
-        descents = 0
-        for j in range(len(row) - 1):
-            descents += not row[j] <= row[j + 1]  # to NaN nothing ascends
-        if descents:
-            return False
-    return True
-
-
-@_compile
+@compiled
 def _prefix_sums(atoms: Any, sums: Any, squares: Any) -> float:
     """Of the atoms' distances from their mean, which is returned, and of the squares."""
     mean = 0.0
@@ -193,7 +110,7 @@ def _prefix_sums(atoms: Any, sums: Any, squares: Any) -> float:
     return mean
 
 
-@_compile
+@compiled
 def _merge(queries: Any, atoms: Any, kappa: float, below: Any) -> None:
     """below[e, j]: how many atoms lie below query j - kappa, below query j, below query j + kappa.
 
@@ -212,7 +129,7 @@ def _merge(queries: Any, atoms: Any, kappa: float, below: Any) -> None:
         i2 += uintp(atoms[i2] < queries[j2] + kappa)
 
 
-@_compile
+@compiled
 def _merge_ties(queries: Any, atoms: Any, below: Any) -> None:
     """below[0, j], below[1, j]: how many atoms lie below query j, and how many not above it."""
     i0, i1, last = uintp(0), uintp(0), uintp(len(atoms) - 1)
@@ -224,7 +141,7 @@ def _merge_ties(queries: Any, atoms: Any, below: Any) -> None:
         i1 += uintp((atoms[i1] <= queries[j1]) & (i1 < last))
 
 
-@_compile
+@compiled
 def _finite(values: Any) -> bool:
     bad = 0
     for value in values:
@@ -232,7 +149,7 @@ def _finite(values: Any) -> bool:
     return bad == 0
 
 
-@_compile
+@compiled
 def _scratch(num_quantiles: int, num_atoms: int) -> Any:
     """Sorted atoms and queries with their sentinels, prefix sums, counts, levels, value and slope by rank."""
     atoms, queries = np.full(num_atoms + 1, np.inf), np.full(num_quantiles + 1, np.inf)
@@ -241,7 +158,7 @@ def _scratch(num_quantiles: int, num_atoms: int) -> Any:
     return atoms, queries, sums, squares, below, np.empty((3, num_quantiles))
 
 
-@_compile
+@compiled
 def _huber_token(
     theta: Any, given: Any, order: Any, first: int, taus: Any, kappa: float, scratch: Any, losses: Any, slopes: Any
 ) -> float:
@@ -283,7 +200,7 @@ def _huber_token(
     return mean
 
 
-@_compile
+@compiled
 def _smooth(
     queries: Any, sums: Any, squares: Any, below: Any, mean: float, kappa: float, tau: Any, values: Any, slopes: Any
 ) -> None:
@@ -300,7 +217,7 @@ def _smooth(
         slopes[j] = ((1 - tau[j]) * (f1 - f0) + tau[j] * (f2 - f1)) * per_atom - tau[j]
 
 
-@_compile
+@compiled
 def _pinball(queries: Any, sums: Any, below: Any, mean: float, tau: Any, values: Any, slopes: Any) -> None:
     """kappa = 0; an atom that ties with a prediction counts in neither slope."""
     num_atoms = len(sums) - 1
@@ -310,7 +227,7 @@ def _pinball(queries: Any, sums: Any, below: Any, mean: float, tau: Any, values:
         slopes[j] = ((1 - tau[j]) * under + tau[j] * (not_over - num_atoms)) / num_atoms
 
 
-@_compile
+@compiled
 def _huber(
     start: int, stop: int, theta: Any, atoms: Any, order: Any, taus: Any, kappa: float, losses: Any, slopes: Any
 ) -> None:
@@ -322,7 +239,7 @@ def _huber(
             losses[k, j] = by_level[j] / num_heads
 
 
-@_compile
+@compiled
 def _ensemble(theta: Any, centre: float, ranks: Any, k: int, by_level: Any, by_rank: Any) -> None:
     """The mean over heads less `centre`, level by level and sorted.
 
@@ -339,7 +256,7 @@ def _ensemble(theta: Any, centre: float, ranks: Any, k: int, by_level: Any, by_r
         by_rank[r] = by_level[ranks[k, r]] if ranks.size else by_level[r]
 
 
-@_compile
+@compiled
 def _moments(atoms: Any, centre: float) -> tuple[float, float]:
     """Mean, less `centre`, and population variance."""
     mean = 0.0
@@ -352,7 +269,7 @@ def _moments(atoms: Any, centre: float) -> tuple[float, float]:
     return mean, variance / len(atoms)
 
 
-@_compile
+@compiled
 def _bends_down(ranked: Any, start: int, stop: int) -> float:
     """Mean of relu(-D) over second differences."""
     total = 0.0
@@ -361,7 +278,7 @@ def _bends_down(ranked: Any, start: int, stop: int) -> float:
     return total / (stop - start)
 
 
-@_compile
+@compiled
 def _forward(
     start: int, stop: int, theta: Any, atoms: Any, order: Any, ranks: Any, taus: Any, weights: Any, kappa: float,
     low: int, up: int, target_low: int, target_up: int, bends_low: int, bends_up: int,
@@ -404,7 +321,7 @@ def _forward(
         kept[5], kept[6], kept[7] = shift > 0, too_wide > 0, too_narrow > 0
 
 
-@_compile
+@compiled
 def _backward(
     start: int, stop: int, grads: Any, theta: Any, slopes: Any, tails: Any, ranks: Any, weights: Any,
     low: int, up: int, bends_low: int, bends_up: int, result: Any,
@@ -439,131 +356,3 @@ def _backward(
             for j in range(num_quantiles):
                 away = theta[k, i, j] - centre - by_level[j]
                 result[k, i, j] = slopes[k, i, j] * by_head[j] + pushed[j] + apart * away
-
-
-@_compile
-def _lambda_targets(
-    start: int, stop: int, rewards: Any, quantiles: Any, keep: Any, ends: Any, silent: Any,
-    factors: Any, advantages: Any, targets: Any,
-) -> None:  # fmt: skip
-    """From the last token of each sequence to the first; what a masked position holds is never read.
-
-    Rows are copied in and out, since a loop whose arrays may overlap gets no vector instructions.
-    """
-    gamma, lam, clip = factors
-    by_value, by_target, clips = gamma * (1 - lam), gamma * lam, not np.isinf(clip)
-    size = quantiles.shape[2]
-    now, after = np.empty(size, ends.dtype), np.empty(size, ends.dtype)
-    carried, target = np.empty(size, ends.dtype), np.empty(size, ends.dtype)
-    for b in range(start, stop):
-        for j in range(size):
-            after[j] = target[j] = ends[b, j]
-            carried[j] = 0.0  # the advantage, where deltas are clipped
-        unrewarded = silent[b]
-        for t in range(quantiles.shape[1] - 1, -1, -1):
-            if not keep[b, t]:
-                targets[b, t, :] = 0.0
-                if advantages.size:
-                    advantages[b, t, :] = 0.0
-                continue
-            reward = rewards[b, t]
-            for j in range(size):
-                now[j] = quantiles[b, t, j]
-            if unrewarded:  # adds nothing: its state takes the place of the end
-                unrewarded = False
-                for j in range(size):
-                    target[j] = now[j]
-            elif clips:
-                for j in range(size):
-                    carried[j] = min(max(reward + gamma * after[j] - now[j], -clip), clip) + by_target * carried[j]
-                for j in range(size):
-                    target[j] = now[j] + carried[j]
-            else:
-                # Only convex combinations: targets that are equal, as all are at lam = 1, come out equal.
-                for j in range(size):
-                    target[j] = reward + by_value * after[j] + by_target * target[j]
-            for j in range(size):
-                targets[b, t, j] = target[j]
-            if advantages.size:
-                for j in range(size):
-                    advantages[b, t, j] = target[j] - now[j]
-            for j in range(size):
-                after[j] = now[j]
-
-
-f32 = np.float32  # a plain number would make these sums float64
-
-
-@_compile
-def _exp_minus(x: Any) -> Any:
-    """exp(-x) for x >= 0, exp(-87) from there on: 2^-n times a polynomial, which gets vector instructions.
-
-    Taylor's to the seventh power, an error of 5e-9 for what is left, within log(2) / 2.
-    """
-    x = min(x, f32(87.0))
-    n = np.int32(x * f32(1 / math.log(2)) + f32(0.5))
-    r = (n * f32(0.693359375) - x) + n * f32(-2.12194440e-4)  # log(2) in two parts, the first exact
-    p = f32(1 / 5040)
-    p = p * r + f32(1 / 720)
-    p = p * r + f32(1 / 120)
-    p = p * r + f32(1 / 24)
-    p = p * r + f32(1 / 6)
-    p = p * r + f32(1 / 2)
-    p = (p * r + f32(1)) * r + f32(1)
-    return p * np.int32((np.int32(127) - n) << np.int32(23)).view(np.float32)
-
-
-@_compile
-def _softplus(x: Any) -> Any:
-    """log(1 + exp(x)) to 1e-7 of its size: log(1 + e) = 2 (s + s^3 / 3 + s^5 / 5 + ...) with s = e / (2 + e) <= 1/3."""
-    e = _exp_minus(abs(x))
-    s = e / (f32(2) + e)
-    q = s * s
-    p = f32(1 / 17)
-    p = p * q + f32(1 / 15)
-    p = p * q + f32(1 / 13)
-    p = p * q + f32(1 / 11)
-    p = p * q + f32(1 / 9)
-    p = p * q + f32(1 / 7)
-    p = p * q + f32(1 / 5)
-    p = p * q + f32(1 / 3)
-    return max(x, f32(0)) + f32(2) * s * (p * q + f32(1))
-
-
-@_compile
-def _monotone(start: int, stop: int, raw: Any, quantiles: Any) -> None:
-    size = quantiles.shape[1]
-    steps = np.empty(size, np.float32)
-    for i in range(start, stop):
-        for j in range(size):
-            steps[j] = _softplus(raw[i, j + 1])
-        height = total = 0.0
-        for j in range(size):
-            height += steps[j]
-            total += height
-            steps[j] = height
-        base = raw[i, 0] - f32(total / (size * size))
-        for j in range(size):
-            quantiles[i, j] = base + steps[j] * f32(1 / size)
-
-
-@_compile
-def _monotone_gradient(start: int, stop: int, raw: Any, grads: Any, result: Any) -> None:
-    """To x_k goes sigmoid(x_k) / M times the sum over j >= k of grad_j - mean grad."""
-    size = grads.shape[1]
-    sigmoid, later = np.empty(size, np.float32), np.empty(size, np.float32)
-    for i in range(start, stop):
-        total = 0.0
-        for j in range(size):
-            total += grads[i, j]
-        result[i, 0] = total
-        left, mean = 0.0, total / size
-        for j in range(size - 1, -1, -1):
-            left += grads[i, j] - mean
-            later[j] = left
-        for j in range(size):
-            x = raw[i, j + 1]
-            e = _exp_minus(abs(x))
-            sigmoid[j] = (f32(1) if x >= 0 else e) / (f32(1) + e)
-        for j in range(size):
-            result[i, j + 1] = later[j] * sigmoid[j] * f32(1 / size)
