@@ -13,7 +13,7 @@ rewards.
 The first is what a step moves by; the second shows a bias. It says what an advantage is worth where training begins,
 and nothing about where it leads: a critic that can be exploited looks well here. It screens attempts, and proves
 nothing.
-Appends rows to results/tuning/advantage_signal.jsonl.
+Appends rows to results/advantage_signal.jsonl.
 """
 
 import argparse
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 SEED, TRUE_SEED = 11, 12
 WARM, STEPS, TRUE_STEPS = 8, 12, 32
-RESULT = Path(__file__).parent / "results" / "tuning" / "advantage_signal.jsonl"
+RESULT = Path(__file__).parent / "results" / "advantage_signal.jsonl"
 NOISES = {
     "clean": [],
     "heavy": ["noise={kind: student_t, df: 2, scale: 0.85, then: [{kind: affine, offset_sd: 1.0, scale_sd: 0.5}]}"],

@@ -14,7 +14,15 @@ from dvpo.config import Config, load_config
 from dvpo.core.masks import identity
 from dvpo.core.returns import gae, group_location_scale, group_rank
 from dvpo.core.risk import cvar, noise_corrected_value, rank_advantage, trimmed_mean, tv_worst_case
-from dvpo.estimates import Signals, correct_rewards, forward_weights, last_token, overlong_penalties, shape_rewards
+from dvpo.estimates import (
+    Signals,
+    correct_rewards,
+    end_error,
+    forward_weights,
+    last_token,
+    overlong_penalties,
+    shape_rewards,
+)
 from dvpo.rates import NO_RATES, Rates
 from dvpo.settings import RewardConfig
 from dvpo.trainer import Trainer
@@ -61,6 +69,43 @@ def test_robust_ppo_takes_the_least_head_as_baseline_and_as_bootstrap_of_its_tar
     ours, targets = estimate("robust_ppo", given)
     torch.testing.assert_close(ours, advantages_BT)
     torch.testing.assert_close(targets.squeeze(-1), returns_BT)
+
+
+@pytest.mark.parametrize("name", ["ppo", "dvpo", "dvpo_rank", "ppo_ensemble"])
+def test_recentred_values_make_the_end_cost_nothing_and_no_constant_of_the_critic_matters(name: str) -> None:
+    given = signals(num_quantiles=1 if name.startswith("ppo") else 5)
+
+    def recentred(offset: float) -> Signals:
+        moved = dataclasses.replace(given, values_BTNM=given.values_BTNM + offset)
+        return dataclasses.replace(moved, values_BTNM=moved.values_BTNM + end_error(moved, identity))
+
+    torch.testing.assert_close(end_error(recentred(3.0), identity), torch.tensor(0.0), atol=1e-6, rtol=0)
+    for ours, theirs in zip(estimate(name, recentred(0.0)), estimate(name, recentred(3.0)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    # By hand: the ends of the five responses that have a reward, less the value there.
+    places = [(0, 3), (1, 3), (2, 2), (3, 1), (4, 3)]
+    errors = [given.rewards_BT[at] - given.values_BTNM[at].mean() for at in places]
+    torch.testing.assert_close(end_error(given, identity), torch.stack(errors).mean())
+    # As it stands, the last step of a response is paid that error.
+    raw, fixed = (estimate(name, s)[0] for s in (dataclasses.replace(given), recentred(0.0)))
+    if name == "ppo":
+        ends = torch.tensor([raw[at] - fixed[at] for at in places])
+        torch.testing.assert_close(ends, end_error(given, identity).expand(5))
+
+
+def test_the_trainer_recentres_what_the_advantage_reads_and_not_what_the_critic_said(tmp_path: Path) -> None:
+    found = {}
+    for recentre in (False, True):
+        lines = ["algorithm=ppo", "advantage.whiten=false", f"advantage.recentre={str(recentre).lower()}"]
+        trainer = Trainer(run_config(tmp_path / str(recentre), *lines), task=Parity())
+        rollout, _ = trainer.collect()
+        found[recentre] = trainer.estimate(rollout)[0]
+        trainer.close()
+    raw, fixed = found[False], found[True]
+    torch.testing.assert_close(raw.values_BTNM, fixed.values_BTNM, rtol=0, atol=0)
+    ends_BT = last_token(raw.mask_BT)
+    assert ((raw.advantages_BT * ends_BT).sum() / ends_BT.sum()).abs() > 1e-3
+    assert ((fixed.advantages_BT * ends_BT).sum() / ends_BT.sum()).abs() < 1e-6
 
 
 def test_rfqi_with_radius_0_is_the_quantile_critic_with_its_mean() -> None:

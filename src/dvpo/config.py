@@ -196,6 +196,11 @@ class Config:
             )
         if not denoised:
             return
+        if self.advantage.recentre:
+            raise ValueError(
+                "advantage.recentre = true shifts values that advantage.law.functional = denoised reads as "
+                "probabilities: set it to false"
+            )
         shaped = {
             f"reward.overlong = {reward.overlong}": reward.overlong > 0,
             f"reward.norm = {reward.norm}": reward.norm != "none",

@@ -49,6 +49,9 @@ class AdvantageConfig:
     law: LawConfig = LawConfig()
     delta_clip: Positive | None = None
     """Clip every temporal difference of the actor's advantage to [-c, c] in units of the reward; None = off."""
+    recentre: bool = False
+    """Shift all values of a step by one constant, so that its last temporal differences are 0 in the mean: an end costs
+    nothing merely because the critic is wrong in the mean."""
     whiten: bool = True
     """Give the advantages of a step mean 0 and deviation 1."""
     truncation: Literal["terminal", "bootstrap", "mask"] = "terminal"

@@ -42,7 +42,7 @@ from dvpo.distributed import (
     world_size,
 )
 from dvpo.errors import RunStoppedError
-from dvpo.estimates import Signals, overlong_penalties, shape_rewards
+from dvpo.estimates import Signals, end_error, overlong_penalties, shape_rewards
 from dvpo.evaluate import Evaluation, evaluate
 from dvpo.faults import fault_figures, refuse_broken_reward, stop_at_faults
 from dvpo.interrupt import Interrupted, check, deferred
@@ -350,6 +350,8 @@ class Trainer(Learner):
             tokens_before=before_me(int(mask_BT.sum())),
             rates=rates,
         )
+        if settings.recentre and self.critic is not None:
+            signals = replace(signals, values_BTNM=values_BTNM + end_error(signals, all_reduce_sum))
         advantages_BT, targets_BTL = self.row.estimate(signals, self.config)
         spread = float(masked_variance(advantages_BT, mask_BT, all_reduce_sum).sqrt())
         if settings.whiten:
