@@ -319,7 +319,16 @@ def test_doctor_says_what_is_installed_and_what_a_config_needs(here: Path, capsy
     assert all(word in out for word in ("torch", "transformers", "pip install 'dvpo[lora]'", "GPUs:", "disk free"))
     assert main(["doctor", "good.yaml", "steps=100"]) == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ("policy parameters", "peak memory", "100 steps", "one checkpoint on disk"))
+    assert all(
+        word in out
+        for word in (
+            "predicted peak of a step",
+            "policy parameters",
+            "peak memory",
+            "100 steps",
+            "one checkpoint on disk",
+        )
+    )
     assert not (here / "run").exists()
 
 

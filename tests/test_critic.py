@@ -1,6 +1,7 @@
 """The critic: what its heads can say, which states they see, where its gradients go, and how it is kept."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,13 +9,16 @@ from torch import Tensor
 
 from dvpo.batch import Rollout
 from dvpo.critic import Critic, load_critic, make_critic
+from dvpo.embedded import make_config, make_model, make_tokenizer
 from dvpo.errors import InputError
 from dvpo.heads import QuantileHeads, Verdict
 from dvpo.policy import Policy
+from dvpo.reward_model import make_reward_model, open_reward_model
 from dvpo.sampling import Episode, collate
 from dvpo.settings_learning import CriticConfig
 from dvpo.tasks import Example
-from tiny_models import one_row, tiny_policy
+from runs import trained
+from tiny_models import merging_tokenizer, one_row, tiny_policy
 
 TOKENS = [70, 81, 92, 17, 40, 33, 44, 1, 200]
 
@@ -312,3 +316,47 @@ def test_a_critic_with_verdict_and_features_is_opened_bit_by_bit(tmp_path):
     again = load_critic(tmp_path)
     assert again.shape == critic.shape
     assert torch.equal(again(again.states(rollout, policy)), critic(critic.states(rollout, policy)))
+
+
+# From a reward model
+
+
+@pytest.fixture(scope="module")
+def reward_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model whose trunk is not the policy's, and not as wide."""
+    folder = tmp_path_factory.mktemp("reward-model")
+    make_model(make_config(hidden_size=64, num_hidden_layers=2, intermediate_size=32), seed=5).save_pretrained(
+        folder / "start"
+    )
+    make_tokenizer().save_pretrained(folder / "start")
+    make_reward_model(folder / "start", torch.device("cpu")).save(folder / "rm", {})
+    return folder / "rm"
+
+
+def test_a_critics_trunk_starts_as_the_reward_models_and_is_kept_and_trained(reward_model_folder: Path, tmp_path: Path):
+    policy = tiny_policy()
+    critic = new_critic(policy, path=str(reward_model_folder))
+    model = open_reward_model(reward_model_folder, torch.device("cpu")).model
+    tokens_BS, attention_BS = one_row(TOKENS)
+    expected_BSD = model.base_model(input_ids=tokens_BS, attention_mask=attention_BS.long()).last_hidden_state
+    torch.testing.assert_close(critic.hidden_states(tokens_BS, attention_BS, policy), expected_BSD)
+    assert critic.shape.hidden_size == 64  # the policy's is 16
+    critic.save(tmp_path)
+    torch.testing.assert_close(predict(load_critic(tmp_path), policy, TOKENS), predict(critic, policy, TOKENS))
+    run = trained(tmp_path / "run", f"critic.path={reward_model_folder}")
+    assert run.critic is not None
+    moved = [
+        not torch.equal(a, b) for a, b in zip(run.critic.trunk.parameters(), critic.trunk.parameters(), strict=True)
+    ]
+    assert any(moved)
+
+
+def test_a_folder_that_is_no_reward_model_of_the_policys_tokens_is_refused(reward_model_folder: Path, tmp_path: Path):
+    with pytest.raises(InputError, match=r"critic\.path: .* holds a Qwen3ForCausalLM, no reward model"):
+        new_critic(tiny_policy(), path=str(reward_model_folder.parent / "start"))
+    other = replace(tiny_policy(vocabulary=266), tokenizer=merging_tokenizer())
+    with pytest.raises(InputError, match="the reward model's tokenizer is not the policy's"):
+        new_critic(other, path=str(reward_model_folder))
+    for clash in ({"trunk": "shared"}, {"start": "verdict"}):
+        with pytest.raises(ValueError, match=r"critic\.path = rm starts a trunk of the critic's own"):
+            CriticConfig(path="rm", **clash)

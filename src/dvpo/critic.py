@@ -199,13 +199,15 @@ def make_critic(kind: Kind, config: CriticConfig, policy: Policy) -> Critic:
     """A fresh critic around a copy of the policy's trunk; draws its heads from torch's global generator.
 
     Raises:
-        InputError: `critic.verdict_tokens` that are no tokens.
+        InputError: `critic.verdict_tokens` that are no tokens, or a `critic.path` without a reward model that reads
+            what the policy writes.
     """
     centres_R = histogram_centres(**asdict(config.histogram))
+    own = None if config.path is None else _trunk_of_reward_model(config.path, policy)
     shape = CriticShape(
         kind=kind,
         trunk=config.trunk,
-        hidden_size=policy.model.get_output_embeddings().weight.shape[1],
+        hidden_size=policy.model.get_output_embeddings().weight.shape[1] if own is None else width_of(own),
         num_heads=1 if kind == "vocabulary" else config.num_heads,
         num_quantiles=1 if kind in ("scalar", "vocabulary") else config.num_quantiles,
         levels=config.levels,
@@ -215,7 +217,9 @@ def make_critic(kind: Kind, config: CriticConfig, policy: Policy) -> Critic:
         features=config.features,
         bins=len(centres_R) if kind == "categorical" else 0,
     )
-    trunk = None if config.trunk == "shared" else copy.deepcopy(policy.trunk)
+    trunk = own
+    if trunk is None and config.trunk != "shared":
+        trunk = copy.deepcopy(policy.trunk)
     critic = Critic(shape, trunk, policy.dtype)
     if isinstance(critic.heads, CategoricalHeads):
         critic.heads.centres_R.copy_(centres_R)
@@ -223,6 +227,26 @@ def make_critic(kind: Kind, config: CriticConfig, policy: Policy) -> Critic:
     if critic.verdict is not None:
         critic.verdict.read_off(policy, config.verdict_tokens)
     return critic
+
+
+def _trunk_of_reward_model(folder: str, policy: Policy) -> nn.Module:
+    from dvpo.reward_model import open_reward_model
+
+    model = open_reward_model(folder, policy.device, field="critic.path")
+    if model.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise InputError(
+            f"critic.path = {folder}: the reward model's tokenizer is not the policy's, whose tokens a critic reads: "
+            "take one trained from the same family"
+        )
+    trunk: Any = model.model.base_model
+    if getattr(policy.trunk, "is_gradient_checkpointing", False):
+        trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return trunk
+
+
+def width_of(trunk: Any) -> int:
+    """D of a transformer's hidden states."""
+    return int(trunk.config.get_text_config().hidden_size)
 
 
 def load_critic(

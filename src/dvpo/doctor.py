@@ -12,12 +12,15 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from transformers import AutoConfig
 
 from dvpo.config import Config
+from dvpo.memory import predict
+from dvpo.policy import choose_device
 from dvpo.provenance import machine
 from dvpo.settings_learning import LogConfig
 from dvpo.sinks import refuse_unusable
-from dvpo.trainer import Trainer
+from dvpo.trainer import Trainer, starting_model
 
 REQUIRED = ("torch", "transformers", "safetensors", "pydantic", "pyyaml", "rich", "cloudpickle")
 EXTRAS = {
@@ -59,6 +62,7 @@ def report_needs(config: Config, console: Console) -> None:
         InputError: whatever would stop the run itself.
     """
     refuse_unusable(config.log)
+    _print_prediction(config, console)
     with tempfile.TemporaryDirectory(prefix="dvpo-doctor-") as folder:
         update = replace(config.update, actor_warmup_steps=0)  # what is measured is a step that moves both models
         steps_needed = max(config.steps, TRIAL_STEPS)
@@ -94,6 +98,19 @@ def report_needs(config: Config, console: Console) -> None:
     ):
         table.add_row(what, figure)
     console.print(table)
+
+
+def _print_prediction(config: Config, console: Console) -> None:
+    """From the config alone: it stands there if the trial runs out of memory. Nothing without a model's shape."""
+    try:
+        shape = AutoConfig.from_pretrained(starting_model(config), trust_remote_code=False)
+    except (OSError, ValueError):
+        return  # the trial says what is wrong with the model
+    on_gpu = choose_device(config.device) != "cpu"
+    need = predict(config, shape, base=0 if on_gpu else _peak_memory(torch.device("cpu")))
+    parts = ("base", "weights", "moments", "gradients", "activations", "heads", "rollout")
+    text = ", ".join(f"{name} {getattr(need, name) / MIB:,.0f}" for name in parts)
+    console.print(f"predicted peak of a step at full lengths: {need.peak / MIB:,.0f} MiB ({text})", soft_wrap=True)
 
 
 def _version(name: str) -> str | None:

@@ -1,0 +1,189 @@
+"""Peak memory of a training step on a CPU: DVPO against PPO, and what `dvpo doctor` predicts against what is measured.
+
+    python benchmarks/memory.py                  # every size, each run in a process of its own
+    python benchmarks/memory.py --only small     # one of them
+
+A run makes one training step of a random Qwen3 in float32 with moments of AdamW in place. The responses are scripted,
+random tokens of full length, so that what counts is the update: sampling holds less. Peak memory is the process's
+largest resident set; the base is what it held before a model was made.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from dvpo import Trainer, load_config
+from dvpo.embedded import make_tokenizer
+from dvpo.memory import parameters_of, predict
+from dvpo.provenance import machine, source, versions
+from dvpo.sampling import HuggingFaceSampler, Turn
+from dvpo.tasks import Environment, Example, Reward, SingleTurn
+
+RESULTS = Path(__file__).parent / "results" / "memory.json"
+ALLOWED_SHARE = 0.03
+"""DVPO's step may hold so much more than PPO's."""
+ALLOWED_ERROR = 0.2
+"""A prediction may be off by so much."""
+
+
+class Size(NamedTuple):
+    hidden: int
+    layers: int
+    vocabulary: int
+    prompt: int
+    completion: int
+    responses: int
+    microbatch: int
+    quantiles: int
+
+
+SIZES = {
+    "small": Size(256, 4, 4096, 64, 192, 8, 8, 50),
+    "middle": Size(512, 6, 16384, 256, 256, 2, 2, 200),
+    "large": Size(1024, 8, 32768, 32, 2016, 1, 1, 200),
+}
+
+
+class Anything:
+    """Random prompts of one length; whatever is answered is worth 0 or 1."""
+
+    name = "anything"
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def split(self, name: str) -> Sequence[Example]:
+        return [Example(str(i), chr(97 + i) * self.length) for i in range(8)] if name == "train" else []
+
+    def environment(self, example: Example) -> Environment:
+        return SingleTurn(example)
+
+    def true_reward(self, prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> list[Reward]:
+        return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+def write_model(folder: Path, size: Size) -> Path:
+    config = Qwen3Config(
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        num_hidden_layers=size.layers,
+        intermediate_size=3 * size.hidden,
+        num_attention_heads=size.hidden // 64,
+        num_key_value_heads=size.hidden // 128,
+        head_dim=64,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def scripted(self: HuggingFaceSampler, contexts: Any, budgets: Sequence[int], seeds: Sequence[int]) -> list[Turn]:
+    logprob = -math.log(self.policy.vocabulary)
+    tokens = [torch.randint(8, 264, (n,), generator=torch.Generator().manual_seed(s)).tolist()
+              for n, s in zip(budgets, seeds, strict=True)]  # fmt: skip
+    return [Turn(drawn, [logprob] * len(drawn), finished=False) for drawn in tokens]
+
+
+def measure(name: str, algorithm: str, model: Path) -> dict[str, Any]:
+    """In this process: one step, its peak, and what was predicted before the model was opened."""
+    size = SIZES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        config = load_config(
+            None,
+            [
+                f"algorithm={algorithm}",
+                f"model.path={model}",
+                f"output={folder}/run",
+                "device=cpu",
+                f"sampling.prompts_per_step={size.responses}",
+                "sampling.samples_per_prompt=1",
+                f"sampling.max_prompt_length={size.prompt}",
+                f"sampling.max_completion_length={size.completion}",
+                f"update.microbatch_size={size.microbatch}",
+                "update.minibatches=1",
+                "advantage.truncation=terminal",
+                *(["critic.num_quantiles=" + str(size.quantiles)] if algorithm != "ppo" else []),
+            ],
+        )
+        base = peak()
+        predicted = predict(config, Qwen3Config.from_pretrained(model), base)
+        HuggingFaceSampler.sample = scripted  # type: ignore[method-assign]
+        trainer = Trainer(config, task=Anything(size.prompt))
+        for optimiser in (trainer.policy_optimiser, trainer.critic_optimiser):
+            assert optimiser is not None
+            for parameter in optimiser.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            optimiser.adamw.step()
+            optimiser.adamw.zero_grad(set_to_none=True)
+        trainer.train_step()
+        trainer.close()
+    return {
+        "algorithm": algorithm,
+        "parameters": parameters_of(Qwen3Config.from_pretrained(model)).model,
+        **size._asdict(),
+        "base": base,
+        "measured": peak(),
+        "predicted": predicted.peak,
+    }
+
+
+def peak() -> int:
+    """Largest resident set of this program: getrusage would count what its parent held as well."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=SIZES)
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        name, algorithm, model = arguments.measure
+        print(json.dumps(measure(name, algorithm, Path(model))))
+        return 0
+    runs = []
+    for name in [arguments.only] if arguments.only else SIZES:
+        with tempfile.TemporaryDirectory() as folder:
+            model = write_model(Path(folder), SIZES[name])
+            for algorithm in ("ppo", "dvpo"):
+                command = [sys.executable, __file__, "--measure", name, algorithm, str(model)]
+                said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                runs.append({"size": name, **json.loads(said.splitlines()[-1])})
+                print(runs[-1], flush=True)
+    errors = {f"{run['size']} {run['algorithm']}": run["predicted"] / run["measured"] - 1 for run in runs}
+    pairs = zip(runs[::2], runs[1::2], strict=True)
+    shares = {dvpo["size"]: dvpo["measured"] / ppo["measured"] - 1 for ppo, dvpo in pairs}
+    result = {
+        "commit": source().commit,
+        "dirty": source().dirty,
+        "machine": machine("cpu"),
+        "versions": versions(),
+        "runs": runs,
+        "dvpo_above_ppo": shares,
+        "prediction_error": errors,
+        "gpu": "not measured",
+    }
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    kept = shares.get("large", 0.0) <= ALLOWED_SHARE and all(abs(e) <= ALLOWED_ERROR for e in errors.values())
+    print("within the bounds" if kept else "NOT within the bounds", shares, errors)
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""How much memory a training step will hold, from a config and a model's shape, before any weight is loaded.
+
+    peak = base + weights + moments + max over policy and critic of (gradients + activations + heads) + rollout
+
+An estimate: activations are those of a decoder layer with gated feed-forward and grouped queries, every sequence is
+taken to be as long as the config allows, and what sampling holds is left out. `benchmarks/memory.py` holds it against
+measurements on a CPU.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from dvpo.algorithms import find_algorithm
+from dvpo.config import Config
+from dvpo.policy import LOGIT_BUDGET
+
+FLOAT = 4
+LOGIT_COPIES = 5
+"""Of a chunk of logits while its log-probs are differentiated: raw, by temperature, probabilities, two products."""
+LOSS_COPIES = 14
+"""Of a token's N x M predictions while the critic's terms are made and differentiated."""
+VALUE_COPIES = 3
+"""Of all predictions of a step: the pieces, and the whole of which they are put together."""
+
+
+class Parameters(NamedTuple):
+    """Weights of a causal language model, and of its trunk."""
+
+    model: int
+    trunk: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes of a step, part by part."""
+
+    base: int
+    """Of the process before there is a model."""
+    weights: int
+    moments: int
+    gradients: int
+    """Of the module that is updated where the peak is."""
+    activations: int
+    heads: int
+    """Logits or the critic's terms."""
+    rollout: int
+    """Values and targets of a whole step."""
+
+    @property
+    def peak(self) -> int:
+        parts = (self.weights, self.moments, self.gradients, self.activations, self.heads, self.rollout)
+        return self.base + sum(parts)
+
+
+def parameters_of(model_config: Any) -> Parameters:
+    """Count the weights of a model of that config without making them."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    return Parameters(*(sum(p.numel() for p in part.parameters()) for part in (model, model.base_model)))
+
+
+def predict(config: Config, model_config: Any, base: int = 0) -> Prediction:
+    """What the peak of a training step will be on one device, in one process.
+
+    Args:
+        config: of the run.
+        model_config: of the policy, as transformers has it.
+        base: bytes that the process holds without a model.
+    """
+    row, shape = find_algorithm(config.algorithm), model_config.get_text_config()
+    model, trunk = parameters_of(model_config)
+    own_trunk = row.has_critic and config.critic.trunk != "shared"
+    quantiles = config.critic.num_quantiles if row.has_law else 1
+    outputs = {"none": 0, "vocabulary": shape.vocab_size}.get(row.critic, config.critic.num_heads * quantiles)
+    bases = config.critic.num_heads if config.critic.monotone and outputs and quantiles > 1 else 0
+    head = (shape.hidden_size + 1) * (outputs + bases)
+    learning = head + (trunk if own_trunk and config.critic.trunk == "own" else 0)
+    critic = head + (trunk if own_trunk else 0)
+    reference = model if config.actor.kl.coef else 0
+
+    batch = ceil(config.sampling.responses_per_step / config.update.minibatches)
+    rows = min(config.update.microbatch_size, batch)
+    response = config.sampling.max_completion_length
+    activations = _activations(config, shape, rows * (config.sampling.max_prompt_length + response))
+    logits = LOGIT_COPIES * FLOAT * min(rows * response * shape.vocab_size, LOGIT_BUDGET)
+    terms = LOSS_COPIES * FLOAT * rows * response * outputs if row.critic != "vocabulary" else logits
+    of_policy = (FLOAT * model, activations, logits)
+    of_critic = (FLOAT * learning, activations if learning > head else 0, terms if row.has_critic else 0)
+    gradients, activations, heads = max(of_policy, of_critic, key=sum)
+    values = config.sampling.responses_per_step * response * (config.critic.num_heads * VALUE_COPIES + 1) * quantiles
+    return Prediction(
+        base=base,
+        weights=FLOAT * (model + critic + reference),
+        moments=2 * FLOAT * (model + learning),
+        gradients=gradients,
+        activations=activations,
+        heads=heads,
+        rollout=FLOAT * values if row.has_critic else 0,
+    )
+
+
+def _activations(config: Config, shape: Any, tokens: int) -> int:
+    """What a trunk keeps for its backward pass, and what that makes on the way, in bytes."""
+    hidden, inner = shape.hidden_size, getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
+    head_size = getattr(shape, "head_dim", None) or hidden // shape.num_attention_heads
+    queries = shape.num_attention_heads * head_size
+    keys = (getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads) * head_size
+    # Two norms (input, normalised, scaled); query, key and value with their norms and rotations, repeated for the
+    # queries of a group; attention's result, twice; gate, its activation, up, their product.
+    kept = 6 * hidden + 7 * queries + 4 * keys + 4 * inner
+    layers = shape.num_hidden_layers
+    passing = 4 * hidden + 3 * inner
+    size = 2 if config.model.dtype == "bfloat16" else FLOAT
+    floats = layers * hidden + kept if config.model.gradient_checkpointing else layers * kept
+    return tokens * (floats * size + passing * FLOAT)

@@ -1,0 +1,59 @@
+"""The prediction of memory: weights and moments are counted exactly, and each setting moves its own part."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from dvpo.config import Config
+from dvpo.memory import Prediction, parameters_of, predict
+from dvpo.trainer import Trainer
+from runs import Parity, model_folder, run_config
+
+SHAPE = AutoConfig.from_pretrained(model_folder())
+
+
+def predicted(folder: Path, *overrides: str) -> Prediction:
+    return predict(run_config(folder / "run", *overrides), SHAPE)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algorithm=dvpo"],
+        ["algorithm=ppo", "actor.kl.coef=0.1"],
+        ["algorithm=grpo"],
+        ["algorithm=dvpo", "critic.trunk=frozen"],
+        ["algorithm=ppo", "critic.trunk=shared"],
+    ],
+)
+def test_weights_and_moments_are_those_of_the_models_that_a_run_holds(tmp_path: Path, overrides: list[str]):
+    config: Config = run_config(tmp_path / "run", *overrides)
+    trainer = Trainer(config, task=Parity())
+    trainer.close()
+    modules = [trainer.policy.model, *([trainer.critic] if trainer.critic else [])]
+    held = [p for module in modules for p in module.parameters()]
+    learning = sum(p.numel() for p in held if p.requires_grad)
+    reference = sum(p.numel() for p in trainer.reference.model.parameters()) if trainer.reference else 0
+    need = predict(config, SHAPE)
+    assert need.weights == 4 * (sum(p.numel() for p in held) + reference)
+    assert need.moments == 8 * learning
+    assert parameters_of(SHAPE).model == sum(p.numel() for p in trainer.policy.model.parameters())
+
+
+def test_each_setting_moves_its_own_part(tmp_path: Path):
+    plain = predicted(tmp_path)
+    assert predicted(tmp_path, "update.microbatch_size=1").activations == plain.activations / 3  # of 3 rows
+    assert predicted(tmp_path, "model.gradient_checkpointing=true").activations < plain.activations
+    assert predicted(tmp_path, "model.dtype=bfloat16").activations < plain.activations
+    assert predicted(tmp_path, "critic.num_quantiles=200").rollout == 25 * plain.rollout  # 200 / 8
+    longer = predicted(tmp_path, "sampling.max_completion_length=24")
+    assert longer.rollout == 2 * plain.rollout
+    assert (longer.weights, longer.moments) == (plain.weights, plain.moments)
+    assert predict(run_config(tmp_path / "run"), SHAPE, base=10**6).peak == plain.peak + 10**6
+
+
+def test_the_larger_of_the_two_updates_counts_and_not_both(tmp_path: Path):
+    need = predicted(tmp_path)
+    assert need.gradients == 4 * parameters_of(SHAPE).model  # the policy's: the critic's are dropped by then
+    assert need.peak == sum(getattr(need, part) for part in need.__dataclass_fields__)
