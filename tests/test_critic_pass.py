@@ -61,22 +61,38 @@ def test_a_run_is_the_same_with_two_passes(tmp_path: Path, settings: tuple[str, 
         assert row == pytest.approx(other_row, rel=1e-3, abs=1e-5, nan_ok=True)
 
 
+@pytest.mark.parametrize(("algorithm", "expected"), [("dvpo", 1), ("ppo", 1), ("ppo_hl_gauss", 2)])
+def test_the_heads_are_asked_once_where_the_loss_is_about_the_values(tmp_path: Path, algorithm: str, expected: int):
+    trainer = opened(tmp_path / "run", f"algorithm={algorithm}", "update.minibatches=1")
+    calls: list[torch.Tensor] = []
+    trainer.critic.heads.linear.register_forward_hook(lambda module, given, out: calls.append(out))
+    trainer.train_step()
+    trainer.close()
+    assert len(calls) == expected
+
+
 def test_what_was_kept_is_dropped_once_a_weight_has_moved(tmp_path: Path):
     trainer = opened(tmp_path / "run")
     rollout, _ = trainer.collect()
     first_B = torch.tensor([4, 1])
     micro = rollout.select(first_B).trimmed()
-    before_BUD = trainer.critic.states(micro, trainer.policy).detach()
+    states_BUD = trainer.critic.states(micro, trainer.policy).detach()
+    before_KNM = trainer.critic(states_BUD[:, :-1][micro.mask_BT])
 
-    trainer.critic_pass.expect(first_B)
-    trainer.critic_pass.values(rollout)
-    assert torch.equal(trainer.critic_pass.states(first_B, micro), before_BUD)
+    def found() -> torch.Tensor:
+        trainer.critic_pass.expect(first_B)
+        trainer.critic_pass.values(rollout)
+        if spoil:
+            with torch.no_grad():
+                trainer.critic.trunk.norm.weight.mul_(2.0)
+        return trainer.critic_pass.predictions(first_B, micro, micro.mask_BT)
 
-    trainer.critic_pass.expect(first_B)
-    trainer.critic_pass.values(rollout)
-    with torch.no_grad():
-        trainer.critic.trunk.norm.weight.mul_(2.0)
-    assert not torch.allclose(trainer.critic_pass.states(first_B, micro), before_BUD)
+    spoil = False
+    kept_KNM = found()
+    assert kept_KNM.requires_grad
+    torch.testing.assert_close(kept_KNM, before_KNM, rtol=1e-6, atol=1e-6)
+    spoil = True
+    assert not torch.allclose(found(), before_KNM, rtol=1e-4)
     trainer.close()
 
 

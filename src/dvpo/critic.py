@@ -97,6 +97,11 @@ class Critic(nn.Module):
 
         return inside(policy.model, expected).view(*states_BUD.shape[:2], 1, 1)
 
+    @property
+    def predicts_values(self) -> bool:
+        """Whether the critic's loss is about the values themselves."""
+        return isinstance(self.heads, QuantileHeads)
+
     def predictions(self, states_KD: Tensor, tokens_K: Tensor) -> Tensor:
         """What the critic's loss is about, from the states before the tokens: [K, N, M].
 

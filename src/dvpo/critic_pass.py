@@ -17,16 +17,17 @@ from dvpo.policy import Policy
 class _Kept(NamedTuple):
     rows: Tensor
     states_BUD: Tensor
+    values_BUNM: Tensor
     version: int
     """Of the critic's weights."""
 
 
 class CriticPass:
-    """Values of a whole rollout without a gradient, states of a micro-batch with one.
+    """Values of a whole rollout without a gradient, predictions for a micro-batch with one.
 
-    Between the estimate and the critic's first micro-batch no weight moves. That micro-batch goes through the trunk
-    once: its states keep their graph, the memory of one micro-batch, until the update takes them. (Not where the critic
-    is sharded: a graph holds on to gathered weights.)
+    Between the estimate and the critic's first micro-batch no weight moves. That micro-batch goes through trunk and
+    heads once: its values keep their graph, the memory of one micro-batch, until the update takes them. (Not where the
+    critic is sharded: a graph holds on to gathered weights.)
 
     Args:
         critic: whose passes they are.
@@ -68,16 +69,25 @@ class CriticPass:
     def _values(self, rows: Tensor, micro: Rollout, keep: bool) -> Tensor:
         with torch.set_grad_enabled(keep):
             states_BUD = self.critic.states(micro, self.policy)
+        with torch.set_grad_enabled(keep and self.critic.predicts_values):
+            values_BUNM = self.critic.values(states_BUD, micro, self.policy, self.temperature)
         if keep:
-            self._kept = _Kept(rows, states_BUD, self._version())
-        return self.critic.values(states_BUD, micro, self.policy, self.temperature)
+            self._kept = _Kept(rows, states_BUD, values_BUNM, self._version())
+        return values_BUNM.detach()
 
-    def states(self, rows: Tensor, micro: Rollout) -> Tensor:
-        """What the heads read of these rows of the rollout, trimmed: [B, U, D]; what was kept is handed out once."""
+    def predictions(self, rows: Tensor, micro: Rollout, mask_BT: Tensor) -> Tensor:
+        """What the critic's loss is about at these tokens of these rows of the rollout, trimmed: [K, N, M].
+
+        What was kept is handed out once.
+        """
         kept, self._kept = self._kept, None
-        if kept is not None and kept.version == self._version() and torch.equal(kept.rows, rows):
-            return kept.states_BUD
-        return self.critic.states(micro, self.policy)
+        if kept is None or kept.version != self._version() or not torch.equal(kept.rows, rows):
+            states_BUD = self.critic.states(micro, self.policy)
+        elif self.critic.predicts_values:
+            return kept.values_BUNM[:, :-1][mask_BT]
+        else:
+            states_BUD = kept.states_BUD
+        return self.critic.predictions(states_BUD[:, :-1][mask_BT], micro.response_BT[mask_BT])
 
     def _version(self) -> int:
         """Grows with every change of a weight."""

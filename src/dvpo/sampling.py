@@ -248,16 +248,14 @@ class HuggingFaceSampler:
         if settings.top_p < 1:
             self._warpers.append(TopPLogitsWarper(settings.top_p))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def sample(self, contexts: Sequence[Sequence[int]], budgets: Sequence[int], seeds: Sequence[int]) -> list[Turn]:
         size, turns = self.settings.batch_size, []
         model = self.policy.model
         was_training = model.training
         model.eval()  # gradient checkpointing needs training mode, in which transformers drops the KV cache
         try:
-            with (
-                self.policy.autocast()
-            ):  # around all steps: autocast casts the weights once and keeps them until it ends
+            with self.policy.autocast():  # around all steps: it casts the weights once and keeps them until it ends
                 for start in range(0, len(contexts), size):
                     part = slice(start, start + size)
                     turns += self._sample_batch(contexts[part], budgets[part], seeds[part])

@@ -77,6 +77,7 @@ class Learner:
 
     def _update_critic(self, rollout: Rollout, estimates: Estimates, rows: Tensor, means: Means) -> None:
         assert self.critic is not None
+        assert self.critic_pass is not None
         assert self.critic_optimiser is not None
         assert self.row.critic_loss is not None
         self.critic.learn_verdict_alone(self.step <= self.config.critic.verdict_only_steps)
@@ -85,8 +86,10 @@ class Learner:
         count = token_count(estimates.mask_BT[rows], all_reduce_sum)
         loss = torch.zeros((), device=self.device)
         for micro, at, mask_BT in self._microbatches(rollout, estimates, rows, self.critic):
-            predictions_KNM = inside(self.critic, partial(self._predictions, micro, at[0], mask_BT))
-            before_KNM, targets_KL = estimates.values_BTNM[at][mask_BT], estimates.targets_BTL[at][mask_BT]
+            predictions_KNM = inside(self.critic, partial(self.critic_pass.predictions, at[0], micro, mask_BT))
+            row_K, token_K = mask_BT.nonzero(as_tuple=True)  # one copy of what is large, where [at][mask_BT] makes two
+            here = (at[0][row_K], token_K)
+            before_KNM, targets_KL = estimates.values_BTNM[here], estimates.targets_BTL[here]
             terms = self.row.critic_loss(predictions_KNM, before_KNM, targets_KL, config)
             part = terms["loss"].sum() / count
             part.backward()
@@ -95,12 +98,6 @@ class Learner:
                 means.add(f"critic/{name}", term_K)
         moved = self._step(self.critic_optimiser, "critic", loss, means)
         self.skips.note("critic", moved, self.step, rollout, estimates, rows)
-
-    def _predictions(self, micro: Rollout, rows: Tensor, mask_BT: Tensor) -> Tensor:
-        assert self.critic is not None
-        assert self.critic_pass is not None
-        states_KD = self.critic_pass.states(rows, micro)[:, :-1][mask_BT]
-        return self.critic.predictions(states_KD, micro.response_BT[mask_BT])
 
     def _update_actor(self, rollout: Rollout, estimates: Estimates, rows: Tensor, means: Means) -> None:
         actor, correction = self.config.actor, self.config.sampling.correction
