@@ -8,6 +8,7 @@ A study that has not all of its rows yet is shown with what is there, and says s
 import argparse
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from markupsafe import Markup
 from dvpo.stats import PairedDifference
 from dvpo.study import Study, load_study
 from dvpo.study_results import Row, last_quarter, read_results, row_key
-from dvpo.study_table import Report, compare, make_report, to_markdown
+from dvpo.study_table import NONE, Report, compare, make_report, to_markdown
 
 ROOT = Path(__file__).parents[1]
 STUDIES, ROWS = ROOT / "configs" / "studies", Path(__file__).parent / "results"
@@ -69,6 +70,26 @@ def planned(part: Part) -> int:
     return math.prod(len(values[axis]) for axis in ("tasks", "noises", "algorithms", "seeds"))
 
 
+def complete(study: Study, rows: Sequence[Row]) -> list[Row]:
+    """The rows of those seeds that have every cell: what may be pooled before a study is at its end."""
+    there = {row_key(row) for row in rows}
+    short = {cell.seed for cell in study.cells if cell.key not in there}
+    return [row for row in rows if row["seed"] not in short]
+
+
+def tables(study: Study, rows: Sequence[Row], baseline: str, notes: bool) -> Report:
+    """The study's tables, lines without a row left out; the pooled one is of complete seeds alone."""
+    report = make_report(study, rows, baseline)
+    places = len({(cell.task, cell.noise) for cell in study.cells})
+    sheets, whole = list(report.sheets[:places]), complete(study, rows)
+    if places > 1 and whole:
+        pooled = make_report(study, whole, baseline).sheets[places]
+        seeds = len({row["seed"] for row in whole})
+        sheets.append(replace(pooled, title=f"{pooled.title}; seeds that have every cell: {seeds}"))
+    shown = [replace(sheet, lines=tuple(line for line in sheet.lines if line[3] != NONE)) for sheet in sheets]
+    return Report(tuple(sheet for sheet in shown if sheet.lines), report.notes if notes else ())
+
+
 def section(part: Part) -> str:
     """What is there of a study, and its tables."""
     study, rows = rows_of(part) if part.rows.exists() else (None, [])
@@ -82,8 +103,7 @@ def section(part: Part) -> str:
     seconds = sum(row["seconds"] for row in rows)
     text += f". Made at {commits} on {', '.join(sorted({row['machine'] for row in rows}))}, one thread a run, "
     text += f"{seconds / 3600:.1f} hours in all.\n\n"
-    report = make_report(study, rows, baseline)
-    return text + to_markdown(report if part is REPORTING[0] else Report(report.sheets, ()))
+    return text + to_markdown(tables(study, rows, baseline, notes=part is REPORTING[0]))
 
 
 # The figure: what dvpo ended above each other row, over all places.
