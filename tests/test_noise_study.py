@@ -83,6 +83,32 @@ def test_the_results_page_is_what_the_committed_rows_say():
     assert noise_results.page(text) == text
 
 
+def test_before_its_end_a_study_is_pooled_over_the_seeds_that_have_every_cell():
+    study = load_study(STUDIES / "noise.yaml", only="task=math,noise=flip,noise=heavy,algorithm=dvpo,algorithm=ppo")
+    (heavy, flip), seeds = ("heavy", "flip"), (101, 102, 103)
+    scores = {heavy: {"dvpo": (80, 82, 90), "ppo": (70, 76, 80)}, flip: {"dvpo": (50, 60), "ppo": (50,)}}
+    rows = [
+        a_row(noise, name, seed, score)
+        for noise, own in scores.items()
+        for name, of_row in own.items()
+        for seed, score in zip(seeds, of_row, strict=False)
+    ]
+    report = noise_results.tables(study, rows, "ppo", notes=False)
+    assert [len(sheet.lines) for sheet in report.sheets] == [2, 2, 2]
+    pooled = {line[0]: line for line in report.sheets[2].lines}
+    assert report.sheets[2].title.endswith("seeds that have every cell: 1")
+    assert pooled["dvpo"][4].startswith("65.0")  # 80 and 50, of seed 101 alone
+    assert pooled["ppo"][4].startswith("60.0")
+    without = [row for row in rows if (row["noise"], row["seed"]) != (flip, 101)]
+    assert len(noise_results.tables(study, without, "ppo", notes=False).sheets) == 2
+
+
+def a_row(noise: str, name: str, seed: int, score: float) -> dict[str, Any]:
+    curve = [[0, 0.4, None], [10, score / 100, None]]
+    accuracies = {"id_before": 0.4, "ood_before": None, "id_true": score / 100, "ood_true": None}
+    return {"task": "math", "noise": noise, "algorithm": name, "seed": seed, "curve": curve, **accuracies}
+
+
 def test_the_figure_shows_each_contrast_where_its_mean_is():
     study = load_study(STUDIES / "noise.yaml", only="task=math,noise=flip,algorithm=dvpo,algorithm=ppo")
     rows = [
