@@ -1,8 +1,9 @@
 """The noise study keeps what its protocol promises: seeds apart, rows made again bit for bit, a page from rows."""
 
+import importlib.util
 import json
-import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,9 +14,19 @@ from dvpo.study import load_study
 from dvpo.study_results import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import noise_results  # noqa: E402
+
+def script(path: Path) -> ModuleType:
+    """Import a script from its file: with its folder on the path, names of its neighbours would hide others."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+noise_results = script(ROOT / "benchmarks" / "noise_results.py")
 
 STUDIES = ROOT / "configs" / "studies"
 TUNING = sorted((STUDIES / "tuning").glob("*.yaml"))
