@@ -158,10 +158,11 @@ def test_a_prepared_critic_has_the_models_trunk_its_tokenizer_and_heads_that_are
     folders = [tmp_path / "one", tmp_path / "other"]
     for folder in folders:
         torch.rand(7)
-        assert main([model_folder(), str(folder)]) == 0
+        assert main([model_folder(), str(folder), "+dvpo.critic.monotone=false"]) == 0
     one, other = (load_critic(folder) for folder in folders)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     assert (one.shape.kind, one.shape.num_heads, one.shape.num_quantiles) == ("quantile", 2, 4)
+    assert not one.shape.monotone
     assert AutoConfig.from_pretrained(folders[0]).architectures == ["Qwen3Model"]
     assert len(AutoTokenizer.from_pretrained(folders[0])) == len(AutoTokenizer.from_pretrained(model_folder()))
 
@@ -185,6 +186,7 @@ def test_bad_input_ends_in_one_sentence(tmp_path: Path, small: dict[str, Any], c
         (made, free): "name its model with --tokenizer",
         (made, free, "dvpo.critic.num_quantiles=8", "--tokenizer", model_folder()): "was prepared with 4",
         (model_folder(), free, "dvpo.critic.num_quantile=8"): "did you mean critic.num_quantiles",
+        (model_folder(), free, "critic.num_quantiles=8"): "critic is no setting of a prepared critic",
     }.items():
         assert main(list(arguments)) == 2
         assert reason in capsys.readouterr().err

@@ -65,14 +65,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", metavar="MODEL", help="a causal language model, or a critic/ folder of dvpo")
     parser.add_argument("folder", metavar="FOLDER", help="a new folder, for critic.model.path")
     parser.add_argument(
-        "overrides", nargs="*", metavar="dvpo.critic.key=value", help="as they are given to verl: dvpo.critic.num_heads"
+        "overrides", nargs="*", metavar="dvpo.critic.key=value", help="as for verl: dvpo.critic.num_heads=5"
     )
     parser.add_argument("--tokenizer", metavar="MODEL", help="whose tokenizer, where MODEL is a critic/ folder")
     arguments = parser.parse_args(argv)
     values: dict[str, Any] = {"dvpo": packaged_settings()}
     try:
         for override in arguments.overrides:
-            set_dotted(values, override)
+            set_dotted(values, override.lstrip("+"))  # Hydra's sign for a key that the packaged config leaves out
+        if foreign := set(values) - {"dvpo"}:
+            raise InputError(f"{min(foreign)} is no setting of a prepared critic: they begin with dvpo.critic")
         prepare(arguments.model, arguments.folder, values["dvpo"], arguments.tokenizer)
     except InputError as error:
         print(f"dvpo: {error}", file=sys.stderr)  # noqa: T201

@@ -27,9 +27,13 @@ class CriticLoss:
         self, model_output: dict[str, Tensor], data: Any, dp_group: object = None
     ) -> tuple[Tensor, dict[str, Metric]]:
         mask_K = data["response_mask"].values().bool()
-        terms = self.objective.loss(model_output["predictions"][mask_K], model_output["targets"])
+        predictions_KNM, targets_KL = model_output["predictions"][mask_K], model_output["targets"]
         # FSDP takes the mean of the ranks' gradients; the factor makes a sum of it.
         share = data["dp_size"] / max(data["batch_num_tokens"], 1)
+        if not len(targets_KL):  # padding rows alone: a stand-in of weight 0, since kernels know no empty batch
+            predictions_KNM, targets_KL = model_output["predictions"][:1], targets_KL.new_zeros(1, targets_KL.shape[1])
+            share = 0.0
+        terms = self.objective.loss(predictions_KNM, targets_KL)
         means = {name: term_K.sum() * share for name, term_K in terms.items()}
         loss = means.pop("loss")
         return loss, Metric.from_dict(means, AggregationType.SUM)
