@@ -69,7 +69,7 @@ $(VERL_ENV)/.ready: pyproject.toml requirements/verl.txt
 # A canary puts another verl there, and the pinned one comes back the next time.
 test-verl: $(VERL_ENV)/.ready
 	$(if $(VERL),rm $< && $(VERL_ENV)/bin/pip install --quiet --no-deps --force-reinstall '$(VERL)')
-	$(VERL_ENV)/bin/python -m pytest tests/with_verl
+	$(VERL_ENV)/bin/python -m pytest tests/with_verl --timeout 900
 
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quantile_loss.py
