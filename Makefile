@@ -6,10 +6,16 @@ READY  := $(VENV)/.ready
 TRL    := .venv-trl
 VERL_ENV := .venv-verl
 BROWSER := $(VENV)/.browser
+LOWEST  := 5.0.0
+HIGHEST := 5.24.0
+LOWEST_READY  := .venv-transformers-$(LOWEST)/.ready
+HIGHEST_READY := .venv-transformers-$(HIGHEST)/.ready
+RANGE_TESTS := $(addprefix tests/test_,policy.py prefix.py sampling.py decoding.py episodes.py critic.py \
+	critic_vocabulary.py embedded.py checkpoint.py trainer.py vllm_sampler.py)
 DOCS   := $(VENV)/.docs
 
-.PHONY: demo test test-all test-browser test-verl docs site pictures bench bench-trl faults results lint format \
-        wheel-test learns clean
+.PHONY: demo test test-all test-browser test-verl test-ranges docs site pictures bench bench-gpu bench-trl faults results \
+        lint format wheel-test learns clean
 
 # The set-up is one pinned environment; it is remade when the pins change.
 $(READY): pyproject.toml constraints.txt
@@ -76,6 +82,10 @@ bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gae.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step.py
 
+# For a machine with a GPU and a CUDA build of torch.
+bench-gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py
+
 # TRL has an environment of its own, with our torch and transformers.
 $(TRL)/.ready: benchmarks/trl-requirements.txt constraints.txt
 	$(PYTHON) -m venv $(TRL)
@@ -85,6 +95,18 @@ $(TRL)/.ready: benchmarks/trl-requirements.txt constraints.txt
 
 bench-trl: $(READY) $(TRL)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_against_trl.py --trl-python $(TRL)/bin/python
+
+# The tests that touch transformers, at both ends of its range, each in an environment of its own (docs/dependencies.md).
+test-ranges: $(LOWEST_READY) $(HIGHEST_READY)
+	$(dir $(LOWEST_READY))bin/python -m pytest -m "not slow" $(RANGE_TESTS)
+	$(dir $(HIGHEST_READY))bin/python -m pytest -m "not slow" $(RANGE_TESTS)
+
+.venv-transformers-%/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(dir $@)
+	grep -viE '^(transformers|tokenizers|huggingface_hub|hf-xet|safetensors|typer)==' constraints.txt > $(dir $@)constraints.txt
+	$(dir $@)bin/pip install --quiet --disable-pip-version-check -c $(dir $@)constraints.txt torch
+	$(dir $@)bin/pip install --quiet --disable-pip-version-check -c $(dir $@)constraints.txt transformers==$* -e '.[dev]'
+	touch $@
 
 # What a run survives, experiment by experiment; some minutes each on 2 cores (docs/faults.md).
 faults: $(READY)
@@ -114,4 +136,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(TRL) $(VERL_ENV) build dist site docs/reference .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TRL) $(VERL_ENV) .venv-transformers-* build dist site docs/reference .mypy_cache .ruff_cache

@@ -42,7 +42,13 @@ def write_model(folder: Path, hidden: int = 128, layers: int = 4) -> Path:
     )
     torch.manual_seed(0)
     Qwen3ForCausalLM(config).save_pretrained(folder)
-    vocabulary = {token: i for i, token in enumerate([*LETTERS, *SPECIAL_TOKENS])}
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path, end: int = VOCABULARY) -> None:
+    """Letters and special tokens; the last of them, which ends a response, has the id `end`."""
+    vocabulary = {token: i for i, token in enumerate([*LETTERS, *SPECIAL_TOKENS])} | {SPECIAL_TOKENS[-1]: end}
     backend = Tokenizer(BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer, backend.decoder = Split("", "isolated"), Fuse()
     tokenizer = PreTrainedTokenizerFast(
@@ -54,7 +60,6 @@ def write_model(folder: Path, hidden: int = 128, layers: int = 4) -> Path:
         clean_up_tokenization_spaces=False,
     )
     tokenizer.save_pretrained(folder)
-    return folder
 
 
 def prompts(count: int = 1024) -> list[str]:

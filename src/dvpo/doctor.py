@@ -25,7 +25,6 @@ from dvpo.trainer import Trainer, starting_model
 REQUIRED = ("torch", "transformers", "safetensors", "pydantic", "pyyaml", "rich", "cloudpickle")
 EXTRAS = {
     "peft": "lora",
-    "vllm": "vllm",
     "verl": "verl",
     "math-verify": "math",
     "tensorboard": "tensorboard",
