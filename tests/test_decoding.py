@@ -50,6 +50,19 @@ def test_a_context_that_rows_share_is_read_once():
     assert read[0] == 2
 
 
+def test_contexts_of_one_length_share_a_batch_and_turns_come_back_in_their_order():
+    policy, masks = tiny_policy(), []
+    policy.trunk.register_forward_pre_hook(
+        lambda _module, _args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    contexts = [[70] * 9, [2, 5], [71] * 9, [3, 6]]
+    settings = SamplingConfig(batch_size=2)
+    turns = HuggingFaceSampler(policy, settings).sample(contexts, [4] * 4, range(4))
+    assert masks == [None] * len(masks)  # nothing is padded
+    alone = [HuggingFaceSampler(policy, settings).sample([c], [4], [i])[0] for i, c in enumerate(contexts)]
+    assert [turn.tokens for turn in turns] == [turn.tokens for turn in alone]
+
+
 def test_keys_and_values_stand_where_they_were_put_until_there_is_no_room():
     layer, draw = RoomyLayer(room=5), torch.Generator().manual_seed(0)
     states = [torch.randn(3, 2, n, 4, generator=draw) for n in (2, 1, 2, 3)]

@@ -238,7 +238,14 @@ def _take_turn(
 
 
 class HuggingFaceSampler:
-    """Batched sampling with a KV cache on any causal language model of transformers."""
+    """Batched sampling with a KV cache on any causal language model of transformers.
+
+    Contexts of similar length share a batch, so that little of it is padding; rows that are over are dropped on the
+    way. Neither changes a draw.
+    """
+
+    going_on_share = 0.75
+    """Rows that are over are dropped once no more than this share of the batch goes on: each drop copies the cache."""
 
     def __init__(self, policy: Policy, settings: SamplingConfig, greedy: bool = False) -> None:
         self.policy, self.settings, self.greedy = policy, settings, greedy
@@ -250,18 +257,25 @@ class HuggingFaceSampler:
 
     @torch.inference_mode()
     def sample(self, contexts: Sequence[Sequence[int]], budgets: Sequence[int], seeds: Sequence[int]) -> list[Turn]:
-        size, turns = self.settings.batch_size, []
+        size, drawn = self.settings.batch_size, []
+        order = self._order(contexts)
         model = self.policy.model
         was_training = model.training
         model.eval()  # gradient checkpointing needs training mode, in which transformers drops the KV cache
         try:
             with self.policy.autocast():  # around all steps: it casts the weights once and keeps them until it ends
-                for start in range(0, len(contexts), size):
-                    part = slice(start, start + size)
-                    turns += self._sample_batch(contexts[part], budgets[part], seeds[part])
+                for start in range(0, len(order), size):
+                    rows = order[start : start + size]
+                    drawn += self._sample_batch(
+                        [contexts[i] for i in rows], [budgets[i] for i in rows], [seeds[i] for i in rows]
+                    )
         finally:
             model.train(was_training)
-        return turns
+        turns = dict(zip(order, drawn, strict=True))
+        return [turns[i] for i in range(len(contexts))]
+
+    def _order(self, contexts: Sequence[Sequence[int]]) -> list[int]:
+        return sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
 
     def _sample_batch(
         self, contexts: Sequence[Sequence[int]], budgets: Sequence[int], seeds: Sequence[int]
@@ -296,8 +310,7 @@ class HuggingFaceSampler:
             left = int(going_on.sum())
             if left == 0:
                 break
-            if left <= len(rows) // 2 and decoder.can_select:
-                # Finished rows are dropped once they are half of the batch: each drop copies the cache.
+            if left <= self.going_on_share * len(rows) and decoder.can_select:
                 keep = going_on.nonzero().squeeze(-1)
                 decoder.select(keep)
                 rows, chosen, going_on = rows[keep], chosen[keep], going_on[keep]
