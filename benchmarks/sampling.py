@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/sampling.py
 
 Four ways take turns on one thread, on the same weights, contexts and seeds: `plain` (no row is dropped, contexts as
-they come), `half` (dropped once half of a batch is over), `drop` (once a quarter is), and `drop and sort`, which is what
-the package does. That all of them draw the same tokens is checked. Ratios of CPU time to `plain`, with their upper 95%
-bound.
+they come), `half` (dropped once half of a batch is over), `drop` (once a quarter is), and `drop and sort`, which is
+what the package does. That all of them draw the same tokens is checked. Ratios of CPU time to `plain`, with their upper
+95% bound.
 
 `even`: 64 contexts of 16 tokens, up to 448 tokens after them. `ragged`: 256 contexts of 16 to 256 tokens, 8 for each of
 32 prompts, up to 96 tokens, in batches of 64. Reference model of 616,576 parameters; a response ends at one letter of
