@@ -16,7 +16,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "navigation",
-    "reference",
+    "reference_pages",
     "sources",
 ]
 root_doc = "index"

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
 sys.path.append(str(DOCS / "site"))
-navigation, reference = import_module("navigation"), import_module("reference")
+navigation, reference = import_module("navigation"), import_module("reference_pages")
 EXAMPLES = DOCS / "own_data.md"
 TINY = (
     "steps=1",

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reference import GROUPS
+from reference_pages import GROUPS
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
