@@ -81,6 +81,7 @@ bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quantile_loss.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gae.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/growth.py
 
 # For a machine with a GPU and a CUDA build of torch.
 bench-gpu: $(READY)

@@ -25,10 +25,13 @@ VOCABULARY = len(LETTERS) + len(SPECIAL_TOKENS) - 1
 PROMPT, COMPLETION, GROUPS, GROUP = 16, 32, 8, 8
 
 
-def write_model(folder: Path, hidden: int = 128, layers: int = 4) -> Path:
-    """Save a random model of that size, the intermediate layer twice as wide, and its tokenizer of letters."""
+def write_model(folder: Path, hidden: int = 128, layers: int = 4, vocabulary: int = VOCABULARY) -> Path:
+    """Save a random model of that size, the intermediate layer twice as wide, and its tokenizer of letters.
+
+    Tokens that a larger `vocabulary` has besides the letters are sampled like others and have no text.
+    """
     config = Qwen3Config(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=hidden,
         num_hidden_layers=layers,
         intermediate_size=2 * hidden,
@@ -38,7 +41,7 @@ def write_model(folder: Path, hidden: int = 128, layers: int = 4) -> Path:
         max_position_embeddings=512,
         tie_word_embeddings=False,
         pad_token_id=len(LETTERS),
-        eos_token_id=VOCABULARY,
+        eos_token_id=vocabulary,
     )
     torch.manual_seed(0)
     Qwen3ForCausalLM(config).save_pretrained(folder)

@@ -25,13 +25,14 @@ from torch import nn
 from dvpo import Trainer
 from dvpo.critic_pass import CriticPass
 from dvpo.sampling import HuggingFaceSampler
+from dvpo.update import Learner
 
 PARTS = {
     "sample": (HuggingFaceSampler, "sample"),
     "values": (CriticPass, "values"),
     "estimate": (Trainer, "estimate"),
-    "critic": (Trainer, "_update_critic"),
-    "policy": (Trainer, "_update_actor"),
+    "critic": (Learner, "_update_critic"),
+    "policy": (Learner, "_update_actor"),
     "step": (Trainer, "train_step"),
 }
 """Innermost first; the time of a part does not count in the parts around it."""
