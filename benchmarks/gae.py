@@ -10,13 +10,14 @@ does.
 import argparse
 import json
 import os
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from turns import medians, ratios, take_turns
+from turns import exponent, medians, ratios, spread, take_turns
 
 from dvpo.core.returns import distributional_gae, distributional_targets
 from dvpo.provenance import machine, source, versions
@@ -40,10 +41,13 @@ def main() -> None:
     sizes = (options.sequences, options.tokens, options.quantiles)
     cases = {"full": inputs(*sizes, lengths=(1.0, 1.0)), "padded, two turns": inputs(*sizes, lengths=(0.3, 1.0))}
     results = {name: compare(given, options.rounds) for name, given in cases.items()}
+    lengths = [64, 256, 1024, 4096, 8192]
+    growth = grow(lengths, options.rounds)
     here = source()
     result = {
         "sizes": dict(zip(("sequences", "tokens", "quantiles"), sizes, strict=True)),
         "cases": results,
+        "growth": {"tokens": lengths, **growth},
         "machine": machine("cpu"),
         "load_average": os.getloadavg()[0],  # above the number of cores, others were running too
         "versions": versions(),
@@ -90,6 +94,17 @@ def compare(given: tuple[Any, ...], rounds: int) -> dict[str, Any]:
         "median_seconds": medians(seconds),
         "seconds": seconds,
     }
+
+
+def grow(lengths: list[int], rounds: int) -> dict[str, Any]:
+    """Targets in place for sequences of these lengths, 8 x 200 quantiles; the exponent is a slope on log scales."""
+    given = [inputs(8, length, 200, lengths=(1.0, 1.0)) for length in lengths]
+    forms = {str(len(x[0][0])): lambda x=x: distributional_targets(*x, out=x[1]) for x in given}
+    turns = take_turns(forms, rounds, {"64": 64, "256": 16, "1024": 4})["cpu"]
+    slopes = [exponent(lengths, list(round_)) for round_ in zip(*turns.values(), strict=True)]
+    row = {"median_cpu_seconds": [statistics.median(turn) for turn in turns.values()], "exponent": spread(slopes)}
+    print(f"grows with tokens to the power {row['exponent']['median']:.2f}")
+    return row
 
 
 def show(name: str, case: dict[str, Any]) -> None:
