@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "benchmarks"), str(Path(__file__).parent / "core")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent / "core"))
 from contest import Spent, ratio, take_turns, timed, upper_bound_of_median
 from naive import looped_gae
 from reference import make_trainer, write_model
