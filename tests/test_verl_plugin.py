@@ -18,6 +18,7 @@ from dvpo.integrations.verl import check
 from dvpo.integrations.verl import prepare as prepare_module
 from dvpo.integrations.verl.objective import make_objective, same_rows, state_places
 from dvpo.integrations.verl.prepare import main, packaged_settings, prepare
+from dvpo.reward_model import make_reward_model, open_reward_model
 from runs import model_folder
 
 ROOT = Path(__file__).parents[1]
@@ -165,6 +166,18 @@ def test_a_prepared_critic_has_the_models_trunk_its_tokenizer_and_heads_that_are
     assert not one.shape.monotone
     assert AutoConfig.from_pretrained(folders[0]).architectures == ["Qwen3Model"]
     assert len(AutoTokenizer.from_pretrained(folders[0])) == len(AutoTokenizer.from_pretrained(model_folder()))
+
+
+def test_the_trunk_may_be_a_reward_models(tmp_path: Path, small: dict[str, Any]):
+    make_reward_model(model_folder(), torch.device("cpu")).save(tmp_path / "rm", {})
+    judge = open_reward_model(tmp_path / "rm", torch.device("cpu")).model
+    with torch.no_grad():
+        judge.base_model.norm.weight.mul_(1.5)
+    judge.save_pretrained(tmp_path / "rm")
+    assert main([model_folder(), str(tmp_path / "critic"), f"+dvpo.critic.path={tmp_path / 'rm'}"]) == 0
+    trunk = load_critic(tmp_path / "critic").trunk
+    torch.testing.assert_close(trunk.norm.weight, judge.base_model.norm.weight)
+    assert AutoConfig.from_pretrained(tmp_path / "critic").architectures == ["Qwen3Model"]
 
 
 def test_a_trained_critic_keeps_its_heads(tmp_path: Path, small: dict[str, Any]):
