@@ -210,3 +210,16 @@ def test_the_check_says_that_verl_is_missing(monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr(check, "find_spec", lambda name: None)
     assert check.main([]) == 1
     assert "verl is not installed: pip install 'dvpo[verl]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("found", "said"), [("0.9.7", False), ("0.10.0", True)])
+def test_the_check_says_that_nobody_tried_another_verl(
+    found: str, said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(check, "find_spec", lambda name: "there")
+    monkeypatch.setattr(check, "faults", lambda: iter(()))
+    monkeypatch.setattr(check, "version", lambda name: found)
+    assert check.main([]) == 0
+    printed = capsys.readouterr()
+    assert f"is loaded in verl {found}" in printed.out
+    assert ("made for verl 0.9, and nobody tried another" in printed.err) == said

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 
-SUPPORTED = (0, 9)
+MADE_FOR = "0.9"
 UNDECLARED = ("uvicorn", "cachetools", "transfer_queue")
 """What verl imports and does not ask pip for."""
 
@@ -17,12 +17,6 @@ def faults() -> Iterator[str]:
     if find_spec("verl") is None:
         yield "verl is not installed: pip install 'dvpo[verl]'"
         return
-    try:
-        found = version("verl")
-    except PackageNotFoundError:
-        found = "unknown"
-    if tuple(found.split(".")[:2]) != tuple(map(str, SUPPORTED)):
-        yield f"verl {found} is installed, and the plug-in is made for {'.'.join(map(str, SUPPORTED))}: install that"
     if missing := [name for name in UNDECLARED if find_spec(name) is None]:
         yield f"verl needs {', '.join(missing)} and does not say so: pip install 'dvpo[verl]'"
         return
@@ -49,15 +43,23 @@ def faults() -> Iterator[str]:
         yield "the plug-in can be imported, but verl did not do so"
 
 
+def installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # a folder on PYTHONPATH
+        return "of an unknown version"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argparse.ArgumentParser(prog="python -m dvpo.integrations.verl.check", description=__doc__).parse_args(argv)
     found = list(faults())
     for fault in found:
         print(f"dvpo: {fault}", file=sys.stderr)  # noqa: T201
-    if found:
-        return 1
-    print(f"dvpo {version('dvpo')} is loaded in verl {version('verl')}: trainer.v1.trainer_mode=dvpo")  # noqa: T201
-    return 0
+    if not found:
+        print(f"dvpo {installed('dvpo')} is loaded in verl {installed('verl')}: trainer.v1.trainer_mode=dvpo")  # noqa: T201
+    if find_spec("verl") is not None and not installed("verl").startswith(f"{MADE_FOR}."):
+        print(f"dvpo: the plug-in is made for verl {MADE_FOR}, and nobody tried another", file=sys.stderr)  # noqa: T201
+    return 1 if found else 0
 
 
 if __name__ == "__main__":
