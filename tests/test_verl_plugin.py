@@ -105,6 +105,17 @@ def test_the_loss_of_no_token_is_0_and_has_a_gradient():
     assert (float(loss.detach()), float(predictions_KNM.grad.abs().sum())) == (0, 0)
 
 
+def test_values_and_losses_are_float32_within_the_autocast_that_verl_calls_them_from():
+    theta_KNM = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(0))
+    targets_KL = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    expected = {"value": objective().values(theta_KNM), **objective().loss(theta_KNM, targets_KL)}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = {"value": objective().values(theta_KNM), **objective().loss(theta_KNM, targets_KL)}
+        assert (theta_KNM @ theta_KNM.mT).dtype == torch.bfloat16
+    for name, tensor_K in expected.items():
+        assert torch.equal(found[name], tensor_K), name
+
+
 # Settings.
 
 

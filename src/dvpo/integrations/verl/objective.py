@@ -3,6 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,8 @@ class Objective:
     def values(self, theta_KNM: Tensor) -> Tensor:
         """The number that verl's GAE takes for the law of each state: the ensemble under `advantage.law`, [K]."""
         weights_M = law_weights(self.config.advantage.law, theta_KNM.shape[-1])
-        return spectral_value(theta_KNM.mean(dim=-2), weights_M)
+        with exact(theta_KNM):
+            return spectral_value(theta_KNM.mean(dim=-2), weights_M)
 
     def targets(self, rewards_T: Tensor, ensemble_TM: Tensor, mask_T: Tensor, tokens_T: Tensor) -> Tensor:
         """The critic's target atoms at the policy's tokens of one response: [K, L].
@@ -71,7 +73,8 @@ class Objective:
         """The row's terms a token; `loss` is minimised."""
         assert self.row.critic_loss is not None
         before_KNM = predictions_KNM.detach()  # for value clipping, which quantiles do without
-        return self.row.critic_loss(predictions_KNM, before_KNM, targets_KL, self.config)
+        with exact(predictions_KNM):
+            return self.row.critic_loss(predictions_KNM, before_KNM, targets_KL, self.config)
 
     def check_shape(self, shape: CriticShape, folder: str) -> None:
         """Hold the prepared critic against the config.
@@ -140,6 +143,11 @@ def make_objective(settings: Mapping[str, Any], gamma: float, lam: float) -> Obj
             "leave it out, or train with `dvpo train`"
         )
     return Objective(config)
+
+
+def exact(tensor: Tensor) -> AbstractContextManager[Any]:
+    """float32 where verl, which calls from within its autocast, would have products in bf16."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def state_places(lengths: Tensor, responses: Tensor, stride: int | None) -> Tensor:
