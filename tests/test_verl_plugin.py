@@ -1,5 +1,7 @@
 """The parts of the verl plug-in that need no verl; those that do are in `with_verl/` (`make test-verl`)."""
 
+import dataclasses
+import inspect
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from dvpo.integrations.verl import prepare as prepare_module
 from dvpo.integrations.verl.objective import make_objective, same_rows, state_places
 from dvpo.integrations.verl.prepare import main, packaged_settings, prepare
 from dvpo.reward_model import make_reward_model, open_reward_model
+from dvpo.settings_learning import AdvantageConfig, CriticConfig
 from runs import model_folder
 
 ROOT = Path(__file__).parents[1]
@@ -152,6 +155,19 @@ def test_the_package_has_the_entry_point_that_verl_looks_for():
 def test_what_verl_cannot_follow_is_refused_in_one_sentence(settings: dict[str, Any], reason: str):
     with pytest.raises(InputError, match=reason):
         objective(**settings)
+
+
+def test_every_setting_of_both_sections_is_followed_or_refused():
+    """A setting that is new belongs into one of these lists, or, if it is not followed, among those refused."""
+    followed = {"num_heads", "num_quantiles", "levels", "monotone", "kappa", "eta", "alpha", "beta", "weights"}
+    followed |= {"tail_targets", "start", "verdict_tokens", "path"}
+    followed |= {"gamma", "lam", "critic_lam", "target", "target_atoms", "law"}
+    of_other_rows = {"histogram", "value_clip", "cql_weight"}
+    source = inspect.getsource(make_objective)
+    for section in (CriticConfig, AdvantageConfig):
+        for field in dataclasses.fields(section):
+            prefix = "critic" if section is CriticConfig else "advantage"
+            assert field.name in followed | of_other_rows or f'"{prefix}.{field.name}"' in source, field.name
 
 
 # The prepared critic.

@@ -128,6 +128,8 @@ def make_objective(settings: Mapping[str, Any], gamma: float, lam: float) -> Obj
         "advantage.delta_clip": advantage.delta_clip is None,
         "advantage.whiten": advantage.whiten,
         "advantage.truncation": advantage.truncation == "terminal",
+        "advantage.missing_reward": advantage.missing_reward == "mask",
+        "advantage.recentre": not advantage.recentre,
         "critic.trunk": critic.trunk == "own",
         "critic.features": not critic.features,
         "critic.privileged": critic.privileged is None,
