@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvpo.batch import Rollout
+from dvpo.batch import Rollout, cut
 from dvpo.policy import Policy
 from dvpo.sampling import Episode, collate
 from dvpo.tasks import Example
@@ -86,3 +86,34 @@ def test_moving_to_a_device_keeps_fields_that_are_no_tensors():
     moved = rollout.to(torch.device("meta"))
     assert moved.tokens_BS.device.type == moved.true_B.device.type == "meta"
     assert moved.prompt_ids == rollout.prompt_ids
+
+
+# Micro-batches
+
+
+def columns(rollout: Rollout, part: Tensor) -> int:
+    """Rows times columns of a micro-batch without its common padding."""
+    return rollout.select(part).trimmed().tokens_BS.numel()
+
+
+@pytest.mark.parametrize("tokens", [1, 10, 14, 20, 1000])
+def test_a_budget_of_tokens_is_kept_and_every_row_comes_once(tokens: int):
+    rollout = make_rollout()
+    parts = cut(rollout, torch.tensor([3, 0, 2, 1]), sequences=3, tokens=tokens)
+    assert sorted(row for part in parts for row in part.tolist()) == [0, 1, 2, 3]
+    assert all(len(part) == 1 or columns(rollout, part) <= tokens for part in parts)
+    assert all(len(part) <= 3 for part in parts)
+    assert len(parts) == {1: 4, 10: 3, 14: 3, 20: 3, 1000: 2}[tokens]
+
+
+def test_sequences_of_like_length_go_together_so_that_less_is_padding():
+    rollout = make_rollout()
+    # Prompt and response: (3, 7) and (6, 1) need 13 columns each side by side, (2, 3) and (1, 2) need 5.
+    by_length = cut(rollout, torch.arange(4), sequences=2, tokens=1000)
+    assert [part.tolist() for part in by_length] == [[2, 1], [0, 3]]
+    assert sum(columns(rollout, part) for part in by_length) == 2 * 13 + 2 * 5
+    assert [part.tolist() for part in cut(rollout, torch.arange(4), sequences=2)] == [[0, 1], [2, 3]]  # 2 * 9 + 2 * 10
+
+
+def test_no_rows_are_no_micro_batch():
+    assert cut(make_rollout(), torch.arange(0), sequences=2) == cut(make_rollout(), torch.arange(0), 2, 9) == []

@@ -22,6 +22,7 @@ from runs import LINEAR, run_config, trained
 # Three prompts on two processes: unequal shares. One minibatch may then leave a process without any response.
 UNEVEN = ["sampling.prompts_per_step=3", "sampling.samples_per_prompt=2", "update.minibatches=3", "update.epochs=2"]
 BUSY = [*UNEVEN, *LINEAR, "actor.kl.coef=0.1", "actor.entropy_coef=0.01", "sampling.resample_rounds=1", "steps=2"]
+BUDGET = "update.max_tokens_per_microbatch=60"
 STRATEGIES = ("ddp", "fsdp")
 
 
@@ -72,7 +73,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trained(place / "one", *BUSY, "log.completions=6")
     trained(place / "longer", *LINEAR, "steps=4", "sampling.prompts_per_step=2")
     runs: list[dict[str, Any]] = [
-        {"output": str(place / name), "overrides": [*BUSY, "log.completions=6", f"distributed.strategy={name}"]}
+        {
+            "output": str(place / name),
+            "overrides": [*BUSY, BUDGET, "log.completions=6", f"distributed.strategy={name}"],
+        }
         for name in STRATEGIES
     ]
     runs += [

@@ -53,6 +53,12 @@ def test_weights_do_not_depend_on_the_micro_batch(tmp_path: Path, algorithm: str
     for size in (1, 2):
         cut = weights(trained(tmp_path / str(size), *settings, f"update.microbatch_size={size}"))
         assert farthest(cut, whole) < 1e-6
+    # Prompts of some 20 tokens and responses of up to 12: one, two or three of them.
+    for tokens in (1, 80):
+        budget = weights(
+            trained(tmp_path / f"{tokens}-tokens", *settings, f"update.max_tokens_per_microbatch={tokens}")
+        )
+        assert farthest(budget, whole) < 1e-6
 
 
 def test_a_denominator_of_the_micro_batch_would_be_noticed(tmp_path: Path):

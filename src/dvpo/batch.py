@@ -113,6 +113,36 @@ class Rollout:
         return replace(self, **{f.name: cut(f.name, getattr(self, f.name)) for f in fields(self)})
 
 
+def cut(rollout: Rollout, rows: Tensor, sequences: int, tokens: int = 0) -> list[Tensor]:
+    """Rows in micro-batches, of at most so many sequences.
+
+    With a bound on tokens those of like length go together, longest first, and each micro-batch has at most so many
+    columns times rows once its common padding is gone; a sequence that is longer by itself stands alone.
+
+    Args:
+        rollout: whose rows they are.
+        rows: int64.
+        sequences: at most, of a micro-batch.
+        tokens: at most, padding included; 0: no bound, and the rows stay in their order.
+    """
+    if not tokens:
+        return [part for part in rows.split(sequences) if len(part)]
+    prompt_length = rollout.prompt_length
+    before = (rollout.attention_BS[:, :prompt_length].sum(dim=-1) + (rollout.hints_BH >= 0).sum(dim=-1)).tolist()
+    after = rollout.attention_BS[:, prompt_length:].sum(dim=-1).tolist()
+    parts: list[list[int]] = []
+    widest = (0, 0)
+    for row in sorted(rows.tolist(), key=lambda row: (before[row] + after[row], before[row], row), reverse=True):
+        wider = (max(widest[0], before[row]), max(widest[1], after[row]))
+        if parts and len(parts[-1]) < sequences and (len(parts[-1]) + 1) * sum(wider) <= tokens:
+            parts[-1].append(row)
+            widest = wider
+        else:
+            parts.append([row])
+            widest = (before[row], after[row])
+    return [torch.tensor(part, device=rows.device) for part in parts]
+
+
 @dataclass(frozen=True)
 class Estimates:
     """What an algorithm makes of a rollout, before any update; constant over the epochs of the step."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dvpo.batch import Rollout
+from dvpo.batch import Rollout, cut
 from dvpo.config import Config
 from dvpo.critic import Critic
 from dvpo.parallel import idle_passes, inside, is_sharded
@@ -37,13 +37,13 @@ class CriticPass:
 
     def __init__(self, critic: Critic, policy: Policy, config: Config) -> None:
         self.critic, self.policy = critic, policy
-        self.microbatch_size, self.temperature = config.update.microbatch_size, config.sampling.temperature
+        self.update, self.temperature = config.update, config.sampling.temperature
         self._expected: Tensor | None = None
         self._kept: _Kept | None = None
 
-    def expect(self, minibatch: Tensor) -> None:
+    def expect(self, microbatch: Tensor) -> None:
         """Announce the rows that the critic learns from first, of the rollout that `values` is asked for next."""
-        self._expected = None if is_sharded(self.critic) else minibatch[: self.microbatch_size]
+        self._expected = None if is_sharded(self.critic) else microbatch
 
     @torch.no_grad()
     def values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,8 @@ class CriticPass:
         # Rows are numbers within one rollout: what was kept of another is nothing to this one.
         self._expected = self._kept = None
         rest_B = every_B[torch.isin(every_B, first_B, invert=True)]
-        parts = [part for part in (first_B, *rest_B.split(self.microbatch_size)) if len(part)]
+        rest = cut(rollout, rest_B, self.update.microbatch_size, self.update.max_tokens_per_microbatch)
+        parts = [part for part in (first_B, *rest) if len(part)]
         width, pieces = rollout.mask_BT.shape[1] + 1, []
         for rows in [*parts, *[every_B[:1]] * idle_passes(len(parts), self.critic)]:
             micro = rollout.select(rows).trimmed()

@@ -85,7 +85,10 @@ def predict(config: Config, model_config: Any, base: int = 0) -> Prediction:
     batch = ceil(config.sampling.responses_per_step / config.update.minibatches)
     rows = min(config.update.microbatch_size, batch)
     response = config.sampling.max_completion_length
-    activations = _activations(config, shape, rows * (config.sampling.max_prompt_length + response))
+    length = config.sampling.max_prompt_length + response
+    if config.update.max_tokens_per_microbatch:
+        rows = max(1, min(rows, config.update.max_tokens_per_microbatch // length))
+    activations = _activations(config, shape, rows * length)
     logits = LOGIT_COPIES * FLOAT * min(rows * response * shape.vocab_size, LOGIT_BUDGET)
     terms = LOSS_COPIES * FLOAT * rows * response * outputs if row.critic != "vocabulary" else logits
     of_policy = (FLOAT * model, activations, logits)

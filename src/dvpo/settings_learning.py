@@ -244,6 +244,8 @@ class UpdateConfig:
     """Optimiser steps an epoch: the responses are cut into so many parts."""
     microbatch_size: Count = 64
     """Sequences in one forward and backward pass: memory only, the result does not depend on it."""
+    max_tokens_per_microbatch: CountOrZero = 0
+    """Also bound its tokens, padding included; sequences of like length then go together. 0 = no bound."""
     actor_warmup_steps: CountOrZero = 0
     """First steps in which the critic learns alone."""
     max_skipped: CountOrZero = 0

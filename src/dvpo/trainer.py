@@ -240,7 +240,8 @@ class Trainer(Learner):
         self._check()
         scored = time.perf_counter()
         if self.critic_pass is not None:
-            self.critic_pass.expect(self._minibatches(rollout, "rows", self.step, 0)[0])
+            first = self._minibatches(rollout, "rows", self.step, 0)[0]
+            self.critic_pass.expect(next(iter(self._cut(rollout, first)), first))
         estimates, figures = self.estimate(rollout)
         figures |= self.scorer.figures(all_reduce_sum)
         with deferred():  # weights change: a signal waits for the end of the step

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dvpo.algorithms import Algorithm
-from dvpo.batch import Estimates, Rollout
+from dvpo.batch import Estimates, Rollout, cut
 from dvpo.config import Config
 from dvpo.core.losses import aggregation_weights, kl_estimate, truncated_ratio
 from dvpo.core.masks import token_count
@@ -150,12 +150,16 @@ class Learner:
 
         Where a sharded module must be run once more, because another process has more to do, the mask is empty.
         """
-        parts = [part for part in rows.split(self.config.update.microbatch_size) if estimates.mask_BT[part].any()]
+        parts = [part for part in self._cut(rollout, rows) if estimates.mask_BT[part].any()]
         idle = [torch.zeros(1, dtype=torch.long, device=self.device)] * idle_passes(len(parts), module)
         for number, part in enumerate([*parts, *idle]):
             micro = rollout.select(part).trimmed()
             at = (part, slice(0, micro.mask_BT.shape[1]))
             yield micro, at, estimates.mask_BT[at] & (number < len(parts))
+
+    def _cut(self, rollout: Rollout, rows: Tensor) -> list[Tensor]:
+        update = self.config.update
+        return cut(rollout, rows, update.microbatch_size, update.max_tokens_per_microbatch)
 
     def _logprobs(
         self, policy: Policy, micro: Rollout, mask_BT: Tensor, entropy: bool = False
@@ -184,7 +188,7 @@ class Learner:
         """Log-probs and entropies of the policy's tokens under any model, 0 elsewhere: both [B, T]."""
         figures = torch.zeros(2, *rollout.mask_BT.shape, device=self.device)
         every_B = torch.arange(len(rollout), device=self.device)
-        parts = every_B.split(self.config.update.microbatch_size)
+        parts = self._cut(rollout, every_B)
         for rows in [*parts, *[every_B[:1]] * idle_passes(len(parts), policy.model)]:
             micro = rollout.select(rows)
             part = torch.zeros(2, *micro.mask_BT.shape, device=self.device)
