@@ -38,7 +38,7 @@ def launch(folder: Path, processes: int, runs: Sequence[dict[str, Any]], timeout
         timeout=timeout,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert outcome.returncode == 0, outcome.stderr[-6000:]
+    assert outcome.returncode == 0, outcome.stderr[-20000:]
     answers = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
     return [list(said) for said in zip(*answers, strict=True)]
 

@@ -62,7 +62,7 @@ class CriticPass:
             pieces.append(F.pad(piece_BUNM, (0, 0, 0, 0, 0, width - piece_BUNM.shape[1])))
         pieces = pieces[: len(parts)]
         values_BUNM = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        if len(first_B):
+        if len(first_B) or self.update.max_tokens_per_microbatch:  # the parts are out of order
             values_BUNM = values_BUNM[torch.cat(parts).argsort()]
         lengths_B = rollout.attention_BS[:, rollout.prompt_length :].sum(dim=-1)
         return values_BUNM[:, :-1], values_BUNM[every_B, lengths_B]

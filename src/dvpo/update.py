@@ -85,16 +85,16 @@ class Learner:
         config = matched_to_noise(self.config, self.rates.rates()) if self.rates else self.config
         count = token_count(estimates.mask_BT[rows], all_reduce_sum)
         loss = torch.zeros((), device=self.device)
-        for micro, at, mask_BT in self._microbatches(rollout, estimates, rows, self.critic):
+        for micro, at, mask_BT, share in self._microbatches(rollout, estimates, rows, self.critic):
             predictions_KNM = inside(self.critic, partial(self.critic_pass.predictions, at[0], micro, mask_BT))
             row_K, token_K = mask_BT.nonzero(as_tuple=True)  # one copy of what is large, where [at][mask_BT] makes two
             here = (at[0][row_K], token_K)
             before_KNM, targets_KL = estimates.values_BTNM[here], estimates.targets_BTL[here]
             terms = self.row.critic_loss(predictions_KNM, before_KNM, targets_KL, config)
-            part = terms["loss"].sum() / count
+            part = share * terms["loss"].sum() / count
             part.backward()
             loss += part.detach()
-            for name, term_K in terms.items():
+            for name, term_K in terms.items() if share else ():
                 means.add(f"critic/{name}", term_K)
         moved = self._step(self.critic_optimiser, "critic", loss, means)
         self.skips.note("critic", moved, self.step, rollout, estimates, rows)
@@ -110,7 +110,9 @@ class Learner:
             all_reduce_sum,
         )
         loss = torch.zeros((), device=self.device)
-        for micro, at, mask_BT in self._microbatches(rollout, estimates, rows, self.policy.model):
+        every = means
+        for micro, at, mask_BT, share in self._microbatches(rollout, estimates, rows, self.policy.model):
+            means = every if share else Means()
             logprobs_K, entropies_K = self._logprobs(self.policy, micro, mask_BT, bool(actor.entropy_coef))
             old_K, sampled_K = micro.old_logprobs_BT[mask_BT], micro.sampler_logprobs_BT[mask_BT]
             loss_K, clipped_K = self.row.actor_loss(
@@ -129,7 +131,7 @@ class Learner:
                     loss_K = loss_K + self.kl.coef * penalty_K
                 means.add("actor/kl_reference", kl_estimate(logprobs_K.detach(), reference_K, "k3"))
             loss_K = loss_K - actor.entropy_coef * entropies_K
-            part = (weights_BT[at][mask_BT] * loss_K).sum() / denominator
+            part = share * (weights_BT[at][mask_BT] * loss_K).sum() / denominator
             part.backward()
             loss += part.detach()
             means.add("actor/clip_share", clipped_K)
@@ -139,23 +141,28 @@ class Learner:
                 # Before the first update trainer and sampler hold the same weights: any gap is the machinery's.
                 means.add("actor/sampler_mismatch", (logprobs_K - sampled_K).abs())
                 means.add("actor/sampler_kl", kl_estimate(sampled_K, logprobs_K.detach(), "k3"))
-        moved = self._step(self.policy_optimiser, "actor", loss, means)
+        moved = self._step(self.policy_optimiser, "actor", loss, every)
         self.skips.note("actor", moved, self.step, rollout, estimates, rows)
         self.policy_version += 1
 
     def _microbatches(
         self, rollout: Rollout, estimates: Estimates, rows: Tensor, module: nn.Module
-    ) -> Iterator[tuple[Rollout, tuple[Tensor, slice], Tensor]]:
-        """(rows without their common padding, where they stand in the full tensors, their training mask).
+    ) -> Iterator[tuple[Rollout, tuple[Tensor, slice], Tensor, float]]:
+        """(rows without their common padding, where they stand in the full tensors, their training mask, 1).
 
-        Where a sharded module must be run once more, because another process has more to do, the mask is empty.
+        Where a sharded module must be run once more, because another process has more to do, it is some row and a 0:
+        its loss is to be multiplied by that, and it is to count in no figure.
         """
         parts = [part for part in self._cut(rollout, rows) if estimates.mask_BT[part].any()]
-        idle = [torch.zeros(1, dtype=torch.long, device=self.device)] * idle_passes(len(parts), module)
-        for number, part in enumerate([*parts, *idle]):
+        idle = idle_passes(len(parts), module)  # asked before the first pass: all processes are here together
+        for part in parts:
             micro = rollout.select(part).trimmed()
             at = (part, slice(0, micro.mask_BT.shape[1]))
-            yield micro, at, estimates.mask_BT[at] & (number < len(parts))
+            yield micro, at, estimates.mask_BT[at], 1.0
+        for _ in range(idle):
+            part = torch.zeros(1, dtype=torch.long, device=self.device)
+            micro = rollout.select(part).trimmed()
+            yield micro, (part, slice(0, micro.mask_BT.shape[1])), micro.mask_BT, 0.0
 
     def _cut(self, rollout: Rollout, rows: Tensor) -> list[Tensor]:
         update = self.config.update
