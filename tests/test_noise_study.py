@@ -10,8 +10,11 @@ import pytest
 import yaml
 
 from dvpo.cli import main
+from dvpo.noise import read_labels
 from dvpo.study import load_study
 from dvpo.study_results import read_results
+from dvpo.tasks.math import ChainArithmetic
+from dvpo.tasks.science import Science
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,6 +71,14 @@ def test_every_reporting_row_is_of_the_studies_own_settings_and_of_a_clean_commi
         assert ((row["task"], row["noise"], row["algorithm"], row["seed"]), row["config_hash"]) in hashes
         assert row["commit"]
         assert "dirty" not in row["commit"]
+
+
+def test_every_training_prompt_that_can_be_voted_on_has_a_label():
+    labels = read_labels(ROOT / "benchmarks/labels/untrained.jsonl")
+    for task in (ChainArithmetic(), Science(ood_kind="untrained")):
+        assert {example.id for example in task.split("train")} <= labels.keys()
+        held_out = {example.id for name in ("id", "ood") for example in task.split(name)}
+        assert not held_out & labels.keys()
 
 
 @pytest.mark.slow
