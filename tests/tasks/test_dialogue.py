@@ -548,7 +548,7 @@ def test_a_random_model_talks_with_the_user_in_several_turns_whose_tokens_are_ma
 
 
 def test_the_task_is_made_by_its_name_and_knows_the_truth():
-    task: Task = make_task(SimpleNamespace(name="dialogue"))
+    task: Task = make_task(SimpleNamespace(name="dialogue", ood="unseen"))
     example = task.split("ood")[0]
     assert len(task.split("train")) == 4096
     assert example.columns["domain"] in UNSEEN
