@@ -14,7 +14,7 @@ RANGE_TESTS := $(addprefix tests/test_,policy.py prefix.py sampling.py decoding.
 	critic_vocabulary.py embedded.py checkpoint.py trainer.py vllm_sampler.py)
 DOCS   := $(VENV)/.docs
 
-.PHONY: demo test test-all test-browser test-verl test-ranges docs site pictures bench bench-gpu bench-trl faults results \
+.PHONY: setup demo test test-all test-browser test-verl test-ranges docs site pictures bench bench-gpu bench-trl faults results \
         lint format wheel-test learns clean
 
 # The set-up is one pinned environment; it is remade when the pins change.
@@ -28,6 +28,9 @@ $(BROWSER): $(READY) tests/browser/install
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
 	tests/browser/install $(BIN)/python
 	touch $@
+
+# The environment alone.
+setup: $(READY)
 
 # The second line shows the report of a study from its committed results; nothing is trained for it.
 demo: $(READY)

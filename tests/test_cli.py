@@ -316,7 +316,7 @@ def test_doctor_says_what_is_installed_and_what_a_config_needs(here: Path, capsy
     monkeypatch.setattr(doctor, "TRIAL_STEPS", 1)
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ("torch", "transformers", "pip install 'dvpo[lora]'", "GPUs:", "disk free"))
+    assert all(word in out for word in ("torch", "transformers", "pip install 'dvpo[math]'", "GPUs:", "disk free"))
     assert main(["doctor", "good.yaml", "steps=100"]) == 0
     out = capsys.readouterr().out
     assert all(
@@ -353,7 +353,10 @@ def test_demo_trains_both_rows_on_the_same_prompts_and_says_that_one_seed_proves
     }
     assert prompts["dvpo"] == prompts["ppo"]  # same prompts and same flips; both sample the first step alike
     assert all(f"d/{name}" in out for name in demo.ALGORITHMS)
-    assert "report: " in out
+    assert "report: d/report.html" in out
+    for sources in (["d/dvpo", "d/ppo"], [str(here / "d")]):
+        assert main(["report", *sources]) == 0
+        assert capsys.readouterr().out == "report: d/report.html\n"
     assert "Token by token" in (here / "d" / "report.html").read_text()
 
 

@@ -1,14 +1,37 @@
 """The prompt stream: passes without replacement, counted visits, and a state of one number."""
 
+import warnings
 from collections import Counter
 
 import pytest
 
-from dvpo.data import PromptStream
+from dvpo.data import PromptStream, warn_of_few
 from dvpo.errors import InputError
+from dvpo.settings import TaskConfig
 from dvpo.tasks import Example
 
 EXAMPLES = [Example(f"p{i}", str(i)) for i in range(7)]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "more", "words"),
+    [
+        (1, {}, r"^task.held_out = 0.05: 1 prompt is held out, .* raise it, or name a file of them in task.id_path$"),
+        (19, {"id_path": "id.jsonl"}, r"^task.id_path = id.jsonl: 19 prompts are held out, .* add to that file$"),
+    ],
+)
+def test_few_held_out_prompts_are_warned_of_with_the_setting_that_helps(
+    held_out: int, more: dict[str, str], words: str
+):
+    with pytest.warns(UserWarning, match=words):
+        warn_of_few([Example(str(i), "") for i in range(held_out)], TaskConfig(name="files", path="a.jsonl", **more))
+
+
+@pytest.mark.parametrize(("name", "held_out"), [("files", 20), ("files", 0), ("math", 5)])
+def test_enough_held_out_prompts_none_wanted_or_an_embedded_task_are_no_matter(name: str, held_out: int):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_few([Example(str(i), "") for i in range(held_out)], TaskConfig(name=name, path="a.jsonl"))
 
 
 def draw(stream: PromptStream, *counts: int) -> list[tuple[str, int]]:

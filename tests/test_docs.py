@@ -287,7 +287,7 @@ def test_the_own_data_page_runs_as_it_stands(tmp_path: Path, tiny_model: Path, m
         del sys.modules[module]
     Path("my_prompts.jsonl").write_text(fenced(EXAMPLES, "json")[0])
     Path("my.yaml").write_text(fenced(EXAMPLES, "yaml")[0])
-    own_reward = load_config("my.yaml", [*TINY, f"model.path={tiny_model}"])
+    own_reward = load_config("my.yaml", TINY)  # from the embedded model, as the page says
     own_task = ["task.name=my_task:make_task", "reward.function=task", "algorithm=my_rows:rank", "output=runs/rank"]
     own_rest = load_config("my.yaml", [*TINY, f"model.path={tiny_model}", *own_task])
     for config in (own_reward, own_rest):
@@ -324,5 +324,5 @@ def test_the_blocks_of_the_critics_page_run_as_they_stand(
 
 
 def test_the_readme_shows_what_the_own_data_page_runs() -> None:
-    for language in ("python", "yaml"):
+    for language in ("python", "json", "yaml"):
         assert set(fenced(ROOT / "README.md", language)) <= set(fenced(EXAMPLES, language))

@@ -16,7 +16,8 @@ from dvpo.tasks.files import FilesTask
     ("line", "words"),
     [
         (b"\xff", r"line 2 is not UTF-8 \(byte 1\)"),
-        (b'{"a": ', r"line 2 is no JSON \(Expecting value, column"),
+        (b'{"a": ', r"line 2 is no JSON \(Expecting value, column 7\): it says '{\"a\": '; write one"),
+        (b"x" * 70, r"line 2 is no JSON \(Expecting value, column 1\): it begins with 'x{60}'; write one"),
         (b"[1]", r"line 2 is \[1\]; write one JSON object a line"),
         (b'{"a": 1, "a": 2}', "line 2 has the key 'a' twice"),
         (b'{"a": {"b": 1, "b": 2}}', "line 2 has the key 'b' twice"),

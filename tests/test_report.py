@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from dvpo.report import run_folders, write_report
 from dvpo.report_data import Place, Run, Series, place_of_runs
 from dvpo.report_panels import fault_lines, learning_panel, over_seeds, smoothed
 from dvpo.report_study import noise_axis
+from dvpo.report_summary import summary_table
 from dvpo.report_texts import page_data, script_json
 from dvpo.report_words import sentences
 from dvpo.study import load_study
@@ -219,6 +221,21 @@ def test_the_verdict_of_several_seeds_is_the_paired_difference():
     # Differences 8 and 6 points: mean 7, sd sqrt 2, t(1) = 12.706: 7 -+ 12.706.
     assert "7.0 points above it in distribution (95% interval -5.7 to +19.7, p = 0.500)" in verdict
     assert "Paired by 2 seeds" in verdict
+
+
+def test_without_a_truth_accuracy_is_said_to_be_by_the_reward_and_what_did_not_move_stayed():
+    own = replace(ended("dvpo", 0, 0.0, 0.0), settings={"task.name": "files", "task.truth": None})
+    (said,) = [s.text for s in sentences(Place("", [Series("dvpo", [own])]), "ppo")]
+    by_reward = "accuracy by your reward (no truth was named) on held-out prompts"
+    assert said == f"dvpo: {by_reward} stayed at 0.0% in distribution."
+    judged = replace(own, settings={"task.name": "files", "task.truth": "my:truth"})
+    blind = replace(own, settings={"task.name": "my:task"}, steps=[{"step": 1, "reward/observed": 1.0}])
+    titles = []
+    for run in (own, judged, blind):
+        place = Place("", [Series("dvpo", [replace(run, evaluations=ended("dvpo", 0, 0.5, 0.8).evaluations)])])
+        texts = [sentences(place, "ppo")[0].text, summary_table(place).note, learning_panel(place).charts[0].title]
+        titles.append(["by your reward (no truth was named)" in text for text in texts])
+    assert titles == [[True] * 3, [False] * 3, [True] * 3]
 
 
 def test_an_end_far_below_the_peak_is_warned_of():

@@ -647,6 +647,8 @@ def test_a_signature_that_does_not_take_the_columns_is_an_input_error(guard: Gua
         fitting.check(["answer", "level"])
     with pytest.raises(InputError, match="missing a required argument: 'answer'"):
         fitting.check([])
+    with pytest.raises(InputError, match=r"; did you mean 'answers', a column of your file\? write it as f\("):
+        fitting.check(["level", "answers"])
     with pytest.raises(InputError, match=r"has a column 'completions'.*rename"):
         fitting.check(["completions"])
 

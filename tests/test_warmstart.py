@@ -192,9 +192,17 @@ def test_a_dial_outside_its_range_is_refused_in_one_sentence(checker):
 
 
 def test_a_task_without_an_embedded_model_is_refused_in_one_sentence_that_names_the_models_path():
-    config = load_config({"task": {"name": "files", "path": "mine.jsonl"}})
-    with pytest.raises(InputError, match=r"^model.path = embedded, .* task.name = files: set model.path to .*[^.]$"):
+    config = load_config({"task": {"name": "reasoning_gym"}})
+    with pytest.raises(
+        InputError, match=r"^model.path = embedded, .* task.name = reasoning_gym: set model.path to .*[^.]$"
+    ):
         starting_model(config)
+
+
+@pytest.mark.parametrize("task", [{"name": "files", "path": "mine.jsonl"}, {"name": "my_task:make_task"}])
+def test_data_and_tasks_of_ones_own_start_from_the_model_of_sums_which_is_said(task):
+    with pytest.warns(UserWarning, match="knows chains of sums .* and nothing else"):
+        assert starting_model(load_config({"task": task})) == warm_start("math")
 
 
 def test_without_a_terminal_progress_is_ten_plain_lines(capsys):

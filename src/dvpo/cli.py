@@ -16,6 +16,7 @@ from importlib.metadata import version
 from dvpo.errors import InputError, RunStoppedError
 from dvpo.interrupt import Interrupted, handled
 
+PLACED_WARNING = warnings.formatwarning
 OVERRIDES = "settings that win over the file, for example critic.alpha=0.05"
 
 
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     # Reward functions, tasks and rows of the user's own are imported from where the command was given.
     sys.path.insert(0, os.getcwd())
+    warnings.formatwarning = _warning
     try:
         with handled():
             code: int | None = arguments.run(arguments)
@@ -55,6 +57,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and arguments.run is not _train:
         parser.error("only `dvpo train` takes several processes: start this command without torchrun")
     return arguments
+
+
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Our own warnings are sentences to the user; where they were raised is no news to them."""
+    if category is UserWarning and os.path.dirname(filename) == os.path.dirname(__file__):
+        return f"dvpo: warning: {message}\n"
+    return PLACED_WARNING(message, category, filename, lineno, line)
 
 
 def _say(sentence: str) -> None:
@@ -303,11 +314,15 @@ def _study(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
     from rich.console import Console
 
     from dvpo.report import write_report
 
-    page = write_report(arguments.sources, arguments.output, arguments.results, arguments.baseline)
+    page = write_report(arguments.sources, arguments.output, arguments.results, arguments.baseline).absolute()
+    here = Path.cwd()
+    page = page.relative_to(here) if page.is_relative_to(here) else page
     Console().print(f"report: {page}", soft_wrap=True)
 
 

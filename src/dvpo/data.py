@@ -1,5 +1,6 @@
 """Which prompts come next: passes over the training split, each in an order of its own."""
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,8 +9,25 @@ import torch
 
 from dvpo.errors import InputError
 from dvpo.seeding import derive_seed
+from dvpo.settings import TaskConfig
 from dvpo.tasks import Example, Task
 from dvpo.tasks.mixture import COLUMN, Mixture
+
+FEW = 20
+"""Below so many held-out prompts an accuracy's interval is wider than 40 points in the middle of its range."""
+
+
+def warn_of_few(held_out: Sequence[Example], task: TaskConfig) -> None:
+    """Of the user's own files: say that so few held-out prompts measure little, and which settings give more."""
+    if task.name == "files" and 0 < len(held_out) < FEW:
+        number = "1 prompt is" if len(held_out) == 1 else f"{len(held_out)} prompts are"
+        more = f"task.id_path = {task.id_path}" if task.id_path else f"task.held_out = {task.held_out:g}"
+        remedy = "add to that file" if task.id_path else "raise it, or name a file of them in task.id_path"
+        warnings.warn(
+            f"{more}: {number} held out, too few to measure by (below {FEW} an accuracy may be wrong by 20 points): "
+            f"{remedy}",
+            stacklevel=2,
+        )
 
 
 class PromptStream:

@@ -24,7 +24,6 @@ from dvpo.trainer import Trainer, starting_model
 
 REQUIRED = ("torch", "transformers", "safetensors", "pydantic", "pyyaml", "rich", "cloudpickle")
 EXTRAS = {
-    "peft": "lora",
     "verl": "verl",
     "math-verify": "math",
     "tensorboard": "tensorboard",

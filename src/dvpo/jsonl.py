@@ -8,6 +8,8 @@ from typing import Any
 from dvpo.errors import InputError
 
 ONE_OBJECT = "write one JSON object a line"
+SHOWN = 60
+"""So much of a bad line stands in the message."""
 
 
 def json_objects(path: Path, field: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -32,14 +34,15 @@ def json_objects(path: Path, field: str = "") -> Iterator[tuple[str, dict[str, A
             except UnicodeDecodeError as error:
                 raise InputError(f"{where} is not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
             if text.strip():
-                yield place, _object(text, where)
+                yield place, _object(text.rstrip("\r\n"), where)
 
 
 def _object(text: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(text, object_pairs_hook=_without_repetition)
     except json.JSONDecodeError as error:
-        raise InputError(f"{where} is no JSON ({error.msg}, column {error.colno}); {ONE_OBJECT}") from None
+        begin = f"begins with {text[:SHOWN]!r}" if len(text) > SHOWN else f"says {text!r}"
+        raise InputError(f"{where} is no JSON ({error.msg}, column {error.colno}): it {begin}; {ONE_OBJECT}") from None
     except _RepeatedKeyError as error:
         raise InputError(f"{where} has the key {error} twice; keep one of them") from None
     except RecursionError:

@@ -10,6 +10,7 @@ from typing import Any
 from dvpo.charts import Chart, Line, Point
 from dvpo.plain_text import clipped, visible
 from dvpo.report_data import Place, Run, Series
+from dvpo.report_words import BY_REWARD, knows_truth
 from dvpo.stats import student_quantile
 
 SMOOTHED_OVER = 25
@@ -90,7 +91,10 @@ def learning_panel(place: Place) -> Panel:
         for split in ("id", "ood")
         for name in _own_figures(place)
     ]
-    return _panel(place, [*LEARNING, *extra])
+    figures = [*LEARNING, *extra]
+    if not knows_truth(place.runs):
+        figures = [replace(f, title=f.title.replace("True accuracy", f"Accuracy {BY_REWARD}")) for f in figures]
+    return _panel(place, figures)
 
 
 def critic_panel(place: Place) -> Panel:

@@ -6,7 +6,7 @@ from statistics import fmean
 
 from dvpo.report_data import Place, Run, Series
 from dvpo.report_panels import over_seeds
-from dvpo.report_words import SPLITS, ends
+from dvpo.report_words import BY_REWARD, SPLITS, ends, knows_truth
 
 NONE = "-"
 
@@ -22,14 +22,15 @@ class SummaryTable:
 
 
 def summary_table(place: Place) -> SummaryTable:
-    """True accuracy before and after, what the rewards were worth, faults and time of each series."""
+    """Accuracy (true where the truth is known) before and after, worth of the rewards, faults and time, by series."""
     columns = ["", "seeds", "ID before", "ID after", "OOD before", "OOD after", "reward accuracy", "faults", "seconds"]
     several = any(len(series.runs) > 1 for series in place.series)
+    greedy = "True greedy accuracy" if knows_truth(place.runs) else f"Greedy accuracy {BY_REWARD}"
     note = (
-        "True greedy accuracy on held-out prompts in %; in brackets 95% intervals, over seeds (Student) "
+        f"{greedy} on held-out prompts in %; in brackets 95% intervals, over seeds (Student) "
         "where there are several, else over the prompts of the one run (Wilson), which says nothing about seeds."
         if several
-        else "True greedy accuracy on held-out prompts in %; in brackets 95% Wilson intervals over the prompts, which "
+        else f"{greedy} on held-out prompts in %; in brackets 95% Wilson intervals over the prompts, which "
         "say nothing about other seeds."
     )
     lines = [_line(series) for series in place.series]

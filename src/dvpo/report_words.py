@@ -10,6 +10,7 @@ from dvpo.stats import paired_difference
 SPLITS = (("id", "in distribution"), ("ood", "out of distribution"))
 LATE = 5
 """The last fifth of a run stands for its end, where a single step would be noise."""
+BY_REWARD = "by your reward (no truth was named)"
 LOST = 0.03
 """An end this far below the highest evaluation is worth a warning."""
 
@@ -47,6 +48,17 @@ def ends(run: Run, split: str) -> tuple[float, float] | None:
     return (curve[0][1], curve[-1][1]) if len(curve) > 1 else None
 
 
+def knows_truth(runs: Sequence[Run]) -> bool:
+    """Whether evaluations were judged by the truth; where a run knows none, they were by its reward."""
+
+    def knows(run: Run) -> bool:
+        if run.settings.get("task.name") == "files":
+            return run.settings.get("task.truth") is not None
+        return not run.steps or bool(run.curve("reward/true"))
+
+    return all(map(knows, runs))
+
+
 def _reached(series: Series) -> str:
     parts: list[str] = []
     said = ""
@@ -56,11 +68,15 @@ def _reached(series: Series) -> str:
             before, after = fmean(first for first, _ in pairs), fmean(last for _, last in pairs)
             verb = "rose" if after - before > 0.005 else "fell" if before - after > 0.005 else "stayed"
             again, said = verb == said, verb
-            parts.append(f"{'' if again else f'{verb} '}from {_percent(before)} to {_percent(after)} {name}")
+            moved = f"from {_percent(before)} to {_percent(after)}"
+            if _percent(before) == _percent(after):
+                moved = f"at {_percent(after)}"
+            parts.append(f"{'' if again else f'{verb} '}{moved} {name}")
     if not parts:
         return ""
     seeds = f" (mean of {len(series.runs)} seeds)" if len(series.runs) > 1 else ""
-    return f"{series.name}: true accuracy on held-out prompts {' and '.join(parts)}{seeds}."
+    what = "true accuracy" if knows_truth(series.runs) else f"accuracy {BY_REWARD}"
+    return f"{series.name}: {what} on held-out prompts {' and '.join(parts)}{seeds}."
 
 
 def _compared(places: Sequence[Place], name: str, reference: str) -> str:

@@ -16,8 +16,10 @@ The function runs in processes of its own, since a thread cannot be stopped. Sta
 lives until a time-out or a crash, then a fresh process imports it again.
 """
 
+import difflib
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -152,7 +154,7 @@ class GuardedReward:
             raise self._input_error(
                 f"has the signature {reply['signature']} and cannot be called with the arguments "
                 f"{', '.join(arguments)} ({reply['refusal']})",
-                "write it as f(prompts, completions, completion_ids, **columns)",
+                _meant(reply["refusal"], names) + "write it as f(prompts, completions, completion_ids, **columns)",
             )
         if self._concurrency and not reply["is_async"]:
             raise self._input_error(
@@ -289,6 +291,13 @@ class GuardedReward:
 
     def _input_error(self, problem: str, remedy: str) -> InputError:
         return InputError(f"{self._field}: {self.name!r} {problem}; {remedy}")
+
+
+def _meant(refusal: str, columns: Sequence[str]) -> str:
+    """A hint where the argument that is missing has nearly the name of a column."""
+    missing = re.search(r"missing a required (?:keyword-only )?argument: '(\w+)'", refusal)
+    near = difflib.get_close_matches(missing[1], columns, n=1) if missing else []
+    return f"did you mean {near[0]!r}, a column of your file? " if near else ""
 
 
 def _cuts(prompts: Sequence[Prompt], parts: int) -> list[int]:

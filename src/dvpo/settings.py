@@ -86,7 +86,8 @@ class ModelConfig:
     """The policy's starting point."""
 
     path: str = "embedded"
-    """`embedded` (a tiny Qwen3 made and warm-started here), a local model folder, or a hub name."""
+    """`embedded` (a tiny Qwen3 made and warm-started here; for your own files and tasks it is that of `math`), a local
+    model folder, or a hub name."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random`: make the model from the folder's config.json instead of loading weights."""
     checker: Share = 1.0

@@ -27,7 +27,7 @@ from dvpo.core.masks import masked_variance, whiten
 from dvpo.core.returns import gae
 from dvpo.critic import load_critic, make_critic
 from dvpo.critic_pass import CriticPass
-from dvpo.data import open_prompts
+from dvpo.data import open_prompts, warn_of_few
 from dvpo.distributed import (
     agreed,
     all_reduce_max,
@@ -69,7 +69,7 @@ from dvpo.tasks.mixture import COLUMN, Mixture, held_out
 from dvpo.token_view import token_rows
 from dvpo.update import Learner
 from dvpo.vllm_sampler import VllmSampler, open_sampler, refuse_absent_server
-from dvpo.warmstart import warm_start
+from dvpo.warmstart import start_for, warm_start
 
 REPLAY_FIGURES = ("loss", "skipped_updates")
 """Of the critic's update, logged for the replay apart: under `critic/` stands the step's own batch."""
@@ -124,6 +124,7 @@ class Trainer(Learner):
         self.task = make_task(config.task) if task is None else task
         refuse_without_judge(config.checkpoint, self.task)
         train = self.task.split("train")
+        warn_of_few(self.task.split("id"), config.task)
         self.reward = open_reward(config, self.task, reward)
         self.scorer = Scorer(self.task, self.reward, make_noise(config.noise, config.seed, train))
         source = starting_model(config)
@@ -475,5 +476,5 @@ def starting_model(config: Config) -> str | Path:
     """Folder or hub name of the policy before training; makes or fetches the embedded model if that is asked for."""
     if config.model.path == "embedded":
         with main_first():
-            return warm_start(config.task.name, config.model.checker)
+            return warm_start(start_for(config.task.name), config.model.checker)
     return config.model.path

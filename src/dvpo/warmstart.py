@@ -25,6 +25,7 @@ import os
 import random
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -132,6 +133,18 @@ def warm_start(
         InputError: if the task has no embedded model, or `checker` is outside [0, 1].
     """
     return obtain(Recipe.of(task, checker, seed), rebuild=rebuild, cache=cache, progress=progress)
+
+
+def start_for(task: str) -> str:
+    """The embedded task whose model a run on `task` starts from; one of the user's own takes that of `math`, warned."""
+    if task != "files" and ":" not in task:
+        return task
+    warnings.warn(
+        "model.path = embedded is a tiny model that knows chains of sums such as 12+7-3= and nothing else: enough to "
+        "try your data and your reward; for a run in earnest set model.path to a model folder or a hub name",
+        stacklevel=2,
+    )
+    return "math"
 
 
 def obtain(recipe: Recipe, *, rebuild: bool = False, cache: Path | None = None, progress: bool = True) -> Path:

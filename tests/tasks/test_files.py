@@ -131,7 +131,10 @@ def test_the_truth_is_unknown_unless_a_function_is_given_and_that_is_guarded(wri
 BAD_ROWS = [
     (b"", r"is empty; give it at least one row$"),
     (b"\n \n", r"is empty"),
-    (b'{"prompt": "a"}\n{"prompt": "b"\n', r", line 2 is no JSON \(.*column \d+\); write one JSON object a line$"),
+    (
+        b'{"prompt": "a"}\n{"prompt": "b"\n',
+        r", line 2 is no JSON \(.*column 15\): it says '\{\"prompt\": \"b\"'; write one JSON object a line$",
+    ),
     (b'[{"prompt": "a"}]', r", line 1 is \[\{'prompt': 'a'\}\]; write one JSON object a line$"),
     (b'{"prompt": "a"}\nnull\n', r", line 2 is None; write one JSON object a line$"),
     (b'{"prompt": "a"}\n\n{"prompt": "caf\xe9"}\n', r", line 3 is not UTF-8 \(byte 16\); save the file as UTF-8$"),
