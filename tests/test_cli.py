@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -365,3 +366,10 @@ def test_demo_refuses_bad_settings_before_it_trains(here: Path, capsys: pytest.C
     assert "algorithm = pppo is unknown" in refusal(capsys, "demo", "--algorithms", "dvpo", "pppo")
     assert "steps = 0 is not valid" in refusal(capsys, "demo", "--steps", "0")
     assert not (here / "runs").exists()
+
+
+def test_a_warning_of_ours_is_a_sentence_and_one_of_others_keeps_its_place(here: Path):
+    assert main(["train", "good.yaml", "--print-config"]) == 0
+    ours = warnings.formatwarning("few", UserWarning, doctor.__file__, 7)
+    assert ours == "dvpo: warning: few\n"
+    assert "other.py:7: UserWarning: few" in warnings.formatwarning("few", UserWarning, "other.py", 7)

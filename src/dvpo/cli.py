@@ -314,15 +314,11 @@ def _study(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from pathlib import Path
-
     from rich.console import Console
 
     from dvpo.report import write_report
 
-    page = write_report(arguments.sources, arguments.output, arguments.results, arguments.baseline).absolute()
-    here = Path.cwd()
-    page = page.relative_to(here) if page.is_relative_to(here) else page
+    page = write_report(arguments.sources, arguments.output, arguments.results, arguments.baseline)
     Console().print(f"report: {page}", soft_wrap=True)
 
 

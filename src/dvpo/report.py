@@ -35,7 +35,7 @@ SCRIPTS = ("page.js", "charts.js", "law.js", "tokens.js", "completions.js", "sta
 def write_report(
     sources: Sequence[str], output: str | None = None, results: str | None = None, baseline: str = "ppo"
 ) -> Path:
-    """Write the report of some runs or of a study, and return its path.
+    """Write the report of some runs or of a study, and return its path, from the working directory if it lies in there.
 
     Args:
         sources: run folders, folders of runs, or the YAML file of one study.
@@ -59,7 +59,9 @@ def write_report(
         folders = run_folders(sources)
         page, home = runs_page(place_of_runs(folders), baseline), common_folder(folders)
         title = f"Run {home.name}" if len(folders) == 1 else f"{len(folders)} runs of {home.name}"
-    return write_page(Path(output) if output else home / NAME, "report.html", {"title": title, **page})
+    file = write_page(Path(output) if output else home / NAME, "report.html", {"title": title, **page}).absolute()
+    here = Path.cwd()
+    return file.relative_to(here) if file.is_relative_to(here) else file
 
 
 def run_folders(sources: Sequence[str]) -> list[Path]:
