@@ -113,6 +113,46 @@ def test_faults_cuts_and_missing_scores_are_named_first():
     assert found["sampling"]["samples_per_prompt"] == 3  # two tell continuous scores apart, 20% of them are missing
 
 
+def test_a_reward_that_fails_on_every_answer_is_all_that_is_said():
+    observed = np.full((2, 10, 4), np.nan)
+    faulty = np.ones(observed.shape, dtype=bool)
+    fault = "TypeError: string indices must be integers (my_rewards.py:12)"
+    findings = find(sheet(observed, np.zeros((10, 4)), faulty_RPK=faulty, fault=fault))
+    [only] = advise(findings, CONFIG)
+    assert only.sentence == f"Your function fails on every answer: {fault}; fix it first."
+    assert not only.settings
+
+
+@pytest.mark.parametrize(
+    ("lost", "fault", "retries"),
+    [
+        ([(0, 0)], "KeyError: 'a' (my_rewards.py:3)", True),  # in one of two scorings: it may pass
+        ([(0, 0), (1, 0)], "KeyError: 'a' (my_rewards.py:3)", False),
+        ([(0, 0), (1, 1)], "KeyError: 'a' (my_rewards.py:3)", True),
+        ([(0, 0)], "non_finite: returned inf", False),  # not tried again, whatever reward.retries says
+    ],
+)
+def test_retries_are_for_faults_that_may_pass(lost: list[tuple[int, int]], fault: str, retries: bool):
+    observed = np.random.default_rng(0).normal(size=(2, 10, 4))
+    faulty = np.zeros(observed.shape, dtype=bool)
+    for scoring, prompt in lost:
+        observed[scoring, prompt, 0], faulty[scoring, prompt, 0] = np.nan, True
+    findings = find(sheet(observed, np.full((10, 4), np.nan), faulty_RPK=faulty, fault=fault))
+    first = advise(findings, CONFIG)[0]
+    assert fault in first.sentence
+    assert ("tried again" in first.sentence, bool(first.settings)) == (retries, retries)
+
+
+def test_fewer_samples_are_weighed_against_the_signal_they_lose():
+    true = np.zeros((10, 8))
+    true[:, :4] = 1
+    same = find(sheet(np.stack([true, true]), true, judged_by_truth=True))
+    sentence = advise(same, CONFIG)[-1].sentence
+    # Of 4 right and 4 wrong, k answers are alike with probability 2 C(4, k) / C(8, k): .143 at k = 3, .029 at k = 4.
+    assert "with 4 the answers to 97.1% of the prompts differ" in sentence
+    assert ", with 8 100.0%: 50% fewer samples for 2.9 points less signal" in sentence
+
+
 def test_prompts_without_signal_are_replaced_unless_they_are_already():
     true = np.zeros((20, 4))
     true[:5, 0] = 1

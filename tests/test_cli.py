@@ -73,7 +73,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ("task.prompt_column=question", "has no column 'question' among its columns ('prompt', 'answer')"),
         ("task.prompt_column=promt", "did you mean 'prompt'? set task.prompt_column"),
         ("sampling.max_prompt_length=3", "tokens, more than sampling.max_prompt_length = 3: raise it, or set"),
-        ("sampling.max_completion_length=600", "exceed the model's context of 512 tokens"),
+        ("sampling.max_completion_length=600", "exceed the model's context of 512 tokens (longest prompt: "),
         ("model.path=./no-model", "model.path = ./no-model is no folder: give a folder with config.json and weights"),
         ("model.path=.", "model.path = . cannot be loaded as a causal language model"),
         ("reward.function=my_reward:by_length", "'my_reward:by_length' could not be imported"),
@@ -327,6 +327,8 @@ def test_doctor_says_what_is_installed_and_what_a_config_needs(here: Path, capsy
             "policy parameters",
             "peak memory",
             "100 steps",
+            "one step (of 1: a guess)",
+            "failed 0/6",
             "one checkpoint on disk",
         )
     )

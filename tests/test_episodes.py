@@ -260,6 +260,13 @@ def test_prompt_and_completion_must_fit_the_models_context():
     assert fit(["abc"], context=13) == {"p0": ids("abc")}  # the limits together exceed it, the prompts do not
     with pytest.raises(InputError, match=r"context of 12 tokens \(longest prompt: 3\)"):
         fit(["abc"], context=12)
+    with pytest.raises(InputError, match=r"sampling.max_prompt_length=8 sampling.max_completion_length=10$"):
+        fit(["abc"], context=18, max_completion_length=16)
+    assert fit(["abc"], context=18, max_prompt_length=8, max_completion_length=10)
+    with pytest.raises(InputError, match=r"sampling.max_prompt_length=9 sampling.max_completion_length=1$"):
+        fit(["abcdefghi"], context=10)
+    with pytest.raises(InputError, match="shorten the prompts"):
+        fit(["abcdefghij"], context=10)
     assert fit(["abcd"], context=12, long_prompts="truncate") == {"p0": ids("cd")}
     with pytest.raises(InputError, match="context of 10 tokens"):
         fit(["abc"], context=10, long_prompts="truncate")

@@ -8,7 +8,7 @@ import pytest
 from dvpo.cli import main
 from dvpo.config import load_config, to_yaml
 from dvpo.errors import InputError, RunStoppedError
-from dvpo.faults import KINDS, fault_figures, stop_at_faults
+from dvpo.faults import KINDS, fault_figures, headline, stop_at_faults
 from dvpo.rewards import Fault
 from dvpo.runlog import read_rows
 from dvpo.settings import RewardConfig
@@ -72,7 +72,7 @@ def test_a_run_stops_when_more_samples_than_allowed_lost_their_reward(settings, 
     if not stops:
         stop_at_faults(FAULTS, 4, 7, RewardConfig(**settings))
         return
-    with pytest.raises(RunStoppedError, match=r"^step 7: 1 of 4 responses .*; the last one: wrong_type, and again"):
+    with pytest.raises(RunStoppedError, match=r"^step 7: 1 of 4 responses .*; the last one: wrong_type: and again"):
         stop_at_faults(FAULTS, 4, 7, RewardConfig(**settings))
 
 
@@ -91,7 +91,7 @@ def test_a_stopped_run_has_its_faults_on_record_and_has_not_trained_on_the_step(
 
     trainer = Trainer(run_config(tmp_path / "run", "reward.on_fault=stop"), task=Parity(), reward=raising)
     before = [p.detach().clone() for p in trainer.policy.model.parameters()]
-    with pytest.raises(RunStoppedError, match="ZeroDivisionError: division by zero; all of them are in"):
+    with pytest.raises(RunStoppedError, match=r"ZeroDivisionError: .* \(test_faults.py:\d+\); all of them are in"):
         trainer.train()
     assert {row["kind"] for row in read_rows(tmp_path / "run" / "faults.jsonl")} == {"exception"}
     assert all((a == b).all() for a, b in zip(before, trainer.policy.model.parameters(), strict=True))
@@ -110,3 +110,34 @@ def test_the_command_ends_with_code_3_and_one_sentence(tmp_path: Path, capsys, m
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("dvpo: the run stopped itself: step 1: ")
     assert "more than reward.max_fault_share = 0.1 allows" in said
+
+
+def test_a_reward_that_fails_is_said_once_and_in_total_and_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "failing_rewards.py").write_text(
+        "def always(completions, **columns):\n    return [c['content'] for c in completions]\n"
+    )
+    given = ["task.name=files", "task.path=prompts.jsonl", "reward.function=failing_rewards:always"]
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{i}+{i}="}}\n' for i in range(4)))
+    (tmp_path / "run.yaml").write_text(to_yaml(run_config(Path("run"), "steps=2", *given)))
+    assert main(["train", "run.yaml"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    cause = "first: TypeError: string indices must be integers, not 'str' (failing_rewards.py:2); all of them: "
+    assert [line for line in lines if "failed" in line] == [
+        f"step 1, reward: 6 of 6 answers failed, {cause}run/faults.jsonl",
+        f"reward: 12 of 12 answers failed, {cause}run/faults.jsonl",
+    ]
+    assert main(["doctor", "run.yaml"]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "mean -, missing 100.0%, failed 12/12" in shown
+    assert "TypeError: string indices" in shown
+
+
+def test_a_headline_keeps_the_kind_and_the_users_line():
+    long = f"ValueError: {'x' * 1000} (my_rewards.py:3)\n  File ..."
+    assert headline(Fault("exception", 0, long)).startswith("ValueError: xx")
+    assert headline(Fault("exception", 0, long)).endswith("x (my_rewards.py:3)")
+    assert headline(Fault("timeout", 0, "no answer within 1 s")) == "timeout: no answer within 1 s"

@@ -54,6 +54,8 @@ class DiesAt:
     def __init__(self, moment: str, step: int) -> None:
         self.moment = (moment, step)
 
+    def on_rewards(self, step: int, faults: object, answers: int) -> None: ...
+
     def on_step(self, step: int, figures: dict[str, float]) -> None:
         if self.moment == ("step", step):
             die()

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -171,8 +172,23 @@ def test_an_exception_costs_only_the_guilty_sample_and_shows_its_traceback(guard
     scores = score(reward, ["4", "four", "0"])
     assert scores.rewards == [4.0, None, 0.0]
     assert kinds(scores) == [("exception", 1)]
-    assert "invalid literal for int() with base 10: 'four'" in scores.faults[0].message
-    assert "my_rewards.py" in scores.faults[0].message
+    first, *calls = scores.faults[0].message.splitlines()
+    assert first == "ValueError: invalid literal for int() with base 10: 'four' (my_rewards.py:3)"
+    assert any("my_rewards.py" in line for line in calls)
+
+
+def test_a_fault_names_the_users_line_and_neither_the_librarys_nor_markers(guard: Guard) -> None:
+    reward = guard("""
+        import json
+        def reward(completions, **columns):
+            return [json.loads(c)["reward"] for c in completions]
+    """)
+    message = score(reward, ["{"]).faults[0].message
+    assert message.startswith("json.decoder.JSONDecodeError: ")
+    assert re.search(r"\(my_rewards\.py:\d+\)$", message.splitlines()[0])
+    assert not any(line.strip() and not line.strip(" ^~") for line in message.splitlines())
+    assert "decoder.py" in message
+    assert "reward_worker.py" not in message
 
 
 @pytest.mark.parametrize(
@@ -490,9 +506,14 @@ def test_a_reply_beyond_all_sense_is_cut_off_and_costs_only_the_guilty_sample(gu
 
 
 def test_an_endless_message_of_an_exception_is_cut(guard: Guard) -> None:
-    reward = guard("def reward(**columns): raise ValueError('x' * 10_000_000)")
+    reward = guard("def reward(**columns): raise ValueError('x' * 10_000_000 + ' the end')")
     [fault] = score(reward, ["a"]).faults
-    assert (fault.kind, len(fault.message)) == ("exception", 4000)
+    first = fault.message.splitlines()[0]
+    assert fault.kind == "exception"
+    assert len(fault.message) <= 4000
+    assert first.startswith("ValueError: xxx")
+    assert " ... xxx" in first
+    assert re.search(r"x the end \(my_rewards\.py:\d+\)$", first)
 
 
 @pytest.mark.parametrize("end", ["return [1.0] * len(prompts)", "while True: print('more ' * 1000)"])
@@ -617,7 +638,7 @@ def test_neither_the_run_nor_the_worker_imports_torch_for_it() -> None:
         ("no_such_module:reward", "No module named 'no_such_module'"),
         ("my_rewards:rewad", "has no attribute 'rewad'"),
         ("my_rewards:CONSTANT", "a int is no function"),
-        ("broken:reward", r"ZeroDivisionError: division by zero \(broken.py, line 2\)"),
+        ("broken:reward", r"ZeroDivisionError: division by zero \(broken.py:2\)"),
         ("leaves:reward", "exit code 3"),
     ],
 )

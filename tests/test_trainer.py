@@ -221,6 +221,10 @@ def test_an_observer_hears_of_every_step_and_evaluation(tmp_path: Path):
         def __init__(self) -> None:
             self.heard: list[tuple[str, int]] = []
 
+        def on_rewards(self, step: int, faults: object, answers: int) -> None:
+            assert (faults, answers) == ([], 6)
+            self.heard.append(("rewards", step))
+
         def on_step(self, step: int, figures: dict[str, float]) -> None:
             self.heard.append(("step", step))
 
@@ -229,7 +233,8 @@ def test_an_observer_hears_of_every_step_and_evaluation(tmp_path: Path):
 
     ear = Ear()
     trained(tmp_path / "run", observer=ear)
-    assert ear.heard == [("evaluation", 0), ("step", 1), ("step", 2), ("evaluation", 2)]
+    steps = [(what, step) for step in (1, 2) for what in ("rewards", "step")]
+    assert ear.heard == [("evaluation", 0), *steps, ("evaluation", 2)]
 
 
 def test_weights_that_are_not_finite_are_never_saved_over_sound_ones(tmp_path: Path):

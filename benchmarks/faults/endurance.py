@@ -36,6 +36,8 @@ class Watch:
         self.seconds: list[float] = []
         self._before = time.process_time()
 
+    def on_rewards(self, step: int, faults: object, answers: int) -> None: ...
+
     def on_step(self, step: int, figures: dict[str, float]) -> None:
         now = time.process_time()
         self.bytes.append(resident())

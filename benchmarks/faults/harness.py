@@ -129,6 +129,8 @@ class DiesAt:
     def __init__(self, step: int) -> None:
         self.step = step
 
+    def on_rewards(self, step: int, faults: object, answers: int) -> None: ...
+
     def on_step(self, step: int, figures: dict[str, float]) -> None:
         if step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)

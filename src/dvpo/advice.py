@@ -12,6 +12,7 @@ from typing import Any
 
 from dvpo.config import Config
 from dvpo.diagnosis import ErrorRate, Findings
+from dvpo.faults import BROKEN
 from dvpo.nested import merge
 from dvpo.rates import ENOUGH, MOST
 
@@ -41,6 +42,8 @@ def advise(findings: Findings, config: Config) -> list[Advice]:
         findings: of a diagnosis.
         config: that it was made with; what it has already is not contradicted.
     """
+    if findings.faults == 1:  # nothing else was seen
+        return [Advice(f"Your function fails on every answer: {findings.fault}; fix it first.")]
     noise = _about_noise(findings, config)
     corrected = any("correction" in one.settings.get("reward", {}) for one in noise)
     return [
@@ -75,12 +78,15 @@ def _certain(p: ErrorRate, q: ErrorRate) -> bool:
 def _troubles(findings: Findings, config: Config) -> list[Advice]:
     found = []
     if findings.faults:
-        retries = {} if config.reward.retries else {"reward": {"retries": 2}}
+        kind = (findings.fault or "").partition(":")[0]
+        stay = findings.faults_stay or kind in BROKEN
+        again = "" if stay else ", or let it be tried again"
+        same = ", the same answers each time" if findings.faults_stay else ""
         found.append(
             Advice(
-                f"Mend the reward function, or let it be tried again, because {_percent(findings.faults)} of scores "
-                f"were lost to faults, the first of them {findings.fault}.",
-                retries,
+                f"Mend the reward function{again}, because {_percent(findings.faults)} of scores were lost to "
+                f"faults{same}, the first of them {findings.fault}.",
+                {} if stay or config.reward.retries else {"reward": {"retries": 2}},
             )
         )
     if findings.missing - findings.faults > OFTEN:
@@ -133,7 +139,8 @@ def _about_noise(findings: Findings, config: Config) -> list[Advice]:
     elif rates is not None or findings.repeat_equal == 1:
         found.append(
             Advice(
-                "Begin with the plain baseline, because no noise was found that a robust algorithm could take out "
+                "Begin with the plain baseline (`ppo` is another row of the same trainer: one setting, nothing else "
+                "changes), because no noise was found that a robust algorithm could take out "
                 "(errors that repeat themselves show against the truth only).",
                 {"algorithm": "ppo"},
             )
@@ -215,9 +222,14 @@ def _samples(findings: Findings, config: Config) -> list[Advice]:
     enough = next(k for k, share in enumerate(findings.signal, 2) if share >= NEARLY_ALL * findings.signal[-1])
     left = max(kept(findings), 1 - MOST)
     count = min(MOST_SAMPLES, math.ceil(enough / left**2 / max(1 - findings.missing, 0.1)))
-    more = " and noise wants 1 / (1 - p - q)^2 times as many for the same precision" if left < 1 else ""
-    least = f"{enough} give {_percent(findings.signal[enough - 2])} of the prompts signal"
-    most = f" where {findings.samples} give {_percent(findings.signal[-1])}" if enough < findings.samples else ""
+    more = "; noise wants 1 / (1 - p - q)^2 times as many for the same precision" if left < 1 else ""
+    shares = findings.signal[enough - 2], findings.signal[-1]
+    shares = findings.signal[enough - 2], findings.signal[-1]
+    least = f"with {enough} the answers to {_percent(shares[0])} of the prompts differ in their reward"
+    most = f", with {findings.samples} {_percent(shares[1])}" if enough < findings.samples else ""
+    if most and count == enough:
+        fewer, points = 1 - enough / findings.samples, 100 * (shares[1] - shares[0])
+        most += f": {100 * fewer:.0f}% fewer samples for {points:.1f} points less signal"
     found = [
         Advice(
             f"Sample {count} answers a prompt, because {least}{most}{more}.",

@@ -259,7 +259,7 @@ def _train(arguments: argparse.Namespace) -> None:
         allow = arguments.allow.split(",") if arguments.allow else ()
         trainer = Trainer(config, resume=arguments.resume, allow=allow)
         console = Console(quiet=not first)
-        with RunProgress(config.algorithm, config.steps, start=trainer.step, console=console) as progress:
+        with RunProgress(config.algorithm, config.steps, trainer.folder, trainer.step, console) as progress:
             trainer.observer = progress
             trainer.train()
             progress.console.print(f"run folder: {trainer.folder}", soft_wrap=True)

@@ -50,7 +50,7 @@ def run_demo(
     )
     results = {}
     for name, config in configs.items():
-        with RunProgress(name, config.steps, console=console) as progress:
+        with RunProgress(name, config.steps, Path(config.output), console=console) as progress:
             trainer = Trainer(config, observer=progress)
             evaluations = trainer.train()
             results[name] = (evaluations[0], evaluations[config.steps], trainer.folder)

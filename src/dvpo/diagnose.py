@@ -21,6 +21,7 @@ from dvpo.data import PromptStream
 from dvpo.diagnosis import Agreement, ErrorRate, Findings, Sheet, find
 from dvpo.durable import write_atomically
 from dvpo.errors import InputError
+from dvpo.faults import headline
 from dvpo.noise import make_noise
 from dvpo.rewards import Fault
 from dvpo.sampling import Episode
@@ -105,7 +106,7 @@ def fill_sheet(config: Config, effort: Effort, others: Sequence[str] = (), conso
             lengths_PK=np.array([float(len(e.tokens)) for e in episodes]).reshape(shape),
             truncated_PK=np.array([not e.terminated for e in episodes]).reshape(shape),
             faulty_RPK=np.stack(faulty).reshape(effort.repeats, *shape),
-            fault=next((f"{f.kind}: {f.message}" for scored in repeats for f in scored.faults if not f.cured), None),
+            fault=next((headline(f) for scored in repeats for f in scored.faults if not f.cured), None),
             judged_by_truth=main.reward is None and config.noise.kind == "none" and not config.noise.then,
         )
 

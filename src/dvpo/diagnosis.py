@@ -32,7 +32,7 @@ class Sheet:
     faulty_RPK: NDArray[np.bool_]
     """Scores that were lost to a fault of the reward."""
     fault: str | None = None
-    """The first fault's kind and message."""
+    """The first fault in one line."""
     judged_by_truth: bool = False
     """The observed reward is the task's own verdict, so that comparing the two shows nothing."""
 
@@ -84,6 +84,8 @@ class Findings:
     missing: float
     faults: float
     fault: str | None
+    faults_stay: bool
+    """There are several scorings, and an answer that lost its score to a fault in one lost it in all."""
     length: float
     """Mean tokens of an answer."""
     truncated: float
@@ -132,6 +134,7 @@ def find(sheet: Sheet) -> Findings:
         missing=float(np.isnan(sheet.observed_RPK).mean()),
         faults=float(sheet.faulty_RPK.mean()),
         fault=sheet.fault,
+        faults_stay=repeats > 1 and bool((sheet.faulty_RPK == sheet.faulty_RPK[0]).all()),
         length=float(sheet.lengths_PK.mean()),
         truncated=float(sheet.truncated_PK.mean()),
         silent=silent(first_PK),

@@ -1,9 +1,11 @@
 """`dvpo doctor`: what is installed, and what a config will need in memory and time."""
 
+import math
 import resource
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,9 +17,11 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from dvpo.config import Config
+from dvpo.faults import FaultTally
 from dvpo.memory import predict
 from dvpo.policy import choose_device
 from dvpo.provenance import machine
+from dvpo.rewards import Fault
 from dvpo.settings_learning import LogConfig
 from dvpo.sinks import refuse_unusable
 from dvpo.trainer import Trainer, starting_model
@@ -67,7 +71,8 @@ def report_needs(config: Config, console: Console) -> None:
         # A trial is no run: it goes to no sink.
         output = str(Path(folder) / "run")
         trial = replace(config, output=output, steps=steps_needed, update=update, log=LogConfig())
-        trainer = Trainer(trial)
+        rewards = _Rewards()
+        trainer = Trainer(trial, observer=rewards)
         policy = _parameters(trainer.policy.model)
         critic, learning = (0, 0) if trainer.critic is None else (
             _parameters(trainer.critic), _parameters(trainer.critic, only_trained=True))  # fmt: skip
@@ -89,13 +94,37 @@ def report_needs(config: Config, console: Console) -> None:
         ("weights, gradients, optimisers", f"{state / MIB:,.0f} MiB"),
         ("peak memory of the process", f"{_peak_memory(trainer.device) / MIB:,.0f} MiB"),
         ("responses a step", f"{batch:,}"),
+        *rewards.rows(steps),
         ("response length, mean", f"{steps[-1]['rollout/length']:.0f} tokens"),
-        ("one step", f"{seconds:.2f} s (sampling {steps[-1]['time/sample']:.2f} s)"),
+        (f"one step (of {TRIAL_STEPS}: a guess)", f"{seconds:.2f} s (sampling {steps[-1]['time/sample']:.2f} s)"),
         (f"{config.steps} steps without evaluations", _duration(seconds * config.steps)),
         ("one checkpoint on disk", f"{4 * (3 * policy + critic + 2 * learning) / MIB:,.0f} MiB"),
     ):
-        table.add_row(what, figure)
+        table.add_row(what, escape(figure))
     console.print(table)
+
+
+class _Rewards:
+    """What the trial's rewards were and what went wrong with them; an `Observer` of the trainer."""
+
+    def __init__(self) -> None:
+        self._tally = FaultTally()
+
+    def on_rewards(self, step: int, faults: Sequence[Fault], answers: int) -> None:
+        self._tally.add(faults, answers)
+
+    def on_step(self, step: int, figures: dict[str, float]) -> None: ...
+
+    def on_evaluation(self, step: int, figures: dict[str, float]) -> None: ...
+
+    def rows(self, steps: Sequence[dict[str, float]]) -> list[tuple[str, str]]:
+        """Mean, missing and faults of the steps; then the first fault, if there is one."""
+        seen = [figures["reward/observed"] for figures in steps if math.isfinite(figures["reward/observed"])]
+        mean = f"{sum(seen) / len(seen):.3f}" if seen else "-"
+        missing = sum(figures["reward/missing"] for figures in steps) / len(steps)
+        failed = f"failed {self._tally.lost:,}/{self._tally.answers:,}"
+        found = [(f"rewards of {len(steps)} steps", f"mean {mean}, missing {100 * missing:.1f}%, {failed}")]
+        return found + ([("first failure of the reward", self._tally.first)] if self._tally.first else [])
 
 
 def _print_prediction(config: Config, console: Console) -> None:

@@ -11,6 +11,34 @@ from dvpo.settings import RewardConfig
 KINDS: tuple[str, ...] = get_args(FaultKind)
 BROKEN = ("wrong_length", "wrong_type", "non_finite")
 """What does not pass by itself; exceptions and time-outs may."""
+HEADLINE_CHARACTERS = 300
+
+
+class FaultTally:
+    """How many answers lost their reward to a fault so far, of how many, and the first such fault."""
+
+    def __init__(self) -> None:
+        self.answers = self.lost = 0
+        self.first: str | None = None
+
+    def add(self, faults: Sequence[Fault], sampled: int) -> None:
+        """Count one step's faults, of so many answers; cured ones cost nothing."""
+        lost = [fault for fault in faults if not fault.cured]
+        self.answers += sampled
+        self.lost += len({fault.index for fault in lost})
+        if lost and self.first is None:
+            self.first = headline(lost[0])
+
+    def __str__(self) -> str:
+        return f"reward: {self.lost:,} of {self.answers:,} answers failed, first: {self.first}"
+
+
+def headline(fault: Fault) -> str:
+    """What happened in one line: an exception with the user's file and line, else the kind and what it came with."""
+    text = fault.message.splitlines()[0] if fault.message else "no message"
+    half = HEADLINE_CHARACTERS // 2
+    text = text if len(text) <= HEADLINE_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
+    return text if fault.kind == "exception" else f"{fault.kind}: {text}"
 
 
 def fault_figures(faults: Sequence[Fault]) -> dict[str, float]:
@@ -55,6 +83,6 @@ def stop_at_faults(faults: Sequence[Fault], batch: int, step: int, settings: Rew
     last = next(fault for fault in reversed(faults) if not fault.cured)
     raise RunStoppedError(
         f"step {step}: {len(lost)} of {batch} responses lost their reward to a fault, more than {setting} allows; the "
-        f"last one: {last.kind}, {last.message.splitlines()[-1] if last.message else 'no message'}; all of them are in "
-        "faults.jsonl: mend the reward function, then go on by --resume"
+        f"last one: {headline(last)}; all of them are in faults.jsonl: "
+        "mend the reward function, then go on by --resume"
     )

@@ -1,6 +1,8 @@
 """Live progress of a run: a redrawn line in a terminal, a plain log elsewhere."""
 
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -9,7 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dvpo.alarms import NAMES as ALARMS
 from dvpo.evaluate import interval_text
+from dvpo.faults import FaultTally
 from dvpo.metrics import finite
+from dvpo.rewards import Fault
 
 SHOWN = (
     ("reward/true", "true"),
@@ -28,11 +32,15 @@ PLAIN_EVERY_SECONDS = 10.0
 
 
 class RunProgress:
-    """Shows step, true and observed reward, value error, KL, speed and time left; an `Observer` of the trainer."""
+    """Shows step, true and observed reward, value error, KL, speed and time left; an `Observer` of the trainer.
 
-    def __init__(self, name: str, steps: int, start: int = 0, console: Console | None = None) -> None:
+    Answers that lost their reward to a fault are said at the first step that has some, and in total at the end.
+    """
+
+    def __init__(self, name: str, steps: int, folder: Path, start: int = 0, console: Console | None = None) -> None:
         self.console = Console() if console is None else console
         self.name, self.steps, self.start = name, steps, start
+        self._tally, self._faults_file = FaultTally(), folder / "faults.jsonl"
         self._began = self._said = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -45,10 +53,18 @@ class RunProgress:
         )
         self._task = self._bar.add_task(name, total=steps, completed=start, figures="")
 
+    def on_rewards(self, step: int, faults: Sequence[Fault], answers: int) -> None:
+        silent = not self._tally.lost
+        self._tally.add(faults, answers)
+        if silent and self._tally.lost:
+            now = FaultTally()  # of this step alone
+            now.add(faults, answers)
+            self._say_faults(f"step {step}, {now}")
+
     def on_step(self, step: int, figures: dict[str, float]) -> None:
         known = finite(figures)
         shown = [*SHOWN, *((key, label) for key, label in WHEN_ABOVE_0 if known.get(key))]
-        text = "  ".join(f"{label} {_short(known[key])}" for key, label in shown if key in known)
+        text = "  ".join(f"{label} {_figure(key, known[key])}" for key, label in shown if key in known)
         self._bar.update(self._task, completed=step, figures=text)
         now = time.monotonic()
         if not self.console.is_terminal and (step == self.steps or now - self._said >= PLAIN_EVERY_SECONDS):
@@ -70,6 +86,12 @@ class RunProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self._bar.stop()
+        if self._tally.lost:
+            self._say_faults(str(self._tally))
+
+    def _say_faults(self, text: str) -> None:
+        text = f"{text}; all of them: {self._faults_file}"
+        self.console.print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _result(split: str, figures: dict[str, float]) -> str:
@@ -77,6 +99,10 @@ def _result(split: str, figures: dict[str, float]) -> str:
     accuracy, reward = (figures[f"eval/{split}/{name}"] for name in ("accuracy", "reward"))
     graded = f" reward {_short(reward)}" if abs(reward - accuracy) > 1e-6 else ""
     return f"{split.upper()} {interval_text(figures, f'eval/{split}/accuracy')}{graded}"
+
+
+def _figure(key: str, value: float) -> str:
+    return f"{value:,.0f}" if key == "time/tokens_per_second" else _short(value)
 
 
 def _short(value: float) -> str:

@@ -21,7 +21,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
 HEADER_BYTES = 8
-TRACEBACK_LINES, TRACEBACK_CHARACTERS = 8, 4000
+TRACEBACK_LINES, TRACEBACK_CHARACTERS, EXCEPTION_CHARACTERS = 8, 4000, 2000
+STANDARD_LIBRARY = os.path.dirname(os.__file__)
 
 Json = dict[str, Any]
 
@@ -41,7 +42,7 @@ class RewardProcess:
         try:
             return getattr(self, request.pop("request"))(**request)
         except BaseException as error:  # a user's sys.exit() is a fault of one call, not the end of the worker
-            return {"error": _one_line(error), "traceback": _last_lines()}
+            return {"error": _one_line(error), "traceback": _told(error)}
 
     def load(self, function: str | bytes, sys_path: list[str]) -> Json:
         """Import `module:function`, or unpickle what cloudpickle made of a callable."""
@@ -90,7 +91,7 @@ class RewardProcess:
                 except BaseException as error:  # the others go on, whatever becomes of this one
                     if limit.expired():
                         return {"timeout": seconds}
-                    return {"error": _one_line(error), "traceback": _last_lines()}
+                    return {"error": _one_line(error), "traceback": _told(error)}
 
         return list(await asyncio.gather(*map(one, samples)))
 
@@ -134,16 +135,37 @@ def _type_name(value: Any) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    """`ZeroDivisionError: division by zero (rewards.py, line 7)`."""
-    text = " ".join("".join(traceback.format_exception_only(error)).split())[:TRACEBACK_CHARACTERS]
+    """`ZeroDivisionError: division by zero (my_rewards.py:7)`, the line being the user's, not that of a library."""
+    text = _shortened(" ".join("".join(traceback.format_exception_only(error)).split()))
+    frames = _calls(error)
+    users = [f for f in frames if not _of_library(f.filename)] or frames
+    return f"{text} ({os.path.basename(users[-1].filename)}:{users[-1].lineno})" if users else text
+
+
+def _calls(error: BaseException) -> list[traceback.FrameSummary]:
+    """Where it was raised, from the user's function down: without ourselves and the machinery of imports."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = {__file__, importlib.__file__}
-    users = [f for f in frames if f.filename not in own and not f.filename.startswith("<frozen")]
-    return f"{text} ({os.path.basename(users[-1].filename)}, line {users[-1].lineno})" if users else text
+    own = (__file__, importlib.__file__)
+    return [f for f in frames if f.filename not in own and not f.filename.startswith("<frozen")]
 
 
-def _last_lines() -> str:
-    return "\n".join(traceback.format_exc().strip().splitlines()[-TRACEBACK_LINES:])[-TRACEBACK_CHARACTERS:]
+def _shortened(text: str) -> str:
+    """A long text without its middle: an exception begins with its kind and often ends with what matters."""
+    half = (EXCEPTION_CHARACTERS - len(" ... ")) // 2
+    return text if len(text) <= EXCEPTION_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
+
+
+def _of_library(filename: str) -> bool:
+    return filename.startswith(STANDARD_LIBRARY) or any(f"{kind}-packages" in filename for kind in ("site", "dist"))
+
+
+def _told(error: BaseException) -> str:
+    """The exception in one line, then the last lines of where it was raised; what is too long loses the outer calls."""
+    first = _one_line(error)
+    calls = "".join(traceback.format_list(_calls(error))).splitlines()
+    calls = [line.rstrip() for line in calls if line.strip(" ^~")]  # markers below a line of code say nothing here
+    rest = "\n".join(calls[-TRACEBACK_LINES:])
+    return f"{first}\n{rest[-(TRACEBACK_CHARACTERS - len(first) - 1) :]}".rstrip()
 
 
 def _die_with_parent(lifeline: int) -> None:

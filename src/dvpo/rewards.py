@@ -57,7 +57,7 @@ class Fault:
     index: int | None
     """The sample's place in the batch; None for a fault of the batch that no sample shows when alone."""
     message: str
-    """What happened; for an exception the last lines of its traceback."""
+    """What happened; an exception in one line, then the last lines of its traceback."""
     cured: bool = False
     """A later attempt gave the reward."""
 

@@ -7,6 +7,7 @@ The Hugging Face sampler below draws every token with a uniform number of its ow
 turn), so that a row's draw does not depend on the rows beside it, on the batch size or on a resume.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -121,6 +122,15 @@ class ChatEncoder:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def _lengths_that_fit(settings: SamplingConfig, longest: int, context_length: int) -> str:
+    """Settings to copy, with room for prompts twice as long as the longest where half of the context has it."""
+    prompt = max(longest, min(8 * math.ceil(longest / 4), context_length // 2))
+    if longest < 1 or prompt >= context_length:
+        return "shorten the prompts, leave long ones out by sampling.long_prompts=skip, or take another model"
+    completion = min(settings.max_completion_length, context_length - prompt)
+    return f"set for example sampling.max_prompt_length={prompt} sampling.max_completion_length={completion}"
+
+
 def fit_prompts(
     examples: Sequence[Example], encoder: ChatEncoder, settings: SamplingConfig, context_length: int
 ) -> dict[str, list[int]]:
@@ -140,7 +150,7 @@ def fit_prompts(
             raise InputError(
                 f"sampling: max_prompt_length = {settings.max_prompt_length} and max_completion_length = "
                 f"{settings.max_completion_length} exceed the model's context of {context_length} tokens "
-                f"(longest prompt: {longest}): lower one of them"
+                f"(longest prompt: {longest}): {_lengths_that_fit(settings, longest, context_length)}"
             )
     encoded = {}
     for example in examples:

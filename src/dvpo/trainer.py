@@ -6,7 +6,7 @@ the losses are.
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +57,7 @@ from dvpo.privilege import open_privilege
 from dvpo.rates import NO_RATES, open_rates
 from dvpo.replay import Replay
 from dvpo.resume import find_checkpoint
+from dvpo.rewards import Fault
 from dvpo.risk_control import risk_figures
 from dvpo.runlog import RunLog, refuse_used_folder
 from dvpo.sampling import ChatEncoder, collate, fit_prompts
@@ -78,6 +79,8 @@ REPLAY_FIGURES = ("loss", "skipped_updates")
 class Observer(Protocol):
     """Whoever watches a run: a progress display, a test."""
 
+    def on_rewards(self, step: int, faults: Sequence[Fault], answers: int) -> None: ...
+
     def on_step(self, step: int, figures: dict[str, float]) -> None: ...
 
     def on_evaluation(self, step: int, figures: dict[str, float]) -> None: ...
@@ -92,7 +95,7 @@ class Trainer(Learner):
         reward: a reward function (TRL's signature) instead of the one that `config.reward.function` names.
         resume: go on from the newest sound checkpoint in `config.output`.
         allow: settings or sections in which a resumed run may differ from its own config (`dvpo.resume`).
-        observer: told about every step and evaluation.
+        observer: told about every step, what went wrong with its rewards, and every evaluation.
 
     Raises:
         InputError: anything wrong with config, model, data or reward function; nothing has been written then.
@@ -238,6 +241,8 @@ class Trainer(Learner):
         if self.step == 1:
             refuse_broken_reward(faults, sampled)
         stop_at_faults(faults, sampled, self.step, self.config.reward)
+        if self.observer:
+            self.observer.on_rewards(self.step, faults, sampled)
         self._check()
         scored = time.perf_counter()
         if self.critic_pass is not None:
