@@ -244,6 +244,13 @@ def test_an_end_far_below_the_peak_is_warned_of():
     assert warning == "ppo, seed 0: it ends 20 points below its highest accuracy in distribution."
 
 
+@pytest.mark.parametrize(("missing", "said"), [(1.0, True), (0.9, False)])
+def test_a_run_whose_responses_all_lack_a_reward_is_said_to_have_learned_nothing(missing: float, said: bool):
+    run = replace(ended("ppo", 0, 0.5, 0.5), steps=[{"step": step, "reward/missing": missing} for step in range(1, 9)])
+    warnings = [s.text for s in sentences(Place("", [Series("ppo", [run])]), "ppo") if s.kind == "warning"]
+    assert any("nothing was learned" in text for text in warnings) is said
+
+
 # Texts
 
 

@@ -150,6 +150,8 @@ def _warnings(series: Series) -> list[str]:
             found.append(
                 f"{run.label}: sampler and trainer differ by {mismatch:.2g} in log-prob; it should be rounding."
             )
+        if (missing := _late_of(run, "reward/missing")) is not None and missing == 1:
+            found.append(f"{run.label}: at its end no response had a reward, so that nothing was learned from them.")
         if run.faults:
             found.append(f"{run.label}: {len(run.faults)} faults were survived; they are listed below.")
     return found
