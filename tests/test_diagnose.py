@@ -23,8 +23,10 @@ SMALL = Effort(prompts=6, samples=3)
 REWARDS = """
 import random
 
+dice = random.Random(7)  # of its own: 18 answers' deviation by other dice falls outside any narrow bound now and then
+
 def scattered(completions, **columns):
-    return [random.random() for _ in completions]
+    return [dice.random() for _ in completions]
 
 def failing(completions, **columns):
     return [float("inf") if i % 3 == 0 else None if i % 3 == 1 else 1.0 for i, _ in enumerate(completions)]
