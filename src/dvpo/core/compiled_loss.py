@@ -16,6 +16,10 @@ from torch import Tensor
 from dvpo.core.compiling import array, compiled, rows_ascend, share_out
 
 
+QUERIES, ATOMS, ONE = uintp(16), uintp(8), uintp(1)
+"""Sizes of the blocks that meet in `_count_below`: two vector registers of queries in float32."""
+
+
 class TailSizes(NamedTuple):
     """How many whole atoms each tail has."""
 
@@ -111,22 +115,26 @@ def _prefix_sums(atoms: Any, sums: Any, squares: Any) -> float:
 
 
 @compiled
-def _merge(queries: Any, atoms: Any, kappa: float, below: Any) -> None:
-    """below[e, j]: how many atoms lie below query j - kappa, below query j, below query j + kappa.
+def _count_below(queries: Any, atoms: Any, shift: Any, below: Any) -> None:
+    """below[j]: how many atoms lie below query j + shift.
 
-    Both are sorted, and a sentinel of infinity ends them. M + L steps, three merges abreast, and no branch that the
-    values decide.
+    Both are sorted and end in infinities: to whole blocks, and one block of atoms at the least. A block of queries
+    meets a block of atoms, each number each, in vector instructions; then the one whose last number is the smaller
+    gives way to its next. No branch that the values decide, and as many meetings as there are blocks.
     """
-    # Unsigned, since a negative index would be asked whether it counts from the end. What step k finds belongs to query
-    # k - i; it is written in every step, and the last to write knows.
-    i0, i1, i2 = uintp(0), uintp(0), uintp(0)
-    lower, middle, upper = below
-    for k in range(uintp(len(queries) + len(atoms) - 2)):
-        j0, j1, j2 = k - i0, k - i1, k - i2
-        lower[j0], middle[j1], upper[j2] = i0, i1, i2
-        i0 += uintp(atoms[i0] < queries[j0] - kappa)
-        i1 += uintp(atoms[i1] < queries[j1])
-        i2 += uintp(atoms[i2] < queries[j2] + kappa)
+    # Unsigned, since a negative index would be asked whether it counts from the end.
+    j, k, passed = uintp(0), uintp(0), np.int32(0)
+    below[:] = 0
+    while j < uintp(len(queries)):
+        for q in range(j, j + QUERIES):
+            count, query = passed, queries[q] + shift
+            for a in range(ATOMS):
+                count += np.int32(atoms[k + a] < query)
+            below[q] += count
+        ahead = uintp(atoms[k + ATOMS - ONE] < queries[j + QUERIES - ONE] + shift)
+        k += ATOMS * ahead
+        j += QUERIES * (ONE - ahead)
+        passed = np.int32(k * (ONE - ahead))  # atoms of earlier blocks lie below all that a fresh block asks
 
 
 @compiled
@@ -142,20 +150,15 @@ def _merge_ties(queries: Any, atoms: Any, below: Any) -> None:
 
 
 @compiled
-def _finite(values: Any) -> bool:
-    bad = 0
-    for value in values:
-        bad += not math.isfinite(value)
-    return bad == 0
-
-
-@compiled
-def _scratch(num_quantiles: int, num_atoms: int) -> Any:
-    """Sorted atoms and queries with their sentinels, prefix sums, counts, levels, value and slope by rank."""
-    atoms, queries = np.full(num_atoms + 1, np.inf), np.full(num_quantiles + 1, np.inf)
+def _scratch(theta: Any, num_atoms: int) -> Any:
+    """Queries and atoms with their infinities, queries in float64, prefix sums, counts, primitives; levels, values, slopes."""
+    num_quantiles, whole = theta.shape[2], int(QUERIES)
+    queries = np.full((num_quantiles // whole + 1) * whole, np.inf, theta.dtype)
+    atoms = np.full((num_atoms // int(ATOMS) + 1) * int(ATOMS), np.inf, theta.dtype)
     sums, squares = np.empty(num_atoms + 1), np.empty(num_atoms + 1)
-    below = np.empty((3, num_quantiles + 1), np.int32)
-    return atoms, queries, sums, squares, below, np.empty((3, num_quantiles))
+    below = np.empty((3, len(queries)), np.int32)
+    edges, rows = np.empty((2, 3, num_quantiles)), np.empty((3, num_quantiles))
+    return queries, atoms, np.empty(num_quantiles), sums, squares, below, edges, rows
 
 
 @compiled
@@ -163,68 +166,86 @@ def _huber_token(
     theta: Any, given: Any, order: Any, first: int, taus: Any, kappa: float, scratch: Any, losses: Any, slopes: Any
 ) -> float:
     """Losses by level, summed over heads (overwritten), and slopes of their mean; returns the mean of the atoms."""
-    atoms, queries, sums, squares, below, rows = scratch
+    queries, atoms, exact, sums, squares, below, edges, rows = scratch
     num_heads, num_quantiles = theta.shape
     num_atoms = len(given)
-    for k in range(num_atoms):
-        atoms[k] = given[k]
-    mean = _prefix_sums(atoms[:num_atoms], sums, squares)
+    mean = _prefix_sums(given, sums, squares)
     sound = math.isfinite(squares[num_atoms])
+    # Counts compare numbers of theta's type, from which the mean is taken: at an offset they keep what tells them
+    # apart. An atom that rounding puts on the wrong side of a kink lies so near that neither sum shows it; only kappa =
+    # 0 has a jump there, and compares what was given.
+    origin = mean if kappa > 0 else 0.0
+    for k in range(num_atoms):
+        atoms[k] = given[k] - origin
     losses[:] = 0.0
     values, by_rank, tau = rows
     tau[:] = taus
     for i in range(num_heads):
-        if not sound or not _finite(theta[i]):
-            losses[:], slopes[i] = np.nan, np.nan
-            continue
+        bad = 0
         if order.size:
             for j in range(num_quantiles):
-                queries[j], tau[j] = theta[i, order[first + i, j]], taus[order[first + i, j]]
+                exact[j], tau[j] = theta[i, order[first + i, j]], taus[order[first + i, j]]
         else:
             for j in range(num_quantiles):
-                queries[j] = theta[i, j]
+                exact[j] = theta[i, j]
+        for j in range(num_quantiles):
+            bad += not math.isfinite(exact[j])
+            queries[j] = exact[j] - origin
+            exact[j] -= mean
+        if bad or not sound:
+            losses[:], slopes[i] = np.nan, np.nan
+            continue
         if kappa > 0:
-            _merge(queries, atoms, kappa, below)
-            _smooth(queries, sums, squares, below, mean, kappa, tau, values, by_rank)
+            for e in range(3):
+                shift = (e - 1) * kappa
+                _count_below(queries, atoms, theta.dtype.type(shift), below[e])
+                _primitives(exact, shift, sums, squares, below[e], edges[0, e], edges[1, e])
+            _smooth(exact, edges, num_atoms, kappa, tau, num_heads, values, by_rank)
         else:
-            _merge_ties(queries, atoms, below)
-            _pinball(queries, sums, below, mean, tau, values, by_rank)
+            _merge_ties(queries[: num_quantiles + 1], atoms[: num_atoms + 1], below)
+            _pinball(exact, sums, below, tau, num_heads, values, by_rank)
         if order.size:
             for j in range(num_quantiles):
                 losses[order[first + i, j]] += values[j]
-                slopes[i, order[first + i, j]] = by_rank[j] / num_heads
+                slopes[i, order[first + i, j]] = by_rank[j]
         else:
             for j in range(num_quantiles):
                 losses[j] += values[j]
-                slopes[i, j] = by_rank[j] / num_heads
+                slopes[i, j] = by_rank[j]
     return mean
 
 
 @compiled
-def _smooth(
-    queries: Any, sums: Any, squares: Any, below: Any, mean: float, kappa: float, tau: Any, values: Any, slopes: Any
-) -> None:
-    """The differences of `core/sorted_huber.py`: f is P', s is 2 P, at query - kappa, query, query + kappa."""
-    per_atom = 1.0 / (kappa * (len(sums) - 1))
-    for j in range(len(tau)):
-        at = queries[j] - mean
-        n0, n1, n2 = below[0, j], below[1, j], below[2, j]
-        f0, f1, f2 = n0 * (at - kappa) - sums[n0], n1 * at - sums[n1], n2 * (at + kappa) - sums[n2]
-        s0 = (at - kappa) * (f0 - sums[n0]) + squares[n0]
-        s1 = at * (f1 - sums[n1]) + squares[n1]
-        s2 = (at + kappa) * (f2 - sums[n2]) + squares[n2]
-        values[j] = ((1 - tau[j]) * (s1 - s0) + tau[j] * (s2 - s1)) * (0.5 * per_atom) - tau[j] * (at + 0.5 * kappa)
-        slopes[j] = ((1 - tau[j]) * (f1 - f0) + tau[j] * (f2 - f1)) * per_atom - tau[j]
+def _primitives(queries: Any, shift: float, sums: Any, squares: Any, below: Any, f: Any, s: Any) -> None:
+    """P' and 2 P of `core/sorted_huber.py` at query + shift, from how many atoms lie below it."""
+    for j in range(len(queries)):
+        at, n = queries[j] + shift, below[j]
+        f[j] = n * at - sums[n]
+        s[j] = at * (f[j] - sums[n]) + squares[n]
 
 
 @compiled
-def _pinball(queries: Any, sums: Any, below: Any, mean: float, tau: Any, values: Any, slopes: Any) -> None:
+def _smooth(
+    queries: Any, edges: Any, num_atoms: int, kappa: float, tau: Any, num_heads: int, values: Any, slopes: Any
+) -> None:
+    """Their differences between query - kappa, query and query + kappa."""
+    per_atom, per_head = 1.0 / (kappa * num_atoms), 1.0 / num_heads
+    (f0, f1, f2), (s0, s1, s2) = edges
+    for j in range(len(tau)):
+        value = (1 - tau[j]) * (s1[j] - s0[j]) + tau[j] * (s2[j] - s1[j])
+        slope = (1 - tau[j]) * (f1[j] - f0[j]) + tau[j] * (f2[j] - f1[j])
+        values[j] = value * (0.5 * per_atom) - tau[j] * (queries[j] + 0.5 * kappa)
+        slopes[j] = (slope * per_atom - tau[j]) * per_head
+
+
+@compiled
+def _pinball(queries: Any, sums: Any, below: Any, tau: Any, num_heads: int, values: Any, slopes: Any) -> None:
     """kappa = 0; an atom that ties with a prediction counts in neither slope."""
     num_atoms = len(sums) - 1
     for j in range(len(tau)):
-        at, under, not_over = queries[j] - mean, below[0, j], below[1, j]
+        at, under, not_over = queries[j], below[0, j], below[1, j]
         values[j] = (under * at - sums[under]) / num_atoms - tau[j] * at
-        slopes[j] = ((1 - tau[j]) * under + tau[j] * (not_over - num_atoms)) / num_atoms
+        slopes[j] = ((1 - tau[j]) * under + tau[j] * (not_over - num_atoms)) / (num_atoms * num_heads)
 
 
 @compiled
@@ -232,7 +253,7 @@ def _huber(
     start: int, stop: int, theta: Any, atoms: Any, order: Any, taus: Any, kappa: float, losses: Any, slopes: Any
 ) -> None:
     num_heads, num_quantiles = theta.shape[1:]
-    scratch, by_level = _scratch(num_quantiles, atoms.shape[1]), np.empty(num_quantiles)
+    scratch, by_level = _scratch(theta, atoms.shape[1]), np.empty(num_quantiles)
     for k in range(start, stop):
         _huber_token(theta[k], atoms[k], order, k * num_heads, taus, kappa, scratch, by_level, slopes[k])
         for j in range(num_quantiles):
@@ -286,7 +307,7 @@ def _forward(
 ) -> None:  # fmt: skip
     num_heads, num_quantiles = theta.shape[1:]
     num_atoms, num_bends = atoms.shape[1], num_quantiles - 2
-    scratch, losses = _scratch(num_quantiles, num_atoms), np.empty(num_quantiles)
+    scratch, losses = _scratch(theta, num_atoms), np.empty(num_quantiles)
     by_level, ranked = np.empty(num_quantiles), np.empty(num_quantiles)
     for k in range(start, stop):
         centre = _huber_token(theta[k], atoms[k], order, k * num_heads, taus, kappa, scratch, losses, slopes[k])
@@ -298,7 +319,8 @@ def _forward(
         spread = mean = 0.0
         for j in range(num_quantiles):
             mean += by_level[j]
-            for i in range(num_heads):
+        for i in range(num_heads):
+            for j in range(num_quantiles):
                 spread += (theta[k, i, j] - centre - by_level[j]) ** 2
         low_mean, low_variance = _moments(ranked[:low], 0.0)
         up_mean, up_variance = _moments(ranked[num_quantiles - up :], 0.0)
