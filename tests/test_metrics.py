@@ -23,6 +23,7 @@ from dvpo.metrics import (
 
 VALUES = torch.tensor([0.2, 0.8, 0.6, 0.4])
 RETURNS = torch.tensor([0.0, 1.0, 1.0, 0.0])
+ALL = torch.ones(4, dtype=torch.bool)
 NOTHING = torch.zeros(0)
 
 
@@ -100,7 +101,11 @@ def test_opposite_errors_at_different_values_do_not_cancel_in_the_calibration_er
 def test_critic_figures_by_hand():
     # Two states, two heads, three quantiles; ensemble (1, 2, 3) of mean 2 and (0, 1, 5) of mean 2.
     values_KNM = torch.tensor([[[0.0, 2, 4], [2, 2, 2]], [[0.0, 2, 1], [0, 0, 9]]])
-    figures = critic_figures(values_KNM, torch.tensor([3.0, 2.0]), torch.tensor([1.0, math.nan]), alone)
+    # A third whose reward nobody saw counts in nothing.
+    unseen_NM = torch.tensor([[[9.0, 0, 0], [7, 0, 0]]])
+    returns_K, truth_K = torch.tensor([3.0, 2.0, 8.0]), torch.tensor([1.0, math.nan, 0.0])
+    seen_K = torch.tensor([True, True, False])
+    figures = critic_figures(torch.cat([values_KNM, unseen_NM]), returns_K, truth_K, seen_K, alone)
     assert figures["critic/value_mean"] == 2.0
     assert figures["critic/return_mean"] == 2.5
     assert figures["critic/value_error"] == pytest.approx(math.sqrt(0.5))  # errors 1 and 0
@@ -113,9 +118,9 @@ def test_critic_figures_by_hand():
 
 
 def test_a_scalar_critic_has_no_spread_and_a_single_head_no_disagreement():
-    names = set(critic_figures(VALUES.view(4, 1, 1), RETURNS, RETURNS, alone))
-    assert not names & {"critic/spread", "critic/crossing_share", "critic/head_disagreement"}
-    assert critic_figures(VALUES.view(4, 1, 1), RETURNS, RETURNS, alone)["critic/true_correlation"] == pytest.approx(
+    figures = critic_figures(VALUES.view(4, 1, 1), RETURNS, RETURNS, ALL, alone)
+    assert not set(figures) & {"critic/spread", "critic/crossing_share", "critic/head_disagreement"}
+    assert figures["critic/true_correlation"] == pytest.approx(
         # cov = .1, var .05 and .25: .1 / sqrt(.0125)
         0.894427,
         abs=1e-5,
@@ -175,18 +180,19 @@ def test_what_is_not_defined_is_nan_and_is_left_out_of_a_table():
     rewards = reward_figures(unknown_B, unknown_B, torch.zeros(2, dtype=torch.bool), torch.zeros(2), alone)
     assert math.isnan(rewards["reward/observed"])
     assert finite(rewards) == {"reward/missing": 1.0}
-    assert finite(critic_figures(torch.zeros(0, 2, 3), NOTHING, NOTHING, alone)) == {}
+    assert finite(critic_figures(torch.zeros(0, 2, 3), NOTHING, NOTHING, NOTHING.bool(), alone)) == {}
 
 
 # Several processes
 
 
-def samples(count: int = 40) -> tuple[Tensor, Tensor, Tensor]:
+def samples(count: int = 40) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     values_KNM = torch.rand(count, 3, 5, generator=generator)
     truth_K = torch.rand(count, generator=generator).round()
     truth_K[::7] = math.nan
-    return values_KNM, torch.randn(count, generator=generator) + values_KNM.mean((1, 2)), truth_K
+    returns_K = torch.randn(count, generator=generator) + values_KNM.mean((1, 2))
+    return values_KNM, returns_K, truth_K, torch.rand(count, generator=generator) < 0.8
 
 
 @pytest.mark.parametrize("cut", [20, 3, 0])

@@ -47,8 +47,8 @@ class Algorithm:
         estimate: (signals, config) -> (advantages_BT, targets_BTL), both detached, L = 0 without a critic.
         actor_loss: (logprobs_K, old_logprobs_K, advantages_K, config) -> (per-token loss, per-token clipped 0/1).
         critic_loss: (predictions_KNM, before_KNM, targets_KL, config) -> per-token terms; `loss` is minimised, all
-            are logged. `before_KNM` are the predictions before the step's first update (for value clipping). None
-            without a critic.
+            are logged. `before_KNM` are a scalar critic's predictions before the step's first update, for value
+            clipping; of others they are not gathered: N = M = 0. None without a critic.
         defaults: nested config values that stand below the user's own.
     """
 

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dvpo.batch import Rollout, cut
 from dvpo.config import Config
@@ -55,17 +54,19 @@ class CriticPass:
         rest_B = every_B[torch.isin(every_B, first_B, invert=True)]
         rest = cut(rollout, rest_B, self.update.microbatch_size, self.update.max_tokens_per_microbatch)
         parts = [part for part in (first_B, *rest) if len(part)]
-        width, pieces = rollout.mask_BT.shape[1] + 1, []
-        for rows in [*parts, *[every_B[:1]] * idle_passes(len(parts), self.critic)]:
+        last_B = rollout.attention_BS[:, rollout.prompt_length :].sum(dim=-1)
+        # Written where they are to stand: copies of what is large cost more than the heads' own arithmetic.
+        of_state = (self.critic.shape.num_heads, self.critic.shape.num_quantiles)
+        values_BTNM = rollout.rewards_BT.new_empty(*rollout.mask_BT.shape, *of_state)
+        bootstrap_BNM = rollout.rewards_BT.new_empty(len(rollout), *of_state)
+        for place, rows in enumerate([*parts, *[every_B[:1]] * idle_passes(len(parts), self.critic)]):
             micro = rollout.select(rows).trimmed()
             piece_BUNM = inside(self.critic, partial(self._values, rows, micro, keep=rows is first_B))
-            pieces.append(F.pad(piece_BUNM, (0, 0, 0, 0, 0, width - piece_BUNM.shape[1])))
-        pieces = pieces[: len(parts)]
-        values_BUNM = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        if len(first_B) or self.update.max_tokens_per_microbatch:  # the parts are out of order
-            values_BUNM = values_BUNM[torch.cat(parts).argsort()]
-        lengths_B = rollout.attention_BS[:, rollout.prompt_length :].sum(dim=-1)
-        return values_BUNM[:, :-1], values_BUNM[every_B, lengths_B]
+            if place < len(parts):
+                width = micro.mask_BT.shape[1]
+                values_BTNM[rows, :width], values_BTNM[rows, width:] = piece_BUNM[:, :-1], 0.0
+                bootstrap_BNM[rows] = piece_BUNM[torch.arange(len(rows)), last_B[rows]]
+        return values_BTNM, bootstrap_BNM
 
     def _values(self, rows: Tensor, micro: Rollout, keep: bool) -> Tensor:
         with torch.set_grad_enabled(keep):

@@ -103,29 +103,31 @@ def _moments(x_K: Tensor, y_K: Tensor, reduce: Reduce) -> tuple[float, float, fl
     return mean_x, var_x, var_y, covariance
 
 
-def critic_figures(values_KNM: Tensor, returns_K: Tensor, truth_K: Tensor, reduce: Reduce) -> dict[str, float]:
+def critic_figures(values: Tensor, returns: Tensor, truth: Tensor, seen: Tensor, reduce: Reduce) -> dict[str, float]:
     """What the critic knew before the update, against what then happened.
 
     Args:
-        values_KNM: predictions at the states of tokens whose reward was observed.
-        returns_K: observed return from each token on (Monte Carlo, whatever lambda trains the critic).
-        truth_K: true outcome of the token's response, NaN where unknown.
+        values: [..., N, M], predictions at the states of tokens.
+        returns: [...], observed return from each token on (Monte Carlo, whatever lambda trains the critic).
+        truth: [...], true outcome of the token's response, NaN where unknown.
+        seen: bool [...], tokens whose reward was observed: those that count.
         reduce: sums over processes.
     """
-    values_K = values_KNM.mean(dim=(-2, -1))
+    # Figures of all tokens, then of those that count: the other way round copies all the predictions.
+    heads_KN = values.mean(dim=-1)[seen]
+    values_K, returns_K, truth_K = heads_KN.mean(dim=-1), returns[seen], truth[seen]
     known_K = truth_K.isfinite()
     error = Means()
     error.add("critic/value_mean", values_K)
     error.add("critic/return_mean", returns_K)
     error.add("critic/squared_error", (values_K - returns_K).square())
     error.add("critic/squared_return", returns_K.square())
-    if values_KNM.shape[-1] > 1:
-        theta_KM = ascending(values_KNM.mean(dim=-2))
-        low, high = (round(q * (theta_KM.shape[-1] - 1)) for q in (0.1, 0.9))
-        error.add("critic/spread", theta_KM[:, high] - theta_KM[:, low])
-        error.add("critic/crossing_share", crossing_share(values_KNM).flatten())
-    if values_KNM.shape[-2] > 1:
-        heads_KN = values_KNM.mean(dim=-1)
+    if values.shape[-1] > 1:
+        theta = ascending(values.mean(dim=-2))
+        low, high = (round(q * (theta.shape[-1] - 1)) for q in (0.1, 0.9))
+        error.add("critic/spread", (theta[..., high] - theta[..., low])[seen])
+        error.add("critic/crossing_share", crossing_share(values)[seen].flatten())
+    if values.shape[-2] > 1:
         error.add("critic/head_disagreement", (heads_KN - values_K.unsqueeze(-1)).square().mean(dim=-1).sqrt())
     figures = error.result(reduce)
     figures["critic/value_error"] = math.sqrt(figures.pop("critic/squared_error"))

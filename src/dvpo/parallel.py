@@ -135,6 +135,8 @@ def shard(module: nn.Module, device: torch.device, dtype: torch.dtype, cpu_offlo
             # A sum: losses are divided by the whole batch already. Forced, since gloo knows no scaled one.
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
+    for part in module.modules():
+        part.is_sharded = True  # type: ignore[assignment]
     module._is_inside = False  # type: ignore[assignment]
     module.run_inside = MethodType(_run, module)  # type: ignore[assignment]
     register_fsdp_forward_method(module, "run_inside")
@@ -151,7 +153,7 @@ def _layers(module: nn.Module) -> list[nn.Module]:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether this process holds but a share of the weights of a module or of its layers."""
-    return any(isinstance(part, FSDPModule) for part in module.modules())
+    return getattr(module, "is_sharded", False)
 
 
 def inside(module: nn.Module, function: Callable[[], T]) -> T:

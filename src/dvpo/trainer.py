@@ -45,6 +45,7 @@ from dvpo.errors import RunStoppedError
 from dvpo.estimates import Signals, end_error, overlong_penalties, shape_rewards
 from dvpo.evaluate import Evaluation, evaluate
 from dvpo.faults import fault_figures, refuse_broken_reward, stop_at_faults
+from dvpo.heap import keep_freed_memory
 from dvpo.interrupt import Interrupted, check, deferred
 from dvpo.keeper import Keeper, refuse_without_judge
 from dvpo.kl import KLController
@@ -114,6 +115,7 @@ class Trainer(Learner):
         self.config, self.observer = config, observer
         self.row = find_algorithm(config.algorithm)
         self.folder = Path(config.output)
+        keep_freed_memory()
         self.device = init_from_env(choose_device(config.device))
         refuse_processes(config)
         checkpoint = find_checkpoint(config, allow) if resume else None
@@ -376,7 +378,7 @@ class Trainer(Learner):
             seen_BT = rollout.mask_BT & rollout.rewarded_B.unsqueeze(-1)
             _, returns_BT = gae(shaped_BT, zeros_BT, rollout.mask_BT, settings.gamma, lam=1.0)
             truth_BT = rollout.true_B.unsqueeze(-1).expand_as(returns_BT)
-            figures |= critic_figures(values_BTNM[seen_BT], returns_BT[seen_BT], truth_BT[seen_BT], all_reduce_sum)
+            figures |= critic_figures(values_BTNM, returns_BT, truth_BT, seen_BT, all_reduce_sum)
         return Estimates(mask_BT, advantages_BT, targets_BTL, values_BTNM, reference_BT), figures
 
     def _overlong_penalties(self, rollout: Rollout) -> Tensor | None:

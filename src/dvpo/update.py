@@ -89,8 +89,8 @@ class Learner:
             predictions_KNM = inside(self.critic, partial(self.critic_pass.predictions, at[0], micro, mask_BT))
             row_K, token_K = mask_BT.nonzero(as_tuple=True)  # one copy of what is large, where [at][mask_BT] makes two
             here = (at[0][row_K], token_K)
-            before_KNM, targets_KL = estimates.values_BTNM[here], estimates.targets_BTL[here]
-            terms = self.row.critic_loss(predictions_KNM, before_KNM, targets_KL, config)
+            before_BTNM = estimates.values_BTNM if self.row.critic == "scalar" else estimates.values_BTNM[..., :0, :0]
+            terms = self.row.critic_loss(predictions_KNM, before_BTNM[here], estimates.targets_BTL[here], config)
             part = share * terms["loss"].sum() / count
             part.backward()
             loss += part.detach()

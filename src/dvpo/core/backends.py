@@ -39,3 +39,10 @@ def ascending(rows: Tensor) -> Tensor:
     """Each row sorted; NaN comes last. Rows that are sorted already, as a monotone critic's are, cost a look."""
     by_look = backend(rows) == "compiled" and not rows.requires_grad
     return compiling.ascending(rows) if by_look else rows.sort(dim=-1).values
+
+
+def descents(rows: Tensor) -> Tensor:
+    """How often each row [..., M] goes down from one number to the next: float32 [...]."""
+    if backend(rows) == "compiled":
+        return compiling.descents(rows)
+    return (rows.diff(dim=-1) < 0).sum(-1, dtype=torch.float32)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dvpo.core.compiling import array, compiled, rows_ascend, share_out
 
-
 QUERIES, ATOMS, ONE = uintp(16), uintp(8), uintp(1)
 """Sizes of the blocks that meet in `_count_below`: two vector registers of queries in float32."""
 
@@ -151,7 +150,8 @@ def _merge_ties(queries: Any, atoms: Any, below: Any) -> None:
 
 @compiled
 def _scratch(theta: Any, num_atoms: int) -> Any:
-    """Queries and atoms with their infinities, queries in float64, prefix sums, counts, primitives; levels, values, slopes."""
+    """Queries and atoms with infinities behind, queries in float64, prefix sums, counts, primitives, by rank values,
+    slopes and levels."""
     num_quantiles, whole = theta.shape[2], int(QUERIES)
     queries = np.full((num_quantiles // whole + 1) * whole, np.inf, theta.dtype)
     atoms = np.full((num_atoms // int(ATOMS) + 1) * int(ATOMS), np.inf, theta.dtype)

@@ -138,39 +138,56 @@ def _softplus(x: Any) -> Any:
 
 
 @compiled
+def _running_sums(rows: Any, less: Any) -> None:
+    """Turn four rows into running sums, each number less its row's `less`: one sum need not wait for another."""
+    sum0 = sum1 = sum2 = sum3 = 0.0
+    row0, row1, row2, row3 = rows
+    for j in range(len(row0)):
+        sum0 += row0[j] - less[0]
+        sum1 += row1[j] - less[1]
+        sum2 += row2[j] - less[2]
+        sum3 += row3[j] - less[3]
+        row0[j], row1[j], row2[j], row3[j] = sum0, sum1, sum2, sum3
+
+
+@compiled
 def _monotone(start: int, stop: int, raw: Any, quantiles: Any) -> None:
     size = quantiles.shape[1]
-    steps = np.empty(size, np.float32)
-    for i in range(start, stop):
-        for j in range(size):
-            steps[j] = _softplus(raw[i, j + 1])
-        height = total = 0.0
-        for j in range(size):
-            height += steps[j]
-            total += height
-            steps[j] = height
-        base = raw[i, 0] - f32(total / (size * size))
-        for j in range(size):
-            quantiles[i, j] = base + steps[j] * f32(1 / size)
+    heights, zeros = np.empty((4, size), np.float32), np.zeros(4)
+    for first in range(start, stop, 4):
+        for r in range(4):
+            row = raw[min(first + r, stop - 1)]
+            for j in range(size):
+                heights[r, j] = _softplus(row[j + 1])
+        _running_sums(heights, zeros)
+        for r in range(min(4, stop - first)):
+            total = 0.0
+            for j in range(size):
+                total += heights[r, j]
+            base = raw[first + r, 0] - f32(total / (size * size))
+            for j in range(size):
+                quantiles[first + r, j] = base + heights[r, j] * f32(1 / size)
 
 
 @compiled
 def _monotone_gradient(start: int, stop: int, raw: Any, grads: Any, result: Any) -> None:
-    """To x_k goes sigmoid(x_k) / M times the sum over j >= k of grad_j - mean grad."""
+    """To x_k goes sigmoid(x_k) / M times the sum over j >= k of grad_j - mean grad, or less that over j < k."""
     size = grads.shape[1]
-    sigmoid, later = np.empty(size, np.float32), np.empty(size, np.float32)
-    for i in range(start, stop):
-        total = 0.0
-        for j in range(size):
-            total += grads[i, j]
-        result[i, 0] = total
-        left, mean = 0.0, total / size
-        for j in range(size - 1, -1, -1):
-            left += grads[i, j] - mean
-            later[j] = left
-        for j in range(size):
-            x = raw[i, j + 1]
-            e = _exp_minus(abs(x))
-            sigmoid[j] = (f32(1) if x >= 0 else e) / (f32(1) + e)
-        for j in range(size):
-            result[i, j + 1] = later[j] * sigmoid[j] * f32(1 / size)
+    earlier, means = np.empty((4, size), np.float32), np.empty(4)
+    for first in range(start, stop, 4):
+        for r in range(4):
+            i = min(first + r, stop - 1)
+            total = 0.0
+            for j in range(size):
+                total += grads[i, j]
+                earlier[r, j] = grads[i, j]
+            result[i, 0], means[r] = total, total / size
+        _running_sums(earlier, means)
+        for r in range(min(4, stop - first)):
+            row, out = raw[first + r], result[first + r]
+            out[1] = 0.0
+            for j in range(1, size):
+                x = row[j + 1]
+                e = _exp_minus(abs(x))
+                sigmoid = (f32(1) if x >= 0 else e) / (f32(1) + e)
+                out[j + 1] = -earlier[r, j - 1] * sigmoid * f32(1 / size)

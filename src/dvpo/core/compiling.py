@@ -56,3 +56,20 @@ def ascending(rows: Tensor) -> Tensor:
     """The rows, each sorted; the tensor itself if they are."""
     flat = array(rows).reshape(-1, rows.shape[-1])
     return rows if rows_ascend(flat) else torch.from_numpy(np.sort(flat, axis=-1)).view(rows.shape)
+
+
+def descents(rows: Tensor) -> Tensor:
+    """As `dvpo.core.backends.descents`."""
+    flat = array(rows).reshape(-1, rows.shape[-1])
+    counts = np.empty(len(flat), np.float32)
+    share_out(_descents, len(flat), flat, counts)
+    return torch.from_numpy(counts).view(rows.shape[:-1])
+
+
+@compiled
+def _descents(start: int, stop: int, rows: Any, counts: Any) -> None:
+    for i in range(start, stop):
+        count = 0
+        for j in range(rows.shape[1] - 1):
+            count += rows[i, j + 1] < rows[i, j]
+        counts[i] = count

@@ -143,8 +143,7 @@ def crossing_share(quantiles: Tensor) -> Tensor:
     """
     if quantiles.ndim < 1 or quantiles.shape[-1] < 1:
         raise ValueError(f"quantiles must be [..., M] with M >= 1, got {tuple(quantiles.shape)}")
-    crossed = quantiles.diff(dim=-1) < 0
-    return crossed.sum(-1, dtype=torch.float32) / max(1, crossed.shape[-1])
+    return backends.descents(quantiles) / max(1, quantiles.shape[-1] - 1)
 
 
 def check_quantile_shapes(predictions: Tensor, targets: Tensor, levels: Tensor, kappa: float) -> None:

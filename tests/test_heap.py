@@ -1,0 +1,50 @@
+"""Freed memory stays with the process: page faults are counted by the kernel, in a process of its own."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import json, resource
+import torch
+from dvpo.heap import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(12_000_000)  # 48 MB, 11,700 pages; glibc never keeps a block of more than 32 MB of its own accord
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+plain = faults()
+kept = keep_freed_memory()
+faults()
+print(json.dumps([kept, plain, faults()]))
+"""
+
+
+def run(**environment: str) -> list[int]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], env=clean | environment, capture_output=True, text=True, check=True
+    )
+    found: list[int] = json.loads(done.stdout)
+    return found
+
+
+def test_a_block_that_was_freed_is_used_again():
+    kept, plain, after = run()
+    assert kept == (platform.libc_ver()[0] == "glibc")
+    if kept:
+        assert plain > 5_000
+        assert after < 100
+
+
+@pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "GLIBC_TUNABLES"])
+def test_what_the_environment_says_of_memory_is_left_alone(name: str):
+    kept, _, after = run(**{name: "4" if name.startswith("MALLOC") else "glibc.malloc.arena_max=4"})
+    assert not kept
+    assert after > 5_000
