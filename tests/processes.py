@@ -5,11 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runs import Parity, Talk, model_folder, run_config
+from runs import Parity, Talk, Unread, model_folder, run_config
 
 TASKS = {"parity": Parity, "talk": Talk}
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
@@ -21,14 +22,18 @@ def launch(folder: Path, processes: int, runs: Sequence[dict[str, Any]], timeout
     Args:
         folder: for the answers.
         processes: how many torchrun starts.
-        runs: `output` and `overrides` of each; `task`, `resume`, and `signal`: [rank, step] of one that is interrupted.
+        runs: `output` and `overrides` of each; `task`, `resume`; `signal`: [rank, step] of one that is interrupted;
+            `failing`: what `failing` is given, of one whose reward function fails; `unread`: whether responses are
+            those of `Unread`.
         timeout: seconds for all of them: a process that waits for another for ever is a failure.
 
     Returns:
-        For each run what every process says of it: how many processes it saw, its rank, how the run ended.
+        For each run what every process says of it: how many processes it saw, its rank, how the run ended, and the
+        types of weights when they were last used.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    given = [{"task": "parity", "resume": False, "signal": None, **run, "model": model_folder()} for run in runs]
+    usual = {"task": "parity", "resume": False, "signal": None, "failing": None, "unread": False}
+    given = [{**usual, **run, "model": model_folder()} for run in runs]
     (folder / "runs.json").write_text(json.dumps(given))
     outcome = subprocess.run(
         [*TORCHRUN, f"--nproc-per-node={processes}", __file__, str(folder)],
@@ -45,24 +50,64 @@ def launch(folder: Path, processes: int, runs: Sequence[dict[str, Any]], timeout
 
 def main(folder: Path) -> None:
     from dvpo import distributed
+    from dvpo.errors import RunStoppedError
     from dvpo.interrupt import Interrupted, handled
     from dvpo.trainer import Trainer
 
     answers = []
     for run in json.loads((folder / "runs.json").read_text()):
         config = run_config(Path(run["output"]), *run["overrides"], f"model.path={run['model']}")
-        trainer = Trainer(config, task=TASKS[run["task"]](), resume=run["resume"])
+        reward = failing(run["failing"]) if run["failing"] else None
+        trainer = Trainer(config, task=TASKS[run["task"]](), reward=reward, resume=run["resume"])
+        if run["unread"]:
+            trainer.collector.sampler = Unread()
         if run["signal"] and distributed.rank() == run["signal"][0]:
             signal_itself_amid(trainer, run["signal"][1])
+        used = types_in_use(trainer)
         ended = "done"
         try:
             with handled():
                 trainer.train()
-        except Interrupted as stop:
+        except (Interrupted, RunStoppedError) as stop:
             ended = str(stop)
-        answers.append({"processes": distributed.world_size(), "rank": distributed.rank(), "ended": ended})
+        answers.append(
+            {"processes": distributed.world_size(), "rank": distributed.rank(), "ended": ended, "used": used}
+        )
     (folder / f"{distributed.rank()}.json").write_text(json.dumps(answers))
     distributed.shutdown()
+
+
+def failing(manners: Mapping[str, str]) -> Callable[..., Any]:
+    """A reward function with the truth of `Parity`, except for responses to the prompts that have a manner here."""
+
+    def reward(prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> list[float | None]:
+        rewards: list[float | None] = [float(sum(ids) % 2 == 0) for ids in completion_ids]
+        for place, prompt in enumerate(prompts):
+            match manners.get(prompt[-1]["content"]):
+                case "raises":
+                    raise RuntimeError("not this prompt")
+                case "hangs":
+                    time.sleep(600)
+                case "dies":
+                    os._exit(3)
+                case "abstains":
+                    rewards[place] = None
+        return rewards
+
+    return reward
+
+
+def types_in_use(trainer: Any) -> dict[str, str]:
+    """Filled while it trains: the types of a layer's and of the heads' weights as they are multiplied."""
+    used: dict[str, str] = {}
+    modules = {"layer": trainer.policy.trunk.layers[0].mlp.up_proj}
+    if trainer.critic is not None and trainer.critic.trunk is not None:
+        modules |= {"critic's layer": trainer.critic.trunk.layers[0].mlp.up_proj, "heads": trainer.critic.heads}
+    for name, module in modules.items():
+        module.register_forward_pre_hook(
+            lambda module, _, name=name: used.update({name: str(next(module.parameters()).dtype)})
+        )
+    return used
 
 
 def signal_itself_amid(trainer: Any, step: int) -> None:

@@ -1,5 +1,6 @@
 """Runs that take milliseconds a step: a random two-layer model, a task whose truth any text has; what they leave."""
 
+import random
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from dvpo.batch import Rollout
 from dvpo.config import Config, load_config
 from dvpo.embedded import make_config, make_model, make_tokenizer
 from dvpo.runlog import STREAMS, TIME_PREFIX, read_rows
+from dvpo.sampling import Turn
 from dvpo.tasks import Environment, Example, Prompt, Reward, SingleTurn, Step
 from dvpo.trainer import Trainer
 
@@ -72,6 +74,18 @@ class Parity:
     ) -> list[Reward]:
         truth: list[Reward] = [float(sum(ids) % 2 == 0) for ids in completion_ids]
         return [*self.rewards[: len(truth)], *truth[len(self.rewards) :]]
+
+
+class Unread:
+    """A sampler of random tokens that never asks the model: runs that round differently have the same responses."""
+
+    def sample(self, contexts: Sequence[Sequence[int]], budgets: Sequence[int], seeds: Sequence[int]) -> list[Turn]:
+        turns = []
+        for budget, seed in zip(budgets, seeds, strict=True):
+            draw = random.Random(seed)
+            tokens = [draw.randrange(100, 250) for _ in range(draw.randint(1, budget))]
+            turns.append(Turn(tokens, [-5.5] * len(tokens), finished=len(tokens) < budget))
+        return turns
 
 
 class Guessing:

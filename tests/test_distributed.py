@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from dvpo import distributed
 from dvpo.core.masks import masked_mean, whiten
+from dvpo.errors import InputError
 
 device = distributed.init_from_env("cpu")
 rank = distributed.rank()
@@ -48,6 +49,16 @@ try:
     distributed.all_reduce_sum(torch.ones(1, requires_grad=True))
 except ValueError:
     answer["refuses_gradient"] = True
+def refuse(who):
+    if rank in who:
+        raise InputError(f"refused to {rank}")
+    return rank
+answer["together"] = [distributed.together(lambda: refuse(()))]
+for who in ((1,), (0, 1)):
+    try:
+        distributed.together(lambda: refuse(who))
+    except InputError as error:
+        answer["together"].append(str(error))
 distributed.barrier()
 distributed.shutdown()
 answer["world_size_after"] = distributed.world_size()
@@ -113,6 +124,11 @@ def test_objects_come_in_the_order_of_ranks_on_every_process(answers: list[dict]
     assert [answer["objects"] for answer in answers] == [[{"rank": 0, "text": "x"}, {"rank": 1, "text": "xx"}]] * 2
 
 
+def test_what_one_process_is_refused_both_are_told(answers: list[dict]) -> None:
+    for rank, answer in enumerate(answers):
+        assert answer["together"] == [rank, "refused to 1", "refused to 0"]
+
+
 def test_a_gradient_is_refused_by_two_processes_and_by_one(answers: list[dict]) -> None:
     assert [answer["refuses_gradient"] for answer in answers] == [True, True]
     with pytest.raises(ValueError, match="carries no gradient"):
@@ -127,5 +143,6 @@ def test_alone_everything_is_the_identity(monkeypatch) -> None:
     assert distributed.all_reduce_sum(tensor) is tensor
     assert distributed.all_reduce_max(tensor) is tensor
     assert distributed.gather_objects(value) == [value]
+    assert distributed.together(lambda: value) is value
     distributed.barrier()
     distributed.shutdown()

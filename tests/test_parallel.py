@@ -11,19 +11,24 @@ from safetensors.torch import load_file
 from dvpo.checkpoint import latest_checkpoint, load_state
 from dvpo.config import load_config
 from dvpo.critic import load_critic
+from dvpo.data import PromptStream
 from dvpo.distributed import share
 from dvpo.errors import InputError
 from dvpo.parallel import refuse_processes
 from dvpo.policy import open_policy
 from dvpo.runlog import read_rows
-from processes import launch
-from runs import LINEAR, run_config, trained
+from processes import failing, launch
+from runs import LINEAR, Parity, run_config, trained
 
 # Three prompts on two processes: unequal shares. One minibatch may then leave a process without any response.
 UNEVEN = ["sampling.prompts_per_step=3", "sampling.samples_per_prompt=2", "update.minibatches=3", "update.epochs=2"]
 BUSY = [*UNEVEN, *LINEAR, "actor.kl.coef=0.1", "actor.entropy_coef=0.01", "sampling.resample_rounds=1", "steps=2"]
 BUDGET = "update.max_tokens_per_microbatch=60"
 STRATEGIES = ("ddp", "fsdp")
+
+FAULTY = [*LINEAR, "steps=2", "sampling.prompts_per_step=4", "sampling.samples_per_prompt=2", "log.completions=8"]
+FAULTY += ["evaluation.prompts=1", "reward.timeout=1", "reward.norm=batch"]
+MANNERS = ("raises", "abstains", "hangs", "dies")
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
@@ -62,6 +67,13 @@ def assert_same_weights(folder: Path, single: Path, tolerance: float = 2e-6) -> 
         )
 
 
+def manners_of_the_second_process() -> dict[str, str]:
+    """The prompts of the second of two processes in both steps of `FAULTY`, and how all responses to them fail."""
+    drawn = [example for example, _ in PromptStream(Parity().split("train"), seed=0).next(8)]
+    own = [example.columns["answer"] for place, example in enumerate(drawn) if place % 4 >= 2]
+    return dict(zip(own, MANNERS, strict=True))
+
+
 def seen_by(answers: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
     return [a["processes"] for a in answers], [a["rank"] for a in answers]
 
@@ -87,9 +99,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for name in STRATEGIES
     ]
+    manners = manners_of_the_second_process()
+    trained(place / "one-faulty", *FAULTY, reward=failing(manners))
+    # A quarter of the rewards is lost in step 1 and half in step 2, all of the second process and none of the first.
+    runs += [
+        {"output": str(place / f"faulty-{bound}"), "overrides": [*FAULTY, f"reward.max_fault_share={bound}", strategy]}
+        | {"failing": manners}
+        for bound, strategy in ((0.5, "distributed.strategy=fsdp"), (0.24, "distributed.strategy=ddp"))
+    ]
     answers = launch(place, 2, runs)
-    assert [seen_by(said) for said in answers] == [([2, 2], [0, 1])] * 4
-    assert [[a["ended"] for a in said] for said in answers] == [["done"] * 2] * 2 + [["SIGTERM"] * 2] * 2
+    assert [seen_by(said) for said in answers] == [([2, 2], [0, 1])] * 6
+    ended = [[a["ended"] for a in said] for said in answers]
+    assert ended[:5] == [["done"] * 2] * 2 + [["SIGTERM"] * 2] * 2 + [["done"] * 2]
+    assert [said.partition(" to a fault")[0] for said in ended[5]] == ["step 1: 2 of 8 responses lost their reward"] * 2
     return place
 
 
@@ -127,6 +149,30 @@ def test_a_signal_to_one_process_stops_both_at_one_step_and_one_process_goes_on_
     trained(stopped, *LINEAR, "steps=4", "sampling.prompts_per_step=2", resume=True)
     assert_same_figures(stopped, place / "longer")
     assert_same_weights(stopped, place / "longer")
+
+
+def test_rewards_that_fail_on_one_process_are_counted_for_both_and_missing_for_both(place: Path):
+    manners = manners_of_the_second_process()
+    assert_same_figures(place / "faulty-0.5", place / "one-faulty")
+    ours, theirs = (list(read_rows(place / name / "faults.jsonl")) for name in ("faulty-0.5", "one-faulty"))
+    assert [(row["prompt"][-1]["content"], row["kind"]) for row in ours] == [
+        (prompt, kind)
+        for prompt, kind in zip(manners, ("exception", None, "timeout", "worker_died"), strict=True)
+        for _ in range(2)
+        if kind
+    ]
+    assert ours == theirs
+    steps = [row for row in metrics_of(place / "faulty-0.5") if "reward/faults" in row]
+    assert [row["reward/faults"] for row in steps] == [2.0, 4.0]
+    assert [row["reward/faults_worker_died"] for row in steps] == [0.0, 2.0]
+    assert [row["reward/missing"] for row in steps] == [0.5, 0.5]
+
+
+def test_too_many_faults_of_one_process_stop_both_after_a_checkpoint(place: Path):
+    assert [row["kind"] for row in read_rows(place / "faulty-0.24" / "faults.jsonl")] == ["exception"] * 2
+    checkpoint = latest_checkpoint(place / "faulty-0.24")
+    assert checkpoint is not None
+    assert checkpoint.name == "checkpoint-0"
 
 
 def test_moments_of_sharded_weights_are_kept_whole(place: Path):

@@ -6,12 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from dvpo.checkpoint import latest_checkpoint
 from dvpo.config import to_yaml
+from dvpo.trainer import Trainer
 from processes import TORCHRUN, launch
-from runs import LINEAR, Talk, run_config, trained
-from test_parallel import STRATEGIES, assert_same_figures, assert_same_weights, seen_by
+from runs import LINEAR, Parity, Talk, Unread, run_config, trained
+from test_parallel import (
+    STRATEGIES,
+    assert_same_figures,
+    assert_same_weights,
+    final_weights,
+    metrics_of,
+    seen_by,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -122,6 +132,47 @@ def test_a_run_of_two_processes_goes_on_with_one_and_with_four_and_the_other_str
         assert checkpoint.name == "checkpoint-5"
         assert_same_figures(tmp_path / name, tmp_path / "to-3")
         assert_same_weights(tmp_path / name, one / "plain", tolerance=1e-5)
+
+
+def test_shares_in_host_memory_change_nothing_and_shares_gathered_in_bfloat16_little(tmp_path: Path):
+    # The same responses for all, or a rounded logit makes another token of one, and everything after it differs.
+    plain = [*PLAIN, "sampling.correction.kind=truncated", "alarms.mismatch=0"]
+    one = Trainer(run_config(tmp_path / "one", *plain), task=Parity())
+    one.collector.sampler = Unread()
+    one.train()
+    ways = {
+        "offload": ["distributed.cpu_offload=true"],
+        "bfloat16": ["model.dtype=bfloat16"],
+        "both": ["model.dtype=bfloat16", "distributed.cpu_offload=true", "model.gradient_checkpointing=true"],
+    }
+    runs: list[dict[str, Any]] = []
+    for name, way in ways.items():
+        overrides = [*plain, "distributed.strategy=fsdp", *way]
+        runs += [
+            {"output": str(tmp_path / name), "overrides": overrides, "unread": True},
+            {"output": str(tmp_path / f"{name}-again"), "overrides": [*overrides, "steps=3"], "unread": True},
+            {"output": str(tmp_path / f"{name}-again"), "overrides": overrides, "unread": True, "resume": True},
+        ]
+    answers = launch(tmp_path / "answers", 2, runs, timeout=500)
+    layers = ["torch.float32", "torch.bfloat16", "torch.bfloat16"]
+    for said, used in zip(answers, [layer for layer in layers for _ in range(3)], strict=True):
+        assert [a["used"] for a in said] == [{"layer": used, "critic's layer": used, "heads": "torch.float32"}] * 2
+
+    assert_same_figures(tmp_path / "offload", tmp_path / "one")
+    assert_same_weights(tmp_path / "offload", tmp_path / "one", tolerance=1e-5)
+    assert_same_weights(tmp_path / "both", tmp_path / "bfloat16", tolerance=1e-5)
+    ours, theirs = ([row for row in metrics_of(tmp_path / name) if "actor/loss" in row] for name in ("bfloat16", "one"))
+    for own, other in zip(ours, theirs, strict=True):
+        for key, relative in (("critic/loss", 0.005), ("critic/grad_norm", 0.02), ("actor/grad_norm", 0.02)):
+            assert 0 < abs(own[key] / other[key] - 1) < relative, (own["step"], key)
+        assert own["actor/loss"] == pytest.approx(other["actor/loss"], abs=0.003)  # of whitened advantages: near 0
+    for name in ways:
+        assert_same_weights(tmp_path / f"{name}-again", tmp_path / name, tolerance=1e-6)
+        assert {str(tensor.dtype) for tensor in final_weights(tmp_path / name).values()} == {"torch.float32"}
+        checkpoint = latest_checkpoint(tmp_path / name)
+        assert checkpoint is not None
+        exported = AutoModelForCausalLM.from_pretrained(checkpoint / "policy")
+        assert exported.dtype is exported.config.dtype is torch.float32
 
 
 def test_the_command_under_torchrun_trains_and_says_everything_once(tmp_path: Path):

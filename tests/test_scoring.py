@@ -12,7 +12,7 @@ from dvpo.errors import InputError
 from dvpo.noise import make_noise
 from dvpo.rewards import Fault
 from dvpo.sampling import Episode
-from dvpo.scoring import Scored, Scorer, join, open_reward, place
+from dvpo.scoring import Scored, Scorer, join, longest_scoring, open_reward, place
 from dvpo.settings import NoiseConfig
 from dvpo.tasks import Example, Reward, total
 
@@ -199,6 +199,24 @@ def test_a_run_without_anyone_who_knows_a_reward_and_one_without_prompts_do_not_
         open_reward(load_config(), task)
     with pytest.raises(InputError, match="training split is empty"):
         open_reward(load_config(), Known({}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "seconds"),
+    [
+        ((), 12 * 600),  # the batch, ten limits for samples alone, and one that was begun just before
+        (("retries=2",), 14 * 600),  # that one three times
+        # 32 evaluation prompts 3 times: 96 samples, 12 at a time in 8 rounds and half a limit more; and all again
+        (("concurrency=12", "retries=1"), 2 * 8.5 * 600),
+        (("mix=[{function: task, weight: 1}, {function: 'm:f', weight: 2}]",), 2 * 12 * 600),
+    ],
+)
+def test_a_process_that_waits_for_another_waits_as_long_as_its_rewards_may_take(settings, seconds):
+    usual = ["sampling.prompts_per_step=4", "sampling.samples_per_prompt=4", "evaluation.prompts=32"]
+    config = load_config(
+        None, [*usual, "evaluation.samples=3", "reward.timeout=600", *(f"reward.{setting}" for setting in settings)]
+    )
+    assert longest_scoring(config) == seconds
 
 
 def test_lots_that_are_joined_and_selected_are_what_they_would_have_been_in_one() -> None:

@@ -13,10 +13,14 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from dvpo.errors import InputError
+
 T = TypeVar("T")
+PATIENCE = timedelta(minutes=30)
+"""How long one process waits for another that samples, judges or saves."""
 
 
-def init_from_env(device: str = "cpu", timeout: timedelta = timedelta(minutes=30)) -> torch.device:
+def init_from_env(device: str = "cpu", timeout: timedelta = PATIENCE) -> torch.device:
     """Join the process group that `torchrun` describes in the environment; without one, do nothing.
 
     Args:
@@ -163,6 +167,24 @@ def on_main(function: Callable[[], T]) -> T:
     if failed is not None:
         raise failed
     return result  # type: ignore[return-value]
+
+
+def together(function: Callable[[], T]) -> T:
+    """Let every process do something for itself that may refuse its input; if one is refused, all are.
+
+    The first process alone speaks to the user, and what only another one was told would never be heard.
+
+    Raises:
+        InputError: that of the first process which had one.
+    """
+    refusals: list[InputError] = []
+    try:
+        result = function()
+    except InputError as error:
+        refusals.append(error)
+    for refusal in gather_rows(refusals):
+        raise refusal
+    return result
 
 
 @contextmanager

@@ -300,6 +300,14 @@ def _meant(refusal: str, columns: Sequence[str]) -> str:
     return f"did you mean {near[0]!r}, a column of your file? " if near else ""
 
 
+def longest_call(samples: int, timeout: float, concurrency: int, retries: int) -> float:
+    """Seconds after which `GuardedReward` has given up whatever it could not get, its workers' starts not counted."""
+    if concurrency:
+        return timeout * (1 + retries) * (math.ceil(samples / concurrency) + 0.5)
+    # The batch, the retries one by one, and those of the sample that was begun just before their time was over.
+    return timeout * (1 + RETRY_TIME_LIMITS + 1 + retries)
+
+
 def _cuts(prompts: Sequence[Prompt], parts: int) -> list[int]:
     """Where at most so many parts begin, of about equal size; the completions of one prompt are never divided."""
     starts = [i for i in range(len(prompts)) if i == 0 or prompts[i] != prompts[i - 1]]

@@ -18,7 +18,7 @@ from dvpo.noise import NO_NOISE, Columns, Noise
 from dvpo.policy import choose_device
 from dvpo.reward_mix import Part, RewardMix
 from dvpo.reward_model import ModelReward, open_reward_model
-from dvpo.rewards import Fault, GuardedReward, RewardSource, Scores
+from dvpo.rewards import Fault, GuardedReward, RewardSource, Scores, longest_call
 from dvpo.sampling import Episode, pad_right
 from dvpo.tasks import Completion, Reward, Task, total
 
@@ -198,6 +198,13 @@ def open_reward(
         RewardMix(parts).close()
         raise
     return RewardMix(parts)
+
+
+def longest_scoring(config: Config) -> float:
+    """Seconds that the rewards of one call may take at most; starting workers anew is not counted."""
+    reward, sampling, evaluation = config.reward, config.sampling, config.evaluation
+    samples = max(sampling.responses_per_step, evaluation.prompts * max(evaluation.samples, 1))
+    return max(len(reward.mix), 1) * longest_call(samples, reward.timeout, reward.concurrency, reward.retries)
 
 
 def _open_source(config: Config, task: Task, name: str | Callable[..., Any], field: str) -> RewardSource | None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -29,6 +30,7 @@ from dvpo.critic import load_critic, make_critic
 from dvpo.critic_pass import CriticPass
 from dvpo.data import open_prompts, warn_of_few
 from dvpo.distributed import (
+    PATIENCE,
     agreed,
     all_reduce_max,
     all_reduce_sum,
@@ -39,6 +41,7 @@ from dvpo.distributed import (
     main_first,
     on_main,
     spread_from_main,
+    together,
     world_size,
 )
 from dvpo.errors import RunStoppedError
@@ -62,7 +65,7 @@ from dvpo.rewards import Fault
 from dvpo.risk_control import risk_figures
 from dvpo.runlog import RunLog, refuse_used_folder
 from dvpo.sampling import ChatEncoder, collate, fit_prompts
-from dvpo.scoring import Scorer, open_reward
+from dvpo.scoring import Scorer, longest_scoring, open_reward
 from dvpo.seeding import derive_seed
 from dvpo.sinks import refuse_unusable
 from dvpo.skips import Skips
@@ -116,7 +119,8 @@ class Trainer(Learner):
         self.row = find_algorithm(config.algorithm)
         self.folder = Path(config.output)
         keep_freed_memory()
-        self.device = init_from_env(choose_device(config.device))
+        patience = PATIENCE + timedelta(seconds=longest_scoring(config))
+        self.device = init_from_env(choose_device(config.device), patience)
         refuse_processes(config)
         checkpoint = find_checkpoint(config, allow) if resume else None
         begun = resume and (self.folder / "manifest.json").exists()
@@ -130,7 +134,7 @@ class Trainer(Learner):
         refuse_without_judge(config.checkpoint, self.task)
         train = self.task.split("train")
         warn_of_few(self.task.split("id"), config.task)
-        self.reward = open_reward(config, self.task, reward)
+        self.reward = together(lambda: open_reward(config, self.task, reward))
         self.scorer = Scorer(self.task, self.reward, make_noise(config.noise, config.seed, train))
         source = starting_model(config)
         self.policy = self._open_start(source) if checkpoint is None else self._open(checkpoint / "policy")
