@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dvpo import demo, doctor
-from dvpo.cli import main
+from dvpo.cli import FIRST_SPEAKS_SECONDS, main
 from dvpo.config import load_config, to_yaml
 from dvpo.runlog import read_rows
 from dvpo.warmstart import warm_start
@@ -95,6 +95,17 @@ def test_a_mistake_in_the_config_ends_in_one_sentence_and_nothing_is_written(
     before = sorted(here.rglob("*"))
     assert words in refusal(capsys, "train", "good.yaml", override)
     assert [path for path in sorted(here.rglob("*")) if "__pycache__" not in path.parts] == before
+
+
+def test_of_several_processes_one_that_was_not_ended_with_the_first_says_what_it_was_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", "no.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("dvpo: process 1: config file no.yaml cannot be read")
+    assert waited == [FIRST_SPEAKS_SECONDS]
 
 
 def test_a_config_that_is_not_there_is_named(here: Path, capsys: pytest.CaptureFixture[str]):
@@ -332,6 +343,9 @@ def test_doctor_says_what_is_installed_and_what_a_config_needs(here: Path, capsy
             "one checkpoint on disk",
         )
     )
+    assert "one process with whole models" not in out
+    assert main(["doctor", "good.yaml", "distributed.strategy=fsdp"]) == 0
+    assert "fsdp: what follows is one process with whole models" in capsys.readouterr().out
     assert not (here / "run").exists()
 
 

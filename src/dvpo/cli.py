@@ -9,6 +9,7 @@ Exit codes: 0 done, 1 a fault of ours (with its traceback) or a failed run of a 
 import argparse
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from dvpo.errors import InputError, RunStoppedError
 from dvpo.interrupt import Interrupted, handled
 
 PLACED_WARNING = warnings.formatwarning
+FIRST_SPEAKS_SECONDS = 15.0
 OVERRIDES = "settings that win over the file, for example critic.alpha=0.05"
 
 
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with handled():
             code: int | None = arguments.run(arguments)
     except InputError as error:
-        _say(str(error))
+        _refuse(str(error))
         return 2
     except RunStoppedError as error:
         _say(f"the run stopped itself: {error}")
@@ -72,6 +74,20 @@ def _say(sentence: str) -> None:
     """Of several processes the first speaks: they read the same config, and what ends a run they agree on."""
     if os.environ.get("RANK", "0") == "0":
         print(f"dvpo: {sentence}", file=sys.stderr)  # noqa: T201
+
+
+def _refuse(sentence: str) -> None:
+    """Of several processes that read the same config the first says what is wrong with it.
+
+    Torchrun ends all as soon as one has ended, so the others wait for that. One that still lives then was the only one
+    to be refused, and speaks.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        _say(sentence)
+    else:
+        time.sleep(FIRST_SPEAKS_SECONDS)
+        print(f"dvpo: process {rank}: {sentence}", file=sys.stderr)  # noqa: T201
 
 
 def _parser() -> argparse.ArgumentParser:

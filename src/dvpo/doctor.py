@@ -22,7 +22,7 @@ from dvpo.memory import predict
 from dvpo.policy import choose_device
 from dvpo.provenance import machine
 from dvpo.rewards import Fault
-from dvpo.settings_learning import LogConfig
+from dvpo.settings_learning import DistributedConfig, LogConfig
 from dvpo.sinks import refuse_unusable
 from dvpo.trainer import Trainer, starting_model
 
@@ -37,6 +37,7 @@ EXTRAS = {
     "reasoning-gym": "gym",
 }
 TRIAL_STEPS = 2
+ALONE = DistributedConfig()
 MIB = 1 << 20
 
 
@@ -64,13 +65,19 @@ def report_needs(config: Config, console: Console) -> None:
         InputError: whatever would stop the run itself.
     """
     refuse_unusable(config.log)
+    if config.distributed != ALONE:
+        console.print(
+            "distributed.strategy = fsdp: what follows is one process with whole models; in the run each holds its "
+            "share of weights, moments and gradients, and the policy whole while it samples",
+            soft_wrap=True,
+        )
     _print_prediction(config, console)
     with tempfile.TemporaryDirectory(prefix="dvpo-doctor-") as folder:
         update = replace(config.update, actor_warmup_steps=0)  # what is measured is a step that moves both models
         steps_needed = max(config.steps, TRIAL_STEPS)
         # A trial is no run: it goes to no sink.
         output = str(Path(folder) / "run")
-        trial = replace(config, output=output, steps=steps_needed, update=update, log=LogConfig())
+        trial = replace(config, output=output, steps=steps_needed, update=update, log=LogConfig(), distributed=ALONE)
         rewards = _Rewards()
         trainer = Trainer(trial, observer=rewards)
         policy = _parameters(trainer.policy.model)
