@@ -37,7 +37,7 @@ def init_from_env(device: str = "cpu", timeout: timedelta = PATIENCE) -> torch.d
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        # gloo stays beside nccl for objects and float64 counts that live on the CPU.
+        # gloo stays beside nccl for what lives on the CPU: objects, float64 counts, the norm of offloaded gradients.
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timeout)
     return torch.device(device)
 
