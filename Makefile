@@ -37,11 +37,15 @@ demo: $(READY)
 	$(BIN)/dvpo demo
 	$(BIN)/dvpo report configs/studies/mini.yaml --results benchmarks/results/mini_study.jsonl --output runs/mini-study.html
 
+# A file of tests stays with one worker, each test on one thread: `make test WORKERS=8` on a larger machine.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 test: $(READY) lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(READY) lint test-browser site
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # The report in a headless Chromium, which is installed if the machine has none.
 test-browser: $(BROWSER)
