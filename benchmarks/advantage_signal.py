@@ -51,6 +51,8 @@ TASKS = {
     ],
 }  # fmt: skip
 LEVERS = ["critic.trunk=frozen", "critic.start=verdict"]
+LENGTH = {"math": 0.96, "science": 0.96, "dialogue": 0.99}
+"""lambda of the settings called "length": 1 - 1 / tokens of a response."""
 
 
 def ppo(lam: float, rate: str, norm: str = "none", row: str = "ppo", *more: str) -> list[str]:
@@ -79,6 +81,10 @@ SETTINGS: dict[str, list[str]] = {
     "rank lam .95 slow": ppo(0.95, "1e-4", "none", "dvpo_rank"),
     "denoised": ppo(1, "1e-3", "none", "dvpo_plain", "advantage.law.functional=denoised", "reward.trusted=0.05"),
     "delta clip group": ppo(1, "1e-3", "group", "ppo_delta_clip"),
+    "ppo length": ppo(1, "1e-4", "none", "ppo", "advantage.recentre=true"),
+    "dvpo length": ppo(1, "1e-4", "none", "dvpo", "advantage.recentre=true"),
+    "rank length": ppo(1, "1e-4", "none", "dvpo_rank", "advantage.recentre=true"),
+    "delta clip length": ppo(1, "1e-4", "group", "ppo_delta_clip", "advantage.recentre=true"),
 }
 
 
@@ -130,7 +136,8 @@ def run(task: str, noise: str, names: list[str]) -> list[dict[str, Any]]:
         # Each setting estimates its own noise rates and so has to see the responses as they come; they are the same.
         for number, name in enumerate(names):
             started = time.process_time()
-            trainer = open_trainer(Path(home) / str(number), task, noise, SETTINGS[name], SEED)
+            by_length = [f"advantage.lam={LENGTH[task]}"] if name.endswith("length") else []
+            trainer = open_trainer(Path(home) / str(number), task, noise, [*SETTINGS[name], *by_length], SEED)
             for _ in range(WARM):
                 warm(trainer, trainer.collect()[0])
             gradients = torch.stack([gradient(trainer, trainer.collect()[0]) for _ in range(STEPS)])
