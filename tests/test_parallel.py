@@ -67,10 +67,14 @@ def assert_same_weights(folder: Path, single: Path, tolerance: float = 2e-6) -> 
         )
 
 
+def prompts_of_both_steps() -> list[str]:
+    """Of `FAULTY`: of each step's four prompts the first two are the first of two processes'."""
+    return [example.columns["answer"] for example, _ in PromptStream(Parity().split("train"), seed=0).next(8)]
+
+
 def manners_of_the_second_process() -> dict[str, str]:
-    """The prompts of the second of two processes in both steps of `FAULTY`, and how all responses to them fail."""
-    drawn = [example for example, _ in PromptStream(Parity().split("train"), seed=0).next(8)]
-    own = [example.columns["answer"] for place, example in enumerate(drawn) if place % 4 >= 2]
+    """Its prompts in both steps of `FAULTY`, and how all responses to them fail."""
+    own = [prompt for place, prompt in enumerate(prompts_of_both_steps()) if place % 4 >= 2]
     return dict(zip(own, MANNERS, strict=True))
 
 
