@@ -25,20 +25,26 @@ def predicted(folder: Path, *overrides: str) -> Prediction:
         ["algorithm=grpo"],
         ["algorithm=dvpo", "critic.trunk=frozen"],
         ["algorithm=ppo", "critic.trunk=shared"],
+        ["model.lora.rank=4", "actor.kl.coef=0.1"],
+        ["model.lora.rank=4", "model.lora.targets=[q_proj]", "critic.lora.rank=2"],
+        ["model.lora.rank=4", "critic.lora.rank=0", "algorithm=ppo"],
+        ["model.lora.rank=4", "critic.trunk=frozen"],
+        ["model.lora.rank=4", "algorithm=grpo"],
     ],
 )
 def test_weights_and_moments_are_those_of_the_models_that_a_run_holds(tmp_path: Path, overrides: list[str]):
     config: Config = run_config(tmp_path / "run", *overrides)
     trainer = Trainer(config, task=Parity())
     trainer.close()
-    modules = [trainer.policy.model, *([trainer.critic] if trainer.critic else [])]
-    held = [p for module in modules for p in module.parameters()]
-    learning = sum(p.numel() for p in held if p.requires_grad)
-    reference = sum(p.numel() for p in trainer.reference.model.parameters()) if trainer.reference else 0
+    reference = trainer.reference and trainer.reference.model
+    modules = [part for part in (trainer.policy.model, trainer.critic, reference) if part is not None]
+    held = {id(p): p for module in modules for p in module.parameters()}.values()  # what is shared is held once
+    learning = [p for o in (trainer.policy_optimiser, trainer.critic_optimiser) if o for p in o.parameters]
     need = predict(config, SHAPE)
-    assert need.weights == 4 * (sum(p.numel() for p in held) + reference)
-    assert need.moments == 8 * learning
-    assert parameters_of(SHAPE).model == sum(p.numel() for p in trainer.policy.model.parameters())
+    assert need.weights == 4 * sum(p.numel() for p in held)
+    assert need.moments == 8 * sum(p.numel() for p in learning)
+    if not config.model.lora.rank:
+        assert parameters_of(SHAPE).model == sum(p.numel() for p in trainer.policy.model.parameters())
 
 
 def test_each_setting_moves_its_own_part(tmp_path: Path):
@@ -51,6 +57,14 @@ def test_each_setting_moves_its_own_part(tmp_path: Path):
     assert longer.rollout == 2 * plain.rollout
     assert (longer.weights, longer.moments) == (plain.weights, plain.moments)
     assert predict(run_config(tmp_path / "run"), SHAPE, base=10**6).peak == plain.peak + 10**6
+
+
+def test_adapters_alone_have_gradients(tmp_path: Path):
+    need = predicted(tmp_path, "model.lora.rank=4")
+    # Of either of two layers: q, k, v, o, gate, up, down.
+    inputs_and_outputs = 2 * ((32 + 32) + 2 * (32 + 16) + (32 + 32) + 2 * (32 + 64) + (64 + 32))
+    assert need.gradients == 4 * 4 * inputs_and_outputs
+    assert need.gradients < predicted(tmp_path).gradients / 4
 
 
 def test_the_larger_of_the_two_updates_counts_and_not_both(tmp_path: Path):

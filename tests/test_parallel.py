@@ -24,6 +24,7 @@ from runs import LINEAR, Parity, run_config, trained
 UNEVEN = ["sampling.prompts_per_step=3", "sampling.samples_per_prompt=2", "update.minibatches=3", "update.epochs=2"]
 BUSY = [*UNEVEN, *LINEAR, "actor.kl.coef=0.1", "actor.entropy_coef=0.01", "sampling.resample_rounds=1", "steps=2"]
 BUDGET = "update.max_tokens_per_microbatch=60"
+LORA = [*LINEAR, "model.lora.rank=4", "actor.kl.coef=0.1", "sampling.prompts_per_step=3", "update.minibatches=3"]
 STRATEGIES = ("ddp", "fsdp")
 
 FAULTY = [*LINEAR, "steps=2", "sampling.prompts_per_step=4", "sampling.samples_per_prompt=2", "log.completions=8"]
@@ -87,6 +88,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process and two of each strategy trained the same; two were interrupted, one process went on."""
     place = tmp_path_factory.mktemp("parallel")
     trained(place / "one", *BUSY, "log.completions=6")
+    trained(place / "one-lora", *LORA)
     trained(place / "longer", *LINEAR, "steps=4", "sampling.prompts_per_step=2")
     runs: list[dict[str, Any]] = [
         {
@@ -111,11 +113,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         | {"failing": manners}
         for bound, strategy in ((0.5, "distributed.strategy=fsdp"), (0.24, "distributed.strategy=ddp"))
     ]
+    runs += [
+        {"output": str(place / f"{name}-lora"), "overrides": [*LORA, f"distributed.strategy={name}"]}
+        for name in STRATEGIES
+    ]
     answers = launch(place, 2, runs)
-    assert [seen_by(said) for said in answers] == [([2, 2], [0, 1])] * 6
+    assert [seen_by(said) for said in answers] == [([2, 2], [0, 1])] * 8
     ended = [[a["ended"] for a in said] for said in answers]
     assert ended[:5] == [["done"] * 2] * 2 + [["SIGTERM"] * 2] * 2 + [["done"] * 2]
     assert [said.partition(" to a fault")[0] for said in ended[5]] == ["step 1: 2 of 8 responses lost their reward"] * 2
+    assert ended[6:] == [["done"] * 2] * 2
     return place
 
 
@@ -123,6 +130,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_have_the_figures_and_the_weights_of_one(place: Path, strategy: str):
     assert_same_figures(place / strategy, place / "one")
     assert_same_weights(place / strategy, place / "one")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_train_the_adapters_of_one(place: Path, strategy: str):
+    assert_same_figures(place / f"{strategy}-lora", place / "one-lora")
+    assert_same_weights(place / f"{strategy}-lora", place / "one-lora")
+    adapters = [
+        load_file(place / f"{name}-lora/checkpoint-2/adapter/adapter_model.safetensors") for name in (strategy, "one")
+    ]
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(tensor, adapters[1][name], rtol=0, atol=2e-6)
+    assert max(float(tensor.abs().max()) for name, tensor in adapters[0].items() if "lora_B" in name) > 1e-3
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

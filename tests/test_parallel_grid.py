@@ -49,6 +49,8 @@ KINDS: dict[str, list[str]] = {
         "noise.kind=flip",
         "noise.rate=0.2",
     ],
+    "lora": ["model.lora.rank=4", "actor.kl.coef=0.1", "model.gradient_checkpointing=true"],
+    "lora_whole_critic": ["model.lora.rank=4", "critic.lora.rank=0", "critic.start=verdict"],
     "token_sum": ["actor.aggregation=seq_mean_token_mean", "advantage.truncation=mask"],
 }
 
@@ -199,6 +201,21 @@ def test_shares_in_host_memory_change_nothing_and_shares_gathered_in_bfloat16_li
         assert checkpoint is not None
         exported = AutoModelForCausalLM.from_pretrained(checkpoint / "policy")
         assert exported.dtype is exported.config.dtype is torch.float32
+
+
+def test_adapters_of_two_processes_go_on_with_one_and_whole_ones_sharded(tmp_path: Path):
+    lora = [*PLAIN, "model.lora.rank=4"]
+    trained(tmp_path / "one", *lora)
+    runs = [
+        {"output": str(tmp_path / name), "overrides": [*lora, "steps=3", f"distributed.strategy={name}"]}
+        for name in STRATEGIES
+    ]
+    launch(tmp_path / "2", 2, runs, timeout=500)
+    trained(tmp_path / "fsdp", *lora, resume=True)
+    sharded = {"output": str(tmp_path / "ddp"), "overrides": [*lora, "distributed.strategy=fsdp"], "resume": True}
+    launch(tmp_path / "sharded", 2, [sharded], timeout=500)
+    for name in STRATEGIES:
+        assert_same_weights(tmp_path / name, tmp_path / "one", tolerance=1e-5)
 
 
 def test_the_command_under_torchrun_trains_and_says_everything_once(tmp_path: Path):

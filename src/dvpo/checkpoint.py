@@ -3,6 +3,7 @@
 A checkpoint is a folder `checkpoint-N` of a run:
 
     policy/            a plain Hugging Face folder: weights, config, tokenizer
+    adapter/           with LoRA, what of these weights was trained, as peft reads it
     critic/            the critic's weights and shape
     state.safetensors  every other tensor: optimisers, RNGs ...
     state.json         everything else, and which tensor stands where (no pickle: loading cannot run code)

@@ -7,6 +7,7 @@ row, the YAML file, `key.sub=value` overrides of the command line.
 
 import functools
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from dvpo.algorithms import find_algorithm
 from dvpo.errors import InputError
 from dvpo.nested import all_keys, checked, deep_copy, merge, one_sentence, read_yaml, set_dotted
-from dvpo.settings import Count, ModelConfig, NoiseConfig, RewardConfig, SamplingConfig, TaskConfig, section
+from dvpo.settings import Count, LoraConfig, ModelConfig, NoiseConfig, RewardConfig, SamplingConfig, TaskConfig, section
 from dvpo.settings_learning import (
     ActorConfig,
     AdvantageConfig,
@@ -119,6 +120,7 @@ class Config:
                 f"{self.sampling.max_completion_length}: lower it"
             )
         self._check_tasks()
+        self._check_lora()
         if self.checkpoint.keep_best and not self.evaluation.every:
             raise ValueError(
                 "checkpoint.keep_best = true chooses among evaluations, but evaluation.every = 0 makes none during "
@@ -156,6 +158,28 @@ class Config:
             raise ValueError("task.mix is empty: list the tasks of the mix, each with its name and weight")
         if any(task.name == "mix" for task in mix):
             raise ValueError("task.mix holds a mix: list all tasks in one task.mix")
+
+    @property
+    def critic_lora(self) -> LoraConfig:
+        """The adapters of the critic's trunk: its own settings, else the policy's; none for a trunk that is kept."""
+        if self.critic.trunk != "own" or not self.model.lora.rank:
+            return LoraConfig()
+        own = {key: value for key, value in vars(self.critic.lora).items() if value is not None}
+        return replace(self.model.lora, **own)
+
+    def _check_lora(self) -> None:
+        """A critic has adapters where the policy has them, and where its trunk learns."""
+        rank, trunk = self.critic.lora.rank, self.critic.trunk
+        if rank and trunk != "own":
+            raise ValueError(
+                f"critic.lora.rank = {rank} adapts a trunk that learns, but critic.trunk = {trunk}: set it to own, or "
+                "drop the rank"
+            )
+        if rank and not self.model.lora.rank:
+            raise ValueError(
+                f"critic.lora.rank = {rank} builds on the starting weights, which a run keeps only where "
+                "model.lora.rank is above 0: set that too, or drop the critic's"
+            )
 
     def _check_corrections(self) -> None:
         """Rates have to come from somewhere, and noise is taken out once, of rewards that are 0 or 1."""

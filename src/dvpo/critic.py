@@ -17,10 +17,12 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
 from dvpo.batch import Rollout
+from dvpo.config import Config
 from dvpo.core.categorical import histogram_centres
 from dvpo.core.quantiles import quantile_levels
 from dvpo.errors import InputError
 from dvpo.heads import CategoricalHeads, ImplicitHeads, QuantileHeads, Verdict, VocabularyHead
+from dvpo.lora import learning, merged, shares_base
 from dvpo.parallel import inside, whole_state
 from dvpo.policy import Policy, compute_type
 from dvpo.prefix import hidden_states
@@ -156,7 +158,7 @@ class Critic(nn.Module):
         """Parameters that learn once scale and bias are done."""
         assert self.verdict is not None
         if self.trunk is not None and self.shape.trunk == "own":
-            yield from self.trunk.parameters()
+            yield from learning(self.trunk)
         yield from self.heads.parameters()
         yield self.verdict.direction
 
@@ -169,14 +171,14 @@ class Critic(nn.Module):
             return hidden_states(self.trunk, tokens_BS, attention_BS, first)
 
     def save(self, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Write `critic.safetensors`, `critic.json` and the trunk's `config.json`.
+        """Write `critic.safetensors` with adapters added to the weights, `critic.json` and the trunk's `config.json`.
 
         Args:
             folder: made if it is not there.
             tensors: the whole state, where this module holds a shard of it.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        state = self.state_dict() if tensors is None else tensors
+        state = merged(self, self.state_dict() if tensors is None else dict(tensors))
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "critic.safetensors")
         (folder / "critic.json").write_text(json.dumps(asdict(self.shape), indent=2) + "\n")
         if self.trunk is not None:
@@ -200,8 +202,27 @@ def _make_heads(shape: CriticShape, inputs: int) -> nn.Module:
             return QuantileHeads(inputs, shape.num_heads, shape.num_quantiles, shape.monotone)
 
 
-def make_critic(kind: Kind, config: CriticConfig, policy: Policy) -> Critic:
+def open_critic(kind: Kind | Literal["none"], config: Config, policy: Policy, checkpoint: Path | None) -> Critic | None:
+    """A run's critic: from a checkpoint, or as it is before training; None for an algorithm without one.
+
+    Raises:
+        InputError: as `load_critic` and `make_critic`.
+    """
+    if kind == "none":
+        return None
+    if checkpoint is None:
+        return make_critic(kind, config.critic, policy, shares_base(config))
+    return load_critic(checkpoint / "critic", policy.device, policy.dtype, config.model.gradient_checkpointing)
+
+
+def make_critic(kind: Kind, config: CriticConfig, policy: Policy, share_base: bool = False) -> Critic:
     """A fresh critic around a copy of the policy's trunk; draws its heads from torch's global generator.
+
+    Args:
+        kind: what its heads are.
+        config: the section.
+        policy: before it has adapters.
+        share_base: let the copy have the policy's own weights, which neither of them is to train.
 
     Raises:
         InputError: `critic.verdict_tokens` that are no tokens, or a `critic.path` without a reward model that reads
@@ -224,7 +245,7 @@ def make_critic(kind: Kind, config: CriticConfig, policy: Policy) -> Critic:
     )
     trunk = own
     if trunk is None and config.trunk != "shared":
-        trunk = copy.deepcopy(policy.trunk)
+        trunk = copy.deepcopy(policy.trunk, {id(p): p for p in policy.trunk.parameters()} if share_base else {})
     critic = Critic(shape, trunk, policy.dtype)
     if isinstance(critic.heads, CategoricalHeads):
         critic.heads.centres_R.copy_(centres_R)

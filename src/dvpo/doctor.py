@@ -18,6 +18,7 @@ from transformers import AutoConfig
 
 from dvpo.config import Config
 from dvpo.faults import FaultTally
+from dvpo.lora import refuse_without_peft
 from dvpo.memory import predict
 from dvpo.policy import choose_device
 from dvpo.provenance import machine
@@ -28,6 +29,7 @@ from dvpo.trainer import Trainer, starting_model
 
 REQUIRED = ("torch", "transformers", "safetensors", "pydantic", "pyyaml", "rich", "cloudpickle")
 EXTRAS = {
+    "peft": "lora",
     "verl": "verl",
     "math-verify": "math",
     "tensorboard": "tensorboard",
@@ -65,6 +67,7 @@ def report_needs(config: Config, console: Console) -> None:
         InputError: whatever would stop the run itself.
     """
     refuse_unusable(config.log)
+    refuse_without_peft(config.model.lora)
     if config.distributed != ALONE:
         console.print(
             "distributed.strategy = fsdp: what follows is one process with whole models; in the run each holds its "
@@ -80,24 +83,27 @@ def report_needs(config: Config, console: Console) -> None:
         trial = replace(config, output=output, steps=steps_needed, update=update, log=LogConfig(), distributed=ALONE)
         rewards = _Rewards()
         trainer = Trainer(trial, observer=rewards)
-        policy = _parameters(trainer.policy.model)
-        critic, learning = (0, 0) if trainer.critic is None else (
-            _parameters(trainer.critic), _parameters(trainer.critic, only_trained=True))  # fmt: skip
+        models = [part for part in (trainer.policy.model, trainer.critic) if part is not None]
+        counts = [(_parameters([model]), _parameters([model], only_trained=True)) for model in models]
+        held = [*models, *([trainer.reference.model] if trainer.reference else [])]
+        weights, learning = _parameters(held), sum(trained for _, trained in counts)
         try:
             steps = [trainer.train_step() for _ in range(TRIAL_STEPS)]
         finally:
             trainer.close()
     # float32: weights, gradient and AdamW's two moments for what trains; weights alone for the rest.
-    copies = 2 if trainer.reference is not None else 1
-    state = 4 * (4 * policy + (copies - 1) * policy + critic + 3 * learning)
+    state = 4 * (weights + 3 * learning)
+    # Every model whole, the moments, and with adapters what is trained once more, by itself.
+    on_disk = 4 * (sum(every for every, _ in counts) + (3 if config.model.lora.rank else 2) * learning)
+    named = zip(("policy", "critic"), counts, strict=False)
+    parameters = [(f"{name} parameters (of them training)", f"{every:,} ({own:,})") for name, (every, own) in named]
     seconds = steps[-1]["time/step"]
     batch = config.sampling.prompts_per_step * config.sampling.samples_per_prompt
     table = Table(title=f"{config.algorithm}: measured over {TRIAL_STEPS} real steps on this machine")
     table.add_column("what")
     table.add_column("figure", justify="right")
     for what, figure in (
-        ("policy parameters", f"{policy:,}"),
-        ("critic parameters (of them training)", f"{critic:,} ({learning:,})"),
+        *parameters,
         ("weights, gradients, optimisers", f"{state / MIB:,.0f} MiB"),
         ("peak memory of the process", f"{_peak_memory(trainer.device) / MIB:,.0f} MiB"),
         ("responses a step", f"{batch:,}"),
@@ -105,7 +111,7 @@ def report_needs(config: Config, console: Console) -> None:
         ("response length, mean", f"{steps[-1]['rollout/length']:.0f} tokens"),
         (f"one step (of {TRIAL_STEPS}: a guess)", f"{seconds:.2f} s (sampling {steps[-1]['time/sample']:.2f} s)"),
         (f"{config.steps} steps without evaluations", _duration(seconds * config.steps)),
-        ("one checkpoint on disk", f"{4 * (3 * policy + critic + 2 * learning) / MIB:,.0f} MiB"),
+        ("one checkpoint on disk", f"{on_disk / MIB:,.0f} MiB"),
     ):
         table.add_row(what, escape(figure))
     console.print(table)
@@ -141,7 +147,7 @@ def _print_prediction(config: Config, console: Console) -> None:
     except (OSError, ValueError):
         return  # the trial says what is wrong with the model
     on_gpu = choose_device(config.device) != "cpu"
-    need = predict(config, shape, base=0 if on_gpu else _peak_memory(torch.device("cpu")))
+    need = predict(config, shape, 0 if on_gpu else _peak_memory(torch.device("cpu")), on_gpu)
     parts = ("base", "weights", "moments", "gradients", "activations", "heads", "rollout")
     text = ", ".join(f"{name} {getattr(need, name) / MIB:,.0f}" for name in parts)
     console.print(f"predicted peak of a step at full lengths: {need.peak / MIB:,.0f} MiB ({text})", soft_wrap=True)
@@ -154,8 +160,10 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _parameters(module: torch.nn.Module, only_trained: bool = False) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not only_trained)
+def _parameters(modules: Sequence[torch.nn.Module], only_trained: bool = False) -> int:
+    """How many there are; what several modules share counts once."""
+    every = {id(p): p for module in modules for p in module.parameters()}.values()
+    return sum(p.numel() for p in every if p.requires_grad or not only_trained)
 
 
 def _peak_memory(device: torch.device) -> int:

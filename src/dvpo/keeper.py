@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from dvpo.critic import Critic
 from dvpo.distributed import on_main
 from dvpo.durable import write_atomically
 from dvpo.errors import InputError
+from dvpo.lora import adapted_layers, adapter_writer
 from dvpo.parallel import all_finite, whole
 from dvpo.policy import Policy
 from dvpo.settings_learning import CheckpointConfig
@@ -55,6 +57,8 @@ class Keeper:
         self.folder, self.settings, self.parts = folder, settings, parts
         self._weights: list[nn.Module] = [policy.model]
         self._writers: dict[str, Callable[[], Writer]] = {"policy": policy.writer}
+        if adapted_layers(policy.model):
+            self._writers["adapter"] = partial(adapter_writer, policy.model)
         if critic is not None:
             self._weights.append(critic)
             self._writers["critic"] = critic.writer

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from dvpo.algorithms import find_algorithm
 from dvpo.config import Config
+from dvpo.lora import add_adapters, shares_base
 from dvpo.policy import LOGIT_BUDGET
+from dvpo.settings import LoraConfig
 
 FLOAT = 4
 LOGIT_COPIES = 5
@@ -25,6 +27,9 @@ LOSS_COPIES = 14
 """Of a token's N x M predictions while the critic's terms are made and differentiated."""
 VALUE_COPIES = 3
 """Of all predictions of a step: the pieces, and the whole of which they are put together."""
+HOLES = 2.0
+"""On a CPU, what a trunk with adapters keeps takes so many times its size: peft's products come and go between what
+stays, and malloc keeps their places (measured, as long as none of them exceeds malloc's 32 MiB)."""
 
 
 class Parameters(NamedTuple):
@@ -63,13 +68,24 @@ def parameters_of(model_config: Any) -> Parameters:
     return Parameters(*(sum(p.numel() for p in part.parameters()) for part in (model, model.base_model)))
 
 
-def predict(config: Config, model_config: Any, base: int = 0) -> Prediction:
+def adapter_parameters(model_config: Any, settings: LoraConfig) -> int:
+    """Count the weights of the adapters that a model of that config would have."""
+    if not settings.rank:
+        return 0
+    with torch.device("meta"):
+        trunk = AutoModelForCausalLM.from_config(model_config).base_model
+        add_adapters(trunk, settings, "model.lora")
+    return sum(p.numel() for p in trunk.parameters() if p.requires_grad)
+
+
+def predict(config: Config, model_config: Any, base: int = 0, on_gpu: bool = False) -> Prediction:
     """What the peak of a training step will be on one device, in one process.
 
     Args:
         config: of the run.
         model_config: of the policy, as transformers has it.
         base: bytes that the process holds without a model.
+        on_gpu: whether that device is a GPU.
     """
     row, shape = find_algorithm(config.algorithm), model_config.get_text_config()
     model, trunk = parameters_of(model_config)
@@ -78,9 +94,11 @@ def predict(config: Config, model_config: Any, base: int = 0) -> Prediction:
     outputs = {"none": 0, "vocabulary": shape.vocab_size}.get(row.critic, config.critic.num_heads * quantiles)
     bases = config.critic.num_heads if config.critic.monotone and outputs and quantiles > 1 else 0
     head = (shape.hidden_size + 1) * (outputs + bases)
-    learning = head + (trunk if own_trunk and config.critic.trunk == "own" else 0)
-    critic = head + (trunk if own_trunk else 0)
-    reference = model if config.actor.kl.coef else 0
+    adapter = adapter_parameters(model_config, config.model.lora)
+    critic_adapter = adapter_parameters(model_config, config.critic_lora) if own_trunk else 0
+    learning = head + (critic_adapter or (trunk if own_trunk and config.critic.trunk == "own" else 0))
+    critic = head + critic_adapter + (trunk if own_trunk and not shares_base(config) else 0)
+    reference = model if config.actor.kl.coef and not adapter else 0
 
     batch = ceil(config.sampling.responses_per_step / config.update.minibatches)
     rows = min(config.update.microbatch_size, batch)
@@ -88,17 +106,19 @@ def predict(config: Config, model_config: Any, base: int = 0) -> Prediction:
     length = config.sampling.max_prompt_length + response
     if config.update.max_tokens_per_microbatch:
         rows = max(1, min(rows, config.update.max_tokens_per_microbatch // length))
-    activations = _activations(config, shape, rows * length)
+    tokens = rows * length
+    plain, beside = (_activations(config, shape, tokens, frozen, on_gpu) for frozen in (False, True))
     logits = LOGIT_COPIES * FLOAT * min(rows * response * shape.vocab_size, LOGIT_BUDGET)
     terms = LOSS_COPIES * FLOAT * rows * response * outputs if row.critic != "vocabulary" else logits
-    of_policy = (FLOAT * model, activations, logits)
-    of_critic = (FLOAT * learning, activations if learning > head else 0, terms if row.has_critic else 0)
+    of_policy = (FLOAT * (adapter or model), beside if adapter else plain, logits)
+    of_trunk = 0 if learning == head else beside if critic_adapter else plain
+    of_critic = (FLOAT * learning, of_trunk, terms if row.has_critic else 0)
     gradients, activations, heads = max(of_policy, of_critic, key=sum)
     values = config.sampling.responses_per_step * response * (config.critic.num_heads * VALUE_COPIES + 1) * quantiles
     return Prediction(
         base=base,
-        weights=FLOAT * (model + critic + reference),
-        moments=2 * FLOAT * (model + learning),
+        weights=FLOAT * (model + adapter + critic + reference),
+        moments=2 * FLOAT * ((adapter or model) + learning),
         gradients=gradients,
         activations=activations,
         heads=heads,
@@ -106,8 +126,8 @@ def predict(config: Config, model_config: Any, base: int = 0) -> Prediction:
     )
 
 
-def _activations(config: Config, shape: Any, tokens: int) -> int:
-    """What a trunk keeps for its backward pass, and what that makes on the way, in bytes."""
+def _activations(config: Config, shape: Any, tokens: int, frozen: bool, on_gpu: bool) -> int:
+    """What a trunk keeps for its backward pass, and what that makes on the way, in bytes; frozen: beside adapters."""
     hidden, inner = shape.hidden_size, getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
     head_size = getattr(shape, "head_dim", None) or hidden // shape.num_attention_heads
     queries = shape.num_attention_heads * head_size
@@ -115,8 +135,11 @@ def _activations(config: Config, shape: Any, tokens: int) -> int:
     # Two norms (input, normalised, scaled); query, key and value with their norms and rotations, repeated for the
     # queries of a group; attention's result, twice; gate, its activation, up, their product.
     kept = 6 * hidden + 7 * queries + 4 * keys + 4 * inner
+    if frozen:  # norms whose weights do not learn keep less
+        kept = 4 * hidden + 3 * queries + 3 * keys + 4 * inner
     layers = shape.num_hidden_layers
     passing = 4 * hidden + 3 * inner
     size = 2 if config.model.dtype == "bfloat16" else FLOAT
     floats = layers * hidden + kept if config.model.gradient_checkpointing else layers * kept
-    return tokens * (floats * size + passing * FLOAT)
+    holes = HOLES if frozen and not on_gpu else 1.0
+    return round(holes * tokens * (floats * size + passing * FLOAT))

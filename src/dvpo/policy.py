@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from dvpo.errors import InputError
+from dvpo.lora import merged, without_adapters
 from dvpo.parallel import inside, whole_state
 from dvpo.prefix import hidden_states
 
@@ -41,6 +42,8 @@ class Policy:
     """Compute type of the trunk and of the language-model head's product; logits, log-probs and losses are float32."""
     home: torch.device | None = None
     """Where it computes, if not where its weights are kept."""
+    adapted: bool = True
+    """False: as it was before training, without its adapters if it has any."""
 
     @property
     def device(self) -> torch.device:
@@ -80,8 +83,13 @@ class Policy:
 
     def hidden_states(self, tokens_BS: Tensor, attention_BS: Tensor, first: int = 0) -> Tensor:
         """Last hidden states from column `first` on, the last one of the prompts: [B, S - first, D]."""
+
+        def states() -> Tensor:
+            with nullcontext() if self.adapted else without_adapters(self.model):
+                return hidden_states(self.trunk, tokens_BS, attention_BS, first)
+
         with self.autocast():
-            return inside(self.model, lambda: hidden_states(self.trunk, tokens_BS, attention_BS, first))
+            return inside(self.model, states)
 
     @property
     def logit_scale(self) -> float:
@@ -131,7 +139,7 @@ class Policy:
         return logprobs_K, entropies_K
 
     def save(self, folder: Path) -> None:
-        """Write a plain Hugging Face folder."""
+        """Write a plain Hugging Face folder, with adapters added to the weights."""
         self.writer()(folder)
 
     def writer(self) -> Callable[[Path], None]:
@@ -139,7 +147,7 @@ class Policy:
         state = whole_state(self.model)
 
         def write(folder: Path) -> None:
-            self.model.save_pretrained(folder, state_dict=state)
+            self.model.save_pretrained(folder, state_dict=merged(self.model, state))
             self.tokenizer.save_pretrained(folder)
 
         return write

@@ -82,6 +82,18 @@ class TaskConfig(OneTaskConfig):
 
 
 @section
+class LoraConfig:
+    """A frozen model with small trained matrices beside its linear layers: y = W x + (alpha / rank) B A x."""
+
+    rank: CountOrZero = 0
+    """Rows of A and columns of B; 0 = off, all parameters learn."""
+    alpha: Positive = 32.0
+    """The matrices' product counts alpha / rank times."""
+    targets: tuple[str, ...] = ()
+    """Ends of the names of the layers that get them (`q_proj`, `v_proj`); none: all linear layers but the head."""
+
+
+@section
 class ModelConfig:
     """The policy's starting point."""
 
@@ -96,6 +108,8 @@ class ModelConfig:
     """Compute type. Master weights, heads, losses and advantages are float32 either way."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    lora: LoraConfig = LoraConfig()
+    """Of the policy, and of the critic unless `critic.lora` says otherwise; needs the extra `lora` (docs/scale.md)."""
 
 
 @section

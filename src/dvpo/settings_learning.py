@@ -105,6 +105,18 @@ class HistogramConfig:
 
 
 @section
+class CriticLoraConfig:
+    """Adapters of the critic's own trunk, in a run whose policy has them (`model.lora`)."""
+
+    rank: CountOrZero | None = None
+    """None: the policy's; 0 = none, the whole trunk learns."""
+    alpha: Positive | None = None
+    """None: the policy's."""
+    targets: tuple[str, ...] | None = None
+    """None: the policy's."""
+
+
+@section
 class CriticConfig:
     """The value model."""
 
@@ -154,6 +166,8 @@ class CriticConfig:
     """First steps in which the critic learns the verdict's scale and bias alone."""
     privileged: str | None = None
     """A column (`answer`, say) that the critic reads in front of its prompt and the policy does not."""
+    lora: CriticLoraConfig = CriticLoraConfig()
+    """As `model.lora`, for a trunk of the critic's own. The heads always learn whole."""
 
     def __post_init__(self) -> None:
         if self.verdict_only_steps and self.start != "verdict":

@@ -26,7 +26,7 @@ from dvpo.config import Config, to_yaml
 from dvpo.core.losses import kl_estimate
 from dvpo.core.masks import masked_variance, whiten
 from dvpo.core.returns import gae
-from dvpo.critic import load_critic, make_critic
+from dvpo.critic import open_critic
 from dvpo.critic_pass import CriticPass
 from dvpo.data import open_prompts, warn_of_few
 from dvpo.distributed import (
@@ -52,6 +52,7 @@ from dvpo.heap import keep_freed_memory
 from dvpo.interrupt import Interrupted, check, deferred
 from dvpo.keeper import Keeper, refuse_without_judge
 from dvpo.kl import KLController
+from dvpo.lora import Adapters, refuse_without_peft
 from dvpo.metrics import Means, critic_figures, mean_of, reward_figures, rollout_figures, task_figures
 from dvpo.noise import make_noise
 from dvpo.optimiser import Optimiser
@@ -127,6 +128,7 @@ class Trainer(Learner):
         if not resume:
             refuse_used_folder(self.folder)  # now, not after minutes of loading a model
         on_main(lambda: refuse_unusable(config.log))
+        refuse_without_peft(config.model.lora)
         refuse_absent_server(config.sampling)
         barrier()  # the main process writes there soon
 
@@ -137,19 +139,17 @@ class Trainer(Learner):
         self.reward = together(lambda: open_reward(config, self.task, reward))
         self.scorer = Scorer(self.task, self.reward, make_noise(config.noise, config.seed, train))
         source = starting_model(config)
-        self.policy = self._open_start(source) if checkpoint is None else self._open(checkpoint / "policy")
+        # A run with adapters goes on from the model that it began with: what it has trained is among its parts.
+        trained = None if config.model.lora.rank else checkpoint
+        self.policy = self._open_start(source) if trained is None else self._open(trained / "policy")
         encoder = ChatEncoder(self.policy.tokenizer)
         prompt_tokens = fit_prompts(train, encoder, config.sampling, self.policy.context_length)
         train = [example for example in train if example.id in prompt_tokens]
-        self.reference = self._open_start(source) if config.actor.kl.coef else None
+        self.reference = self._open_reference(source) if config.actor.kl.coef else None
         room = self.policy.context_length - config.sampling.max_completion_length
         self.privilege = open_privilege(config, encoder, train, prompt_tokens, room) if self.row.has_critic else None
-        self.critic = None
-        if self.row.critic != "none" and checkpoint is None:
-            self.critic = make_critic(self.row.critic, config.critic, self.policy)
-        elif self.row.critic != "none" and checkpoint is not None:
-            how = (self.policy.device, self.policy.dtype, config.model.gradient_checkpointing)
-            self.critic = load_critic(checkpoint / "critic", *how)
+        self.critic = open_critic(self.row.critic, config, self.policy, trained)
+        adapters = Adapters(config, source, self.policy.model, self.critic) if config.model.lora.rank else None
         self._spread()
 
         self.critic_pass = CriticPass(self.critic, self.policy, config) if self.critic else None
@@ -172,6 +172,7 @@ class Trainer(Learner):
         optional = {
             "policy_optimiser": self.policy_optimiser,
             "critic_optimiser": self.critic_optimiser,
+            "adapters": adapters,
             "rates": self.rates,
             "kl": self.kl if self.kl.adaptive else None,
             "replay": self.replay if config.critic.replay else None,
@@ -454,8 +455,8 @@ class Trainer(Learner):
 
     def _spread(self) -> None:
         """Make the models equal on all processes, and of sharded ones leave each process its share."""
-        modules = [part.model for part in (self.policy, self.reference) if part is not None]
-        modules += [self.critic] if self.critic is not None else []
+        models = [part.model for part in (self.policy, self.reference) if part is not None]
+        modules = dict.fromkeys([*models, *([] if self.critic is None else [self.critic])])  # one may be two
         for module in modules:
             spread_from_main([*module.parameters(), *module.buffers()])
         self.whole_copy = None
@@ -475,6 +476,9 @@ class Trainer(Learner):
         """The policy before training; weights and heads, and whatever a task draws, follow the run's seed."""
         set_seed(self.config.seed)
         return self._open(source, self.config.model.weights)
+
+    def _open_reference(self, source: str | Path) -> Policy:
+        return replace(self.policy, adapted=False) if self.config.model.lora.rank else self._open_start(source)
 
     def _open(self, source: str | Path, weights: Literal["pretrained", "random"] = "pretrained") -> Policy:
         model = self.config.model

@@ -30,6 +30,7 @@ import torch
 
 from dvpo.durable import disk_full_named
 from dvpo.errors import InputError, RunStoppedError
+from dvpo.lora import merged
 from dvpo.policy import Policy
 from dvpo.sampling import HuggingFaceSampler, Sampler, Turn
 from dvpo.settings import SamplingConfig
@@ -275,7 +276,8 @@ class VllmServer:
         def converted(tensor: torch.Tensor) -> torch.Tensor:
             return made.setdefault(tensor.data_ptr(), tensor.detach().to(self.policy.dtype))
 
-        state = {name: converted(tensor) for name, tensor in self.policy.model.state_dict().items()}
+        weights = merged(self.policy.model, self.policy.model.state_dict())
+        state = {name: converted(tensor) for name, tensor in weights.items()}
         with disk_full_named(folder):
             self.policy.model.save_pretrained(folder, state_dict=state)
         self._laid = folder
