@@ -29,7 +29,7 @@ VALUE_COPIES = 3
 """Of all predictions of a step: the pieces, and the whole of which they are put together."""
 HOLES = 2.0
 """On a CPU, what a trunk with adapters keeps takes so many times its size: peft's products come and go between what
-stays, and malloc keeps their places (measured, as long as none of them exceeds malloc's 32 MiB)."""
+stays, and malloc keeps their places (measured at three sizes)."""
 
 
 class Parameters(NamedTuple):

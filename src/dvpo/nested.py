@@ -99,7 +99,7 @@ def _suggest(key: str, prefix: str, section_keys: list[str], root: type) -> str:
     if not elsewhere:
         elsewhere = difflib.get_close_matches(prefix + key, everywhere, n=1, cutoff=0.6)
     if elsewhere:
-        return f"did you mean {elsewhere[0]}?"
+        return f"did you mean {min(elsewhere, key=lambda k: k.count('.'))}?"
     return "the keys here are " + ", ".join(section_keys)
 
 
