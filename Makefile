@@ -11,7 +11,7 @@ HIGHEST := 5.24.0
 LOWEST_READY  := .venv-transformers-$(LOWEST)/.ready
 HIGHEST_READY := .venv-transformers-$(HIGHEST)/.ready
 RANGE_TESTS := $(addprefix tests/test_,policy.py prefix.py sampling.py decoding.py episodes.py critic.py \
-	critic_vocabulary.py embedded.py checkpoint.py trainer.py vllm_sampler.py)
+	critic_vocabulary.py embedded.py checkpoint.py trainer.py vllm_sampler.py lora.py)
 DOCS   := $(VENV)/.docs
 
 .PHONY: setup demo test test-all test-browser test-verl test-ranges docs site pictures bench bench-gpu bench-trl faults results \

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dvpo import load_critic, lora
+from dvpo import load_critic
 from dvpo.cli import main
 from dvpo.config import load_config
 from dvpo.critic import load_critic as load_bare_critic
@@ -216,7 +216,9 @@ def test_the_verdict_learns_alone_and_then_the_adapters_and_never_the_frozen_wei
     trainer.train_step()
     assert moved() == {"verdict", "heads", "trunk"}
     frozen = [name for name in before if name.startswith("trunk.") and "lora_" not in name]
-    assert all(torch.equal(dict(trainer.critic.named_parameters())[name], before[name]) for name in frozen)
+    now = dict(trainer.critic.named_parameters())
+    assert all(torch.equal(now[name], before[name]) and now[name].grad is None for name in frozen)
+    assert not any(now[name].requires_grad for name in frozen)
     trainer.close()
 
 
@@ -367,7 +369,7 @@ def test_settings_that_make_no_sense_are_refused_in_one_sentence(overrides: list
 
 
 def test_a_run_without_peft_is_refused_before_a_model_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(lora, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "peft", None)  # whoever imports it fails
     config = run_config(tmp_path / "run", *RANK, "model.path=/nowhere")
     with pytest.raises(InputError, match=r"model.lora.rank = 4 needs peft.*pip install 'dvpo\[lora\]'"):
         Trainer(config, task=Parity())

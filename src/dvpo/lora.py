@@ -11,9 +11,9 @@ What a resume needs, A and B themselves, is state of the run, beside its optimis
 """
 
 import copy
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,13 +39,17 @@ def refuse_without_peft(settings: "LoraConfig") -> None:
     """Check that peft is there if adapters are wanted.
 
     Raises:
-        InputError: it is not installed.
+        InputError: it is not installed, or too old for this version of transformers.
     """
-    if settings.rank and find_spec("peft") is None:
+    if not settings.rank:
+        return
+    try:
+        importlib.import_module("peft")
+    except ImportError as error:
         raise InputError(
-            f"model.lora.rank = {settings.rank} needs peft, which is not installed: run `pip install 'dvpo[lora]'`, or "
-            "set model.lora.rank=0"
-        )
+            f"model.lora.rank = {settings.rank} needs peft, which cannot be imported ({error}): run `pip install "
+            "'dvpo[lora]'`, or set model.lora.rank=0"
+        ) from None
 
 
 def shares_base(config: "Config") -> bool:
