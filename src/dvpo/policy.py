@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -79,7 +80,8 @@ class Policy:
         return int(pad if pad is not None else min(self.end_ids, default=0))
 
     def autocast(self) -> AbstractContextManager[Any]:
-        return compute_type(self.dtype, self.device)
+        # Asked at every token that is sampled, and a model looks for its device among all its parameters.
+        return nullcontext() if self.dtype is torch.float32 else compute_type(self.dtype, self.device)
 
     def hidden_states(self, tokens_BS: Tensor, attention_BS: Tensor, first: int = 0) -> Tensor:
         """Last hidden states from column `first` on, the last one of the prompts: [B, S - first, D]."""
@@ -91,11 +93,16 @@ class Policy:
         with self.autocast():
             return inside(self.model, states)
 
-    @property
+    @cached_property
     def logit_scale(self) -> float:
         """What the model family multiplies its logits by; `check_head` refuses one that does anything unknown."""
         config = self.model.config.get_text_config()
         return (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+
+    @cached_property
+    def logit_cap(self) -> float | None:
+        """Bound that a tanh keeps the logits within, where the family has one."""
+        return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
 
     def logits(self, hidden_KD: Tensor) -> Tensor:
         """float32 logits [K, V] of given hidden states, as the model's own forward computes them.
@@ -106,8 +113,7 @@ class Policy:
             logits_KV = self.model.get_output_embeddings()(hidden_KD).float()
         if self.logit_scale != 1.0:
             logits_KV = logits_KV * self.logit_scale
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        return torch.tanh(logits_KV / cap) * cap if cap else logits_KV
+        return torch.tanh(logits_KV / self.logit_cap) * self.logit_cap if self.logit_cap else logits_KV
 
     def token_logprobs(
         self, hidden_KD: Tensor, tokens_K: Tensor, temperature: float = 1.0, entropy: bool = True

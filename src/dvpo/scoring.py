@@ -249,7 +249,8 @@ def place(reward: Reward, episode: Episode) -> list[float] | str | None:
         One number a token; None where supervision is missing (one missing entry leaves the whole return unknown); or
         the sentence of a fault: a list of another length, or a reward at a token that the policy did not write.
     """
-    last_of_turn = [max(i for i, t in enumerate(episode.turns) if t == turn) for turn in range(max(episode.turns) + 1)]
+    last = {turn: i for i, turn in enumerate(episode.turns)}
+    last_of_turn = [last[turn] for turn in range(max(episode.turns) + 1)]
     values = reward if isinstance(reward, list) else [reward]
     if any(v is None or math.isnan(v) for v in values):
         return None
