@@ -20,6 +20,7 @@ from torch import Tensor
 from turns import exponent, medians, ratios, spread, take_turns
 
 from dvpo.core.returns import distributional_gae, distributional_targets
+from dvpo.heap import keep_freed_memory
 from dvpo.provenance import machine, source, versions
 
 HERE = Path(__file__).resolve().parent
@@ -36,7 +37,10 @@ def main() -> None:
     parser.add_argument("--quantiles", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "gae.json")
+    parser.add_argument("--keep-freed", action="store_true", help="for all of them, as a training process does")
     options = parser.parse_args()
+    if options.keep_freed:
+        keep_freed_memory()
     torch.set_num_threads(1)
     sizes = (options.sequences, options.tokens, options.quantiles)
     cases = {"full": inputs(*sizes, lengths=(1.0, 1.0)), "padded, two turns": inputs(*sizes, lengths=(0.3, 1.0))}
