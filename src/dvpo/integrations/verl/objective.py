@@ -17,6 +17,7 @@ from dvpo.critic import CriticShape
 from dvpo.errors import InputError
 from dvpo.estimates import Signals, law_weights
 from dvpo.seeding import derive_seed
+from dvpo.settings_learning import CriticLoraConfig
 
 SECTIONS = ("algorithm", "seed", "critic", "advantage")
 """What of dvpo's config means something inside verl; the rest of it is verl's own."""
@@ -137,6 +138,7 @@ def make_objective(settings: Mapping[str, Any], gamma: float, lam: float) -> Obj
         "critic.replay": not critic.replay,
         "critic.verdict_only_steps": not critic.verdict_only_steps,
         "critic.epochs": critic.epochs is None,
+        "critic.lora": critic.lora == CriticLoraConfig(),
     }
     if refused := [name for name, known in followed.items() if not known]:
         value = functools.reduce(getattr, refused[0].split("."), config)
