@@ -8,8 +8,9 @@ import ctypes
 import os
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LARGEST_BLOCK = 2**30
-"""Blocks of that many bytes and more still come from the kernel and return to it."""
+LARGEST_BLOCK = 2**25
+"""Blocks of that many bytes and more still come from the kernel and return to it: a heap with their holes holds more
+than it saves."""
 
 
 def keep_freed_memory() -> bool:
