@@ -224,7 +224,6 @@ def _samples(findings: Findings, config: Config) -> list[Advice]:
     count = min(MOST_SAMPLES, math.ceil(enough / left**2 / max(1 - findings.missing, 0.1)))
     more = "; noise wants 1 / (1 - p - q)^2 times as many for the same precision" if left < 1 else ""
     shares = findings.signal[enough - 2], findings.signal[-1]
-    shares = findings.signal[enough - 2], findings.signal[-1]
     least = f"with {enough} the answers to {_percent(shares[0])} of the prompts differ in their reward"
     most = f", with {findings.samples} {_percent(shares[1])}" if enough < findings.samples else ""
     if most and count == enough:

@@ -65,7 +65,7 @@ class CriticPass:
             if place < len(parts):
                 width = micro.mask_BT.shape[1]
                 values_BTNM[rows, :width], values_BTNM[rows, width:] = piece_BUNM[:, :-1], 0.0
-                bootstrap_BNM[rows] = piece_BUNM[torch.arange(len(rows)), last_B[rows]]
+                bootstrap_BNM[rows] = piece_BUNM[torch.arange(len(rows), device=rows.device), last_B[rows]]
         return values_BTNM, bootstrap_BNM
 
     def _values(self, rows: Tensor, micro: Rollout, keep: bool) -> Tensor:
