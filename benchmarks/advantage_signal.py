@@ -42,7 +42,9 @@ NOISES = {
     "clean": [],
     "heavy": ["noise={kind: student_t, df: 2, scale: 0.85, then: [{kind: affine, offset_sd: 1.0, scale_sd: 0.5}]}"],
     "flip": ["noise={kind: flip, rate: 0.4}"],
+    "labels": ["noise={kind: pseudo_labels, path: benchmarks/labels/untrained.jsonl}"],
 }
+"""Those of the study; `labels` of `dialogue`, where nothing can be voted on, are goals turned persistently."""
 TASKS = {
     "math": [],
     "science": ["task={name: science, ood: untrained}"],
@@ -85,6 +87,17 @@ SETTINGS: dict[str, list[str]] = {
     "dvpo length": ppo(1, "1e-4", "none", "dvpo", "advantage.recentre=true"),
     "rank length": ppo(1, "1e-4", "none", "dvpo_rank", "advantage.recentre=true"),
     "delta clip length": ppo(1, "1e-4", "group", "ppo_delta_clip", "advantage.recentre=true"),
+    "ppo group length": ppo(1, "1e-4", "group", "ppo", "advantage.recentre=true"),
+    "rank group length": ppo(1, "1e-4", "group", "dvpo_rank", "advantage.recentre=true"),
+    "ppo group lam .8": ppo(0.8, "1e-4", "group", "ppo", "advantage.recentre=true"),
+    "rank group lam .8": ppo(0.8, "1e-4", "group", "dvpo_rank", "advantage.recentre=true"),
+    **{
+        f"{name} group trust {share}": ppo(
+            1, "1e-4", "group", row, "advantage.recentre=true", f"advantage.reward_trust={share}"
+        )
+        for name, row in (("ppo", "ppo"), ("dvpo", "dvpo"), ("rank", "dvpo_rank"), ("delta clip", "ppo_delta_clip"))
+        for share in (0.5, 0.25, 0.1, 0)
+    },
 }
 
 
@@ -95,7 +108,9 @@ def open_trainer(folder: Path, task: str, noise: str, settings: list[str], seed:
     row = next(part.removeprefix("algorithm=") for part in settings if part.startswith("algorithm="))
     alone = [*LEVERS, "update.actor_warmup_steps=1000"] if find_algorithm(row).has_critic else []
     common = [f"seed={seed}", f"output={folder}", "steps=1000"]
-    return Trainer(load_config(None, [*common, *TASKS[task], *NOISES[noise], *alone, *settings]))
+    voted = noise == "labels" and task == "dialogue"
+    noisy = ["noise={kind: persistent, rate: 0.4}"] if voted else NOISES[noise]
+    return Trainer(load_config(None, [*common, *TASKS[task], *noisy, *alone, *settings]))
 
 
 def gradient(trainer: "Trainer", rollout: "Rollout") -> "Tensor":

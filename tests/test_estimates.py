@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dvpo.algorithms import ALGORITHMS
 from dvpo.config import Config, load_config
+from dvpo.core.backends import ascending
 from dvpo.core.masks import identity
 from dvpo.core.returns import gae, group_location_scale, group_rank
 from dvpo.core.risk import cvar, noise_corrected_value, rank_advantage, trimmed_mean, tv_worst_case
@@ -106,6 +107,41 @@ def test_the_trainer_recentres_what_the_advantage_reads_and_not_what_the_critic_
     ends_BT = last_token(raw.mask_BT)
     assert ((raw.advantages_BT * ends_BT).sum() / ends_BT.sum()).abs() > 1e-3
     assert ((fixed.advantages_BT * ends_BT).sum() / ends_BT.sum()).abs() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["ppo", "robust_ppo", "dvpo", "rfqi_ppo"])
+def test_a_reward_that_is_trusted_by_a_share_counts_by_that_share_in_the_last_difference_alone(name: str) -> None:
+    given = signals(num_quantiles=1 if "ppo" in name and "rfqi" not in name else 5)
+    whole, targets = estimate(name, given, "advantage.lam=0")  # with lambda = 0 advantages are the differences
+    part, same_targets = estimate(name, given, "advantage.lam=0", "advantage.reward_trust=0.25")
+    at_end_BT = last_token(given.mask_BT).bool()
+    torch.testing.assert_close(part[at_end_BT], 0.25 * whole[at_end_BT])
+    torch.testing.assert_close(part[~at_end_BT], whole[~at_end_BT], rtol=0, atol=0)
+    torch.testing.assert_close(same_targets, targets, rtol=0, atol=0)
+
+
+def test_what_the_critic_says_of_the_end_stands_in_for_a_reward_that_is_not_trusted() -> None:
+    given = signals(num_quantiles=1)
+    # lambda = 1, first response: 1/4 of its reward 1 and 3/4 of V(s_T), less V(s_t) at each token.
+    values_T = given.values_BTNM[0].mean(dim=(-2, -1))
+    advantages_BT, _ = estimate("ppo", given, "advantage.lam=1", "advantage.reward_trust=0.25")
+    torch.testing.assert_close(advantages_BT[0], 0.25 + 0.75 * values_T[-1] - values_T)
+    # Trusted not at all it is as if it were missing.
+    missing = dataclasses.replace(
+        given, zero_last_delta_B=torch.ones(6, dtype=torch.bool), rewards_BT=torch.zeros_like(given.rewards_BT)
+    )
+    doubted, _ = estimate("ppo", given, "advantage.reward_trust=0")
+    torch.testing.assert_close(doubted, estimate("ppo", missing)[0])
+
+
+def test_a_rank_compares_what_is_trusted_of_the_return_with_the_law() -> None:
+    given = signals()
+    theta_BTM = ascending(given.values_BTNM.mean(dim=-2))
+    advantages_BT, targets_BTL = estimate("dvpo_rank", given, "advantage.lam=1", "advantage.reward_trust=0.5")
+    mixed = 0.5 * 1.0 + 0.5 * theta_BTM[0, -1].mean()
+    below = (theta_BTM[0, 0] < mixed).float().mean()
+    torch.testing.assert_close(advantages_BT[0, 0], below - 0.5)
+    torch.testing.assert_close(targets_BTL, estimate("dvpo_rank", given, "advantage.lam=1")[1], rtol=0, atol=0)
 
 
 def test_rfqi_with_radius_0_is_the_quantile_critic_with_its_mean() -> None:

@@ -173,8 +173,26 @@ def _scalar_gae(
     if settings.law.functional == "denoised":
         signals = _corrected(signals)
         values_BT, bootstrap_B = (risk.noise_corrected_value(v, *signals.rates) for v in (values_BT, bootstrap_B))
+    signals = trusted_rewards(signals, values_BT, bootstrap_B, settings)
     advantages_BT, _ = _gae(signals, values_BT, bootstrap_B, settings, settings.lam, settings.delta_clip)
     return advantages_BT, returns_BT.unsqueeze(-1)
+
+
+def trusted_rewards(signals: Signals, values_BT: Tensor, bootstrap_B: Tensor, settings: "AdvantageConfig") -> Signals:
+    """For the actor: the last temporal difference of a response, which alone brings its verdict, times `reward_trust`.
+
+        r_T -> w r_T + (1 - w) (V(s_T) - gamma V(s_{T+1})),   so that   delta_T -> w delta_T
+
+    With lambda = 1 the return R becomes w R + (1 - w) V(s_T): what the critic says of the finished response, corrected
+    by a share w of what was observed. Unlike lambda < 1 it weighs every token of a response alike. w = 1 changes
+    nothing; w = 0 is what `missing_reward: bootstrap` does to a response without a reward. Targets keep r_T.
+    """
+    if (trust := settings.reward_trust) == 1:
+        return signals
+    expected_BT = values_BT - settings.gamma * bootstrap_B.unsqueeze(-1)
+    mixed_BT = trust * signals.rewards_BT + (1 - trust) * expected_BT
+    at_end_BT = last_token(signals.mask_BT).bool()
+    return replace(signals, rewards_BT=torch.where(at_end_BT, mixed_BT, signals.rewards_BT))
 
 
 def _corrected(signals: Signals) -> Signals:
@@ -218,7 +236,7 @@ def distributional_estimate(signals: Signals, config: "Config") -> tuple[Tensor,
     theta_BTM = ascending(signals.values_BTNM.mean(dim=-2))
     bootstrap_BM = ascending(signals.bootstrap_BNM.mean(dim=-2))
 
-    def targets_at(lam: float, out: Tensor | None = None) -> Tensor:
+    def targets_at(lam: float, out: Tensor | None = None, signals: Signals = signals) -> Tensor:
         given = (signals.rewards_BT, theta_BTM, signals.mask_BT, settings.gamma, lam)
         missing_B = signals.zero_last_delta_B
         if settings.target == "mixture":
@@ -234,12 +252,15 @@ def distributional_estimate(signals: Signals, config: "Config") -> tuple[Tensor,
 
     if settings.law.functional == "rank":
         targets_BTL = targets_at(critic_lam(settings))
-        compared_BTL = targets_BTL if critic_lam(settings) == settings.lam else targets_at(settings.lam)
+        acting = trusted_rewards(signals, theta_BTM.mean(dim=-1), bootstrap_BM.mean(dim=-1), settings)
+        same = critic_lam(settings) == settings.lam and acting is signals
+        compared_BTL = targets_BTL if same else targets_at(settings.lam, signals=acting)
         advantages_BT = risk.rank_advantage(compared_BTL, theta_BTM, settings.law.width)
         return zero_masked(advantages_BT, signals.mask_BT), targets_BTL
     weights_M = law_weights(settings.law, theta_BTM.shape[-1], signals.rates)
     values_BT, bootstrap_B = (risk.spectral_value(atoms, weights_M) for atoms in (theta_BTM, bootstrap_BM))
     acting = _corrected(signals) if settings.law.functional == "denoised" else signals
+    acting = trusted_rewards(acting, values_BT, bootstrap_B, settings)
     advantages_BT, _ = _gae(acting, values_BT, bootstrap_B, settings, settings.lam, settings.delta_clip)
     return advantages_BT, targets_at(critic_lam(settings), out=theta_BTM)  # theta has served
 

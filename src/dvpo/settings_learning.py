@@ -52,6 +52,9 @@ class AdvantageConfig:
     recentre: bool = False
     """Shift all values of a step by one constant, so that its last temporal differences are 0 in the mean: an end costs
     nothing merely because the critic is wrong in the mean."""
+    reward_trust: Share = 1.0
+    """Share of a response's last temporal difference that the actor believes: 1 takes the observed reward, 0 what the
+    critic says of the finished response in its place; the critic learns from the observed reward whatever it is."""
     whiten: bool = True
     """Give the advantages of a step mean 0 and deviation 1."""
     truncation: Literal["terminal", "bootstrap", "mask"] = "terminal"

@@ -131,6 +131,7 @@ def make_objective(settings: Mapping[str, Any], gamma: float, lam: float) -> Obj
         "advantage.truncation": advantage.truncation == "terminal",
         "advantage.missing_reward": advantage.missing_reward == "mask",
         "advantage.recentre": not advantage.recentre,
+        "advantage.reward_trust": advantage.reward_trust == 1,
         "critic.trunk": critic.trunk == "own",
         "critic.features": not critic.features,
         "critic.privileged": critic.privileged is None,
