@@ -100,7 +100,7 @@ def test_messages_count_with_the_policys_words_alone() -> None:
 
 def test_a_hang_is_killed_within_the_limit_and_costs_only_its_own_sample() -> None:
     completions = [r"\boxed{3}", r"\boxed{9^{9^{9}}}", r"\boxed{4}"]
-    with GuardedReward(MATH_VERIFY, timeout=1.0, columns=["answer"]) as reward:
+    with GuardedReward(MATH_VERIFY, timeout=3.0, columns=["answer"]) as reward:
         scores = reward(["?"] * 3, completions, [[1]] * 3, {"answer": ["3"] * 3})
     assert scores.rewards == [1.0, None, 0.0]
     assert [(fault.kind, fault.index) for fault in scores.faults] == [("timeout", 1)]

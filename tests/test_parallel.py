@@ -28,7 +28,7 @@ LORA = [*LINEAR, "model.lora.rank=4", "actor.kl.coef=0.1", "sampling.prompts_per
 STRATEGIES = ("ddp", "fsdp")
 
 FAULTY = [*LINEAR, "steps=2", "sampling.prompts_per_step=4", "sampling.samples_per_prompt=2", "log.completions=8"]
-FAULTY += ["evaluation.prompts=1", "reward.timeout=1", "reward.norm=batch"]
+FAULTY += ["evaluation.prompts=1", "reward.timeout=3", "reward.norm=batch"]
 MANNERS = ("raises", "abstains", "hangs", "dies")
 
 
