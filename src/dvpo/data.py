@@ -3,6 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -57,18 +58,19 @@ class PromptStream:
         return self.examples[self._order[place]], visit
 
     def state_dict(self) -> dict[str, Any]:
-        return {"drawn": self.drawn, "examples": self._fingerprint()}
+        return {"drawn": self.drawn, "examples": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["examples"] != self._fingerprint():
+        if state["examples"] != self._fingerprint:
             raise InputError(
                 "resume: the training prompts are not those of the checkpoint: give the same data, or start another run"
             )
         self.drawn = state["drawn"]
         self.__dict__.pop("_order", None)
 
+    @cached_property
     def _fingerprint(self) -> int:
-        """Tells two training splits apart by their prompts' ids and order."""
+        """Tells two training splits apart by their prompts' ids and order; asked for at every step."""
         return derive_seed(*(example.id for example in self.examples))
 
 

@@ -271,7 +271,8 @@ class HuggingFaceSampler:
         order = self._order(contexts)
         model = self.policy.model
         was_training = model.training
-        model.eval()  # gradient checkpointing needs training mode, in which transformers drops the KV cache
+        if was_training:  # gradient checkpointing needs that mode, in which transformers drops the KV cache
+            model.eval()
         try:
             with self.policy.autocast():  # around all steps: it casts the weights once and keeps them until it ends
                 for start in range(0, len(order), size):
@@ -280,7 +281,8 @@ class HuggingFaceSampler:
                         [contexts[i] for i in rows], [budgets[i] for i in rows], [seeds[i] for i in rows]
                     )
         finally:
-            model.train(was_training)
+            if was_training:
+                model.train()
         turns = dict(zip(order, drawn, strict=True))
         return [turns[i] for i in range(len(contexts))]
 
@@ -299,13 +301,14 @@ class HuggingFaceSampler:
         budgets_B = torch.tensor(budgets, device=device)
         end_ids_1E = torch.tensor([sorted(self.policy.end_ids)], device=device)
 
-        # The record, in the order of the contexts; `rows` says which of them are still carried along. What a row that
-        # is over goes on to write lies behind its length. No mask is used as an index: on a GPU that would wait for it.
+        # The record, in the order of the contexts; `rows` says which of them are still carried along, all of them until
+        # some are dropped. What a row that is over goes on to write lies behind its length. No mask is used as an
+        # index: on a GPU that would wait for it.
         written_BT = torch.zeros(len(contexts), longest, dtype=torch.long, device=device)
         logprobs_BT = torch.zeros(len(contexts), longest, device=device)
         lengths_B = torch.zeros_like(budgets_B)
         finished_B = torch.zeros(len(contexts), dtype=torch.bool, device=device)
-        rows = torch.arange(len(contexts), device=device)
+        rows: slice | Tensor = slice(None)
         going_on = torch.ones_like(finished_B)
         decoder = Decoder(self.policy, tokens_BS, attention_BS, longest)
         for t in range(longest):
@@ -320,10 +323,11 @@ class HuggingFaceSampler:
             left = int(going_on.sum())
             if left == 0:
                 break
-            if left <= self.going_on_share * len(rows) and decoder.can_select:
+            if left <= self.going_on_share * len(going_on) and decoder.can_select:
                 keep = going_on.nonzero().squeeze(-1)
                 decoder.select(keep)
-                rows, chosen, going_on = rows[keep], chosen[keep], going_on[keep]
+                rows = keep if isinstance(rows, slice) else rows[keep]
+                chosen, going_on = chosen[keep], going_on[keep]
             decoder.step(chosen, going_on)
 
         record = zip(written_BT.tolist(), logprobs_BT.tolist(), lengths_B.tolist(), finished_B.tolist(), strict=True)
@@ -359,13 +363,10 @@ class HuggingFaceSampler:
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Stack rows of ids with padding in front: (tokens [B, P], attention [B, P] bool)."""
-    width = max(len(row) for row in rows)
-    tokens = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    attention = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        tokens[i, width - len(row) :] = torch.tensor(row)
-        attention[i, width - len(row) :] = True
-    return tokens, attention
+    lengths_B = torch.tensor([len(row) for row in rows])
+    width = int(lengths_B.max())
+    tokens = torch.tensor([[*[pad_id] * (width - len(row)), *row] for row in rows], dtype=torch.long)
+    return tokens, torch.arange(width) >= width - lengths_B.unsqueeze(-1)
 
 
 def pad_right(rows: Sequence[Sequence[Any]], fill: Any, dtype: torch.dtype, width: int) -> Tensor:
