@@ -5,9 +5,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dvpo.batch import Rollout, cut
 from dvpo.config import Config
+from dvpo.core.masks import rows_where
 from dvpo.critic import Critic
 from dvpo.parallel import idle_passes, inside, is_sharded
 from dvpo.policy import Policy
@@ -83,13 +85,14 @@ class CriticPass:
         What was kept is handed out once.
         """
         kept, self._kept = self._kept, None
+        before_BU = F.pad(mask_BT, (0, 1))  # the states before these tokens; none is before the end
         if kept is None or kept.version != self._version() or not torch.equal(kept.rows, rows):
             states_BUD = self.critic.states(micro, self.policy)
         elif self.critic.predicts_values:
-            return kept.values_BUNM[:, :-1][mask_BT]
+            return rows_where(kept.values_BUNM, before_BU)
         else:
             states_BUD = kept.states_BUD
-        return self.critic.predictions(states_BUD[:, :-1][mask_BT], micro.response_BT[mask_BT])
+        return self.critic.predictions(rows_where(states_BUD, before_BU), micro.response_BT[mask_BT])
 
     def _version(self) -> int:
         """Grows with every change of a weight."""

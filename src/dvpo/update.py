@@ -14,7 +14,7 @@ from dvpo.algorithms import Algorithm
 from dvpo.batch import Estimates, Rollout, cut
 from dvpo.config import Config
 from dvpo.core.losses import aggregation_weights, kl_estimate, truncated_ratio
-from dvpo.core.masks import token_count
+from dvpo.core.masks import rows_where, token_count
 from dvpo.critic import Critic
 from dvpo.critic_pass import CriticPass
 from dvpo.distributed import agreed, all_reduce_sum, gather_objects, rank
@@ -177,7 +177,7 @@ class Learner:
         # The last token's own state predicts nothing.
         states_BTD = policy.hidden_states(micro.tokens_BS[:, :-1], micro.attention_BS[:, :-1], micro.prompt_length - 1)
         return policy.token_logprobs(
-            states_BTD[mask_BT],
+            rows_where(states_BTD, mask_BT),
             micro.response_BT[mask_BT],
             self.config.sampling.temperature,
             entropy,

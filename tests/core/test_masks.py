@@ -12,6 +12,7 @@ from dvpo.core.masks import (
     masked_mean,
     masked_sum,
     masked_variance,
+    rows_where,
     token_count,
     whiten,
     zero_masked,
@@ -31,6 +32,16 @@ def test_worked_example():
     # Whitened: (-2, -1, 3) / sqrt(14/3).
     expected_BT = torch.tensor([[-2.0, 0.0], [-1.0, 3.0]]) / math.sqrt(14 / 3)
     torch.testing.assert_close(whiten(values_BT, mask_BT), expected_BT)
+
+
+def test_rows_where_the_mask_is_one_and_their_gradient_are_those_of_indexing():
+    values_BUN = torch.randn(3, 5, 2, dtype=torch.float64, requires_grad=True)
+    mask_BU = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    grad_KN = torch.randn(8, 2, dtype=torch.float64)
+    taken_KN, indexed_KN = rows_where(values_BUN, mask_BU), values_BUN[mask_BU]
+    assert torch.equal(taken_KN, indexed_KN)
+    assert torch.equal(*(torch.autograd.grad(x, values_BUN, grad_KN)[0] for x in (taken_KN, indexed_KN)))
+    assert rows_where(values_BUN, torch.zeros_like(mask_BU)).shape == (0, 2)
 
 
 def test_an_empty_mask_gives_zeros_and_a_count_of_one():

