@@ -22,6 +22,7 @@ from dvpo.estimates import (
     forward_weights,
     last_token,
     overlong_penalties,
+    reward_trust,
     shape_rewards,
 )
 from dvpo.rates import NO_RATES, Rates
@@ -51,7 +52,9 @@ def signals(num_heads: int = 3, num_quantiles: int = 5) -> Signals:
 
 
 def estimate(name: str, given: Signals, *overrides: str) -> tuple[Tensor, Tensor]:
-    return ALGORITHMS[name].estimate(given, load_config({"algorithm": name}, overrides))
+    config = load_config({"algorithm": name}, overrides)
+    trusting = dataclasses.replace(given, reward_trust=reward_trust(config.advantage, step=1))
+    return ALGORITHMS[name].estimate(trusting, config)
 
 
 # Reductions
@@ -132,6 +135,12 @@ def test_what_the_critic_says_of_the_end_stands_in_for_a_reward_that_is_not_trus
     )
     doubted, _ = estimate("ppo", given, "advantage.reward_trust=0")
     torch.testing.assert_close(doubted, estimate("ppo", missing)[0])
+
+
+def test_doubt_fades_in_a_straight_line() -> None:
+    settings = load_config({"advantage": {"reward_trust": 0.2, "doubt_steps": 4}}).advantage
+    assert [reward_trust(settings, step) for step in (1, 2, 3, 5, 9)] == pytest.approx([0.2, 0.4, 0.6, 1.0, 1.0])
+    assert reward_trust(dataclasses.replace(settings, doubt_steps=None), 9) == 0.2
 
 
 def test_a_rank_compares_what_is_trusted_of_the_return_with_the_law() -> None:

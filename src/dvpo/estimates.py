@@ -51,6 +51,8 @@ class Signals:
     """Tokens that train on processes of lower rank, for rows that draw."""
     rates: Rates = NO_RATES
     """What is believed of the noise, for values that are denoised."""
+    reward_trust: float = 1.0
+    """Share of each response's last temporal difference that the actor believes in this step (`reward_trust`)."""
 
 
 # Rewards
@@ -173,12 +175,23 @@ def _scalar_gae(
     if settings.law.functional == "denoised":
         signals = _corrected(signals)
         values_BT, bootstrap_B = (risk.noise_corrected_value(v, *signals.rates) for v in (values_BT, bootstrap_B))
-    signals = trusted_rewards(signals, values_BT, bootstrap_B, settings)
+    signals = trusted_rewards(signals, values_BT, bootstrap_B, settings.gamma)
     advantages_BT, _ = _gae(signals, values_BT, bootstrap_B, settings, settings.lam, settings.delta_clip)
     return advantages_BT, returns_BT.unsqueeze(-1)
 
 
-def trusted_rewards(signals: Signals, values_BT: Tensor, bootstrap_B: Tensor, settings: "AdvantageConfig") -> Signals:
+def reward_trust(settings: "AdvantageConfig", step: int) -> float:
+    """w of a step, from 1 on: `reward_trust` at first, and 1 after `doubt_steps` steps, in a straight line between.
+
+    The noise of n rewards that share a fact falls as 1/n, what the critic does not explain stays: doubt has its time
+    at the beginning.
+    """
+    if settings.doubt_steps is None:
+        return settings.reward_trust
+    return 1 - (1 - settings.reward_trust) * max(0.0, 1 - (step - 1) / settings.doubt_steps)
+
+
+def trusted_rewards(signals: Signals, values_BT: Tensor, bootstrap_B: Tensor, gamma: float) -> Signals:
     """For the actor: the last temporal difference of a response, which alone brings its verdict, times `reward_trust`.
 
         r_T -> w r_T + (1 - w) (V(s_T) - gamma V(s_{T+1})),   so that   delta_T -> w delta_T
@@ -187,9 +200,9 @@ def trusted_rewards(signals: Signals, values_BT: Tensor, bootstrap_B: Tensor, se
     by a share w of what was observed. Unlike lambda < 1 it weighs every token of a response alike. w = 1 changes
     nothing; w = 0 is what `missing_reward: bootstrap` does to a response without a reward. Targets keep r_T.
     """
-    if (trust := settings.reward_trust) == 1:
+    if (trust := signals.reward_trust) == 1:
         return signals
-    expected_BT = values_BT - settings.gamma * bootstrap_B.unsqueeze(-1)
+    expected_BT = values_BT - gamma * bootstrap_B.unsqueeze(-1)
     mixed_BT = trust * signals.rewards_BT + (1 - trust) * expected_BT
     at_end_BT = last_token(signals.mask_BT).bool()
     return replace(signals, rewards_BT=torch.where(at_end_BT, mixed_BT, signals.rewards_BT))
@@ -252,7 +265,7 @@ def distributional_estimate(signals: Signals, config: "Config") -> tuple[Tensor,
 
     if settings.law.functional == "rank":
         targets_BTL = targets_at(critic_lam(settings))
-        acting = trusted_rewards(signals, theta_BTM.mean(dim=-1), bootstrap_BM.mean(dim=-1), settings)
+        acting = trusted_rewards(signals, theta_BTM.mean(dim=-1), bootstrap_BM.mean(dim=-1), settings.gamma)
         same = critic_lam(settings) == settings.lam and acting is signals
         compared_BTL = targets_BTL if same else targets_at(settings.lam, signals=acting)
         advantages_BT = risk.rank_advantage(compared_BTL, theta_BTM, settings.law.width)
@@ -260,7 +273,7 @@ def distributional_estimate(signals: Signals, config: "Config") -> tuple[Tensor,
     weights_M = law_weights(settings.law, theta_BTM.shape[-1], signals.rates)
     values_BT, bootstrap_B = (risk.spectral_value(atoms, weights_M) for atoms in (theta_BTM, bootstrap_BM))
     acting = _corrected(signals) if settings.law.functional == "denoised" else signals
-    acting = trusted_rewards(acting, values_BT, bootstrap_B, settings)
+    acting = trusted_rewards(acting, values_BT, bootstrap_B, settings.gamma)
     advantages_BT, _ = _gae(acting, values_BT, bootstrap_B, settings, settings.lam, settings.delta_clip)
     return advantages_BT, targets_at(critic_lam(settings), out=theta_BTM)  # theta has served
 

@@ -55,6 +55,8 @@ class AdvantageConfig:
     reward_trust: Share = 1.0
     """Share of a response's last temporal difference that the actor believes: 1 takes the observed reward, 0 what the
     critic says of the finished response in its place; the critic learns from the observed reward whatever it is."""
+    doubt_steps: Count | None = None
+    """Let `reward_trust` grow to 1 over so many steps; None: it stays."""
     whiten: bool = True
     """Give the advantages of a step mean 0 and deviation 1."""
     truncation: Literal["terminal", "bootstrap", "mask"] = "terminal"

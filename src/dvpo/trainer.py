@@ -45,7 +45,7 @@ from dvpo.distributed import (
     world_size,
 )
 from dvpo.errors import RunStoppedError
-from dvpo.estimates import Signals, end_error, overlong_penalties, shape_rewards
+from dvpo.estimates import Signals, end_error, overlong_penalties, reward_trust, shape_rewards
 from dvpo.evaluate import Evaluation, evaluate
 from dvpo.faults import fault_figures, refuse_broken_reward, stop_at_faults
 from dvpo.heap import keep_freed_memory
@@ -363,6 +363,7 @@ class Trainer(Learner):
             seed=derive_seed(self.config.seed, "targets", self.step),
             tokens_before=before_me(int(mask_BT.sum())),
             rates=rates,
+            reward_trust=reward_trust(settings, self.step),
         )
         if settings.recentre and self.critic is not None:
             signals = replace(signals, values_BTNM=values_BTNM + end_error(signals, all_reduce_sum))

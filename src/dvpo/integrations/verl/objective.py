@@ -132,6 +132,7 @@ def make_objective(settings: Mapping[str, Any], gamma: float, lam: float) -> Obj
         "advantage.missing_reward": advantage.missing_reward == "mask",
         "advantage.recentre": not advantage.recentre,
         "advantage.reward_trust": advantage.reward_trust == 1,
+        "advantage.doubt_steps": advantage.doubt_steps is None,
         "critic.trunk": critic.trunk == "own",
         "critic.features": not critic.features,
         "critic.privileged": critic.privileged is None,
