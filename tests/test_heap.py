@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,14 +33,44 @@ faults()
 print(json.dumps([kept, plain, faults()]))
 """
 
+LARGE_PAGES = """
+import ctypes, json, pathlib
+from dvpo.heap import keep_freed_memory
 
-def run(**environment: str) -> list[int]:
+libc, size = ctypes.CDLL(None), 24 * 2**20
+libc.malloc.restype = ctypes.c_void_p
+
+def in_large_pages():
+    rows = pathlib.Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(row.split()[1]) * 1024 for row in rows if row.startswith("AnonHugePages"))
+
+def resident():
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+
+plain, before = in_large_pages(), resident()
+kept = keep_freed_memory()
+grown = resident() - before
+ctypes.memset(libc.malloc(ctypes.c_size_t(size)), 1, size)
+print(json.dumps([kept, grown, in_large_pages() - plain]))
+"""
+OFFER = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+"""What the kernel offers, the choice in brackets; not there on systems without large pages."""
+
+
+def run(script: str = FAULTS, **environment: str) -> list[int]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     done = subprocess.run(
-        [sys.executable, "-c", FAULTS], env=clean | environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", script], env=clean | environment, capture_output=True, text=True, check=True
     )
     found: list[int] = json.loads(done.stdout)
     return found
+
+
+def test_what_is_used_next_lies_in_large_pages_and_room_for_it_costs_nothing():
+    kept, grown, large = run(LARGE_PAGES)
+    assert grown < 4096  # pages of 4 kB: the room is addresses, not memory
+    if kept and OFFER.exists() and "[never]" not in OFFER.read_text():
+        assert large > 20 * 2**20
 
 
 def test_a_block_that_was_freed_is_used_again():

@@ -35,17 +35,17 @@ def lambda_targets(
 def monotone_forward(raw: Tensor) -> Tensor:
     """As `dvpo.core.monotone.monotone_quantiles`."""
     rows = array(raw).reshape(-1, raw.shape[-1])
-    result = np.empty((len(rows), rows.shape[1] - 1), rows.dtype)
-    share_out(_monotone, len(rows), rows, result)
-    return torch.from_numpy(result).view(*raw.shape[:-1], -1)
+    result = torch.empty(*raw.shape[:-1], raw.shape[-1] - 1, dtype=raw.dtype)  # by torch: numpy's memory lies anywhere
+    share_out(_monotone, len(rows), rows, result.view(len(rows), -1).numpy())
+    return result
 
 
 def monotone_backward(raw: Tensor, grad: Tensor) -> Tensor:
     """The gradient in its argument."""
     rows, grads = (array(x).reshape(-1, x.shape[-1]) for x in (raw, grad))
-    result = np.empty_like(rows)
-    share_out(_monotone_gradient, len(rows), rows, grads, result)
-    return torch.from_numpy(result).view(raw.shape)
+    result = torch.empty(raw.shape, dtype=raw.dtype)
+    share_out(_monotone_gradient, len(rows), rows, grads, result.view(rows.shape).numpy())
+    return result
 
 
 @compiled
