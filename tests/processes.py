@@ -14,9 +14,11 @@ from runs import Parity, Talk, Unread, model_folder, run_config
 
 TASKS = {"parity": Parity, "talk": Talk}
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+SPEAKING = {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+"""For their environment: one thread, and a process that a signal such as SIGSEGV ends says where each thread was."""
 
 
-def launch(folder: Path, processes: int, runs: Sequence[dict[str, Any]], timeout: float = 240) -> list[list[dict]]:
+def launch(folder: Path, processes: int, runs: Sequence[dict[str, Any]], timeout: float = 600) -> list[list[dict]]:
     """Train each of `runs`, one after the other, on so many processes.
 
     Args:
@@ -41,7 +43,7 @@ def launch(folder: Path, processes: int, runs: Sequence[dict[str, Any]], timeout
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **SPEAKING},
     )
     assert outcome.returncode == 0, outcome.stderr[-20000:]
     answers = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]

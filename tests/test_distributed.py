@@ -3,13 +3,13 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
 
 from dvpo import distributed
 from dvpo.core.masks import masked_mean, whiten
+from processes import SPEAKING, TORCHRUN
 
 VALUES_BT = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)) * 3 + 100
 MASK_BT = torch.rand(6, 5, generator=torch.Generator().manual_seed(1)) < 0.6
@@ -23,6 +23,10 @@ import torch
 from dvpo import distributed
 from dvpo.core.masks import masked_mean, whiten
 from dvpo.errors import InputError
+from dvpo.parallel import gathered
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 device = distributed.init_from_env("cpu")
 rank = distributed.rank()
@@ -59,6 +63,13 @@ for who in ((1,), (0, 1)):
         distributed.together(lambda: refuse(who))
     except InputError as error:
         answer["together"].append(str(error))
+mesh = init_device_mesh("cpu", (2,))
+wholes = [torch.arange(12.0).reshape(4, 3), torch.arange(6.0).reshape(3, 2), torch.tensor([7.0])]
+shares = [distribute_tensor(whole, mesh, [Shard(0)]) for whole in wholes]
+answer["rows"] = [len(share.to_local()) for share in shares]
+with CommDebugMode() as operations:
+    answer["gathered"] = [torch.equal(gathered(share), whole) for share, whole in zip(shares, wholes)]
+answer["functional"] = [str(name) for name in operations.get_comm_counts() if "c10d_functional" in str(name)]
 distributed.barrier()
 distributed.shutdown()
 answer["world_size_after"] = distributed.world_size()
@@ -72,12 +83,11 @@ def answers(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("distributed")
     (folder / "program.py").write_text(PROGRAM)
     given = json.dumps({"values": VALUES_BT.tolist(), "mask": MASK_BT.tolist(), "split": SPLIT})
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run(
-        [*torchrun, str(folder / "program.py"), given, str(folder)],
+        [*TORCHRUN, "--nproc-per-node=2", str(folder / "program.py"), given, str(folder)],
         check=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=270,
+        env={**os.environ, **SPEAKING},
     )
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -133,6 +143,12 @@ def test_a_gradient_is_refused_by_two_processes_and_by_one(answers: list[dict]) 
     assert [answer["refuses_gradient"] for answer in answers] == [True, True]
     with pytest.raises(ValueError, match="carries no gradient"):
         distributed.all_reduce_sum(torch.ones(1, requires_grad=True))
+
+
+def test_shares_of_rows_are_gathered_whole_and_not_by_the_operation_that_damages_the_heap(answers: list[dict]) -> None:
+    assert [answer["rows"] for answer in answers] == [[2, 2, 1], [2, 1, 0]]
+    assert [answer["gathered"] for answer in answers] == [[True] * 3] * 2
+    assert [answer["functional"] for answer in answers] == [[], []]
 
 
 def test_alone_everything_is_the_identity(monkeypatch) -> None:

@@ -33,7 +33,7 @@ def alone(tensor: Tensor) -> Tensor:
 
 def on_two_processes(figure: Callable[..., Any], tensors: tuple[Tensor, ...], cut: int) -> list[Any]:
     """The figure as two processes see it that hold the rows before and behind `cut`: threads that meet to add up."""
-    barrier, shares = Barrier(2, timeout=20), [torch.empty(0), torch.empty(0)]
+    barrier, shares = Barrier(2, timeout=120), [torch.empty(0), torch.empty(0)]
 
     def process(rank: int) -> Any:
         def reduce(tensor: Tensor) -> Tensor:

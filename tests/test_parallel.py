@@ -26,6 +26,7 @@ BUSY = [*UNEVEN, *LINEAR, "actor.kl.coef=0.1", "actor.entropy_coef=0.01", "sampl
 BUDGET = "update.max_tokens_per_microbatch=60"
 LORA = [*LINEAR, "model.lora.rank=4", "actor.kl.coef=0.1", "sampling.prompts_per_step=3", "update.minibatches=3"]
 STRATEGIES = ("ddp", "fsdp")
+pytestmark = pytest.mark.timeout(900)
 
 FAULTY = [*LINEAR, "steps=2", "sampling.prompts_per_step=4", "sampling.samples_per_prompt=2", "log.completions=8"]
 FAULTY += ["evaluation.prompts=1", "reward.timeout=3", "reward.norm=batch"]

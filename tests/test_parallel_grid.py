@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from dvpo.checkpoint import latest_checkpoint
 from dvpo.config import to_yaml
 from dvpo.trainer import Trainer
-from processes import TORCHRUN, failing, launch
+from processes import SPEAKING, TORCHRUN, failing, launch
 from runs import LINEAR, Parity, Talk, Unread, run_config, trained
 from test_parallel import (
     FAULTY,
@@ -25,7 +25,7 @@ from test_parallel import (
     seen_by,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 PLAIN = [*LINEAR, "steps=5", "sampling.prompts_per_step=4", "sampling.samples_per_prompt=3", "update.epochs=2"]
 PLAIN += ["actor.kl.coef=0.05", "evaluation.every=2", "evaluation.samples=2", "log.tokens=3"]
@@ -139,7 +139,7 @@ def test_a_run_of_two_processes_goes_on_with_one_and_with_four_and_the_other_str
     other = STRATEGIES[1 - STRATEGIES.index(strategy)]
     names = ("to-1", "to-4", "to-1-other", "to-4-other")
     first = [*PLAIN, "steps=3", f"distributed.strategy={strategy}"]
-    launch(tmp_path / "2", 2, [{"output": str(tmp_path / name), "overrides": first} for name in names], timeout=500)
+    launch(tmp_path / "2", 2, [{"output": str(tmp_path / name), "overrides": first} for name in names], timeout=1000)
     for processes in (1, 4):
         runs = [
             {
@@ -150,7 +150,7 @@ def test_a_run_of_two_processes_goes_on_with_one_and_with_four_and_the_other_str
             for name in names
             if f"to-{processes}" in name
         ]
-        for answers in launch(tmp_path / str(processes), processes, runs, timeout=500):
+        for answers in launch(tmp_path / str(processes), processes, runs, timeout=1000):
             assert seen_by(answers)[0] == [processes] * processes
     trained(tmp_path / "to-3", *PLAIN, "steps=3")
     trained(tmp_path / "to-3", *PLAIN, resume=True)  # an evaluation at step 3, as the others have
@@ -181,7 +181,7 @@ def test_shares_in_host_memory_change_nothing_and_shares_gathered_in_bfloat16_li
             {"output": str(tmp_path / f"{name}-again"), "overrides": [*overrides, "steps=3"], "unread": True},
             {"output": str(tmp_path / f"{name}-again"), "overrides": overrides, "unread": True, "resume": True},
         ]
-    answers = launch(tmp_path / "answers", 2, runs, timeout=500)
+    answers = launch(tmp_path / "answers", 2, runs, timeout=1000)
     layers = ["torch.float32", "torch.bfloat16", "torch.bfloat16"]
     for said, used in zip(answers, [layer for layer in layers for _ in range(3)], strict=True):
         assert [a["used"] for a in said] == [{"layer": used, "critic's layer": used, "heads": "torch.float32"}] * 2
@@ -210,10 +210,10 @@ def test_adapters_of_two_processes_go_on_with_one_and_whole_ones_sharded(tmp_pat
         {"output": str(tmp_path / name), "overrides": [*lora, "steps=3", f"distributed.strategy={name}"]}
         for name in STRATEGIES
     ]
-    launch(tmp_path / "2", 2, runs, timeout=500)
+    launch(tmp_path / "2", 2, runs, timeout=1000)
     trained(tmp_path / "fsdp", *lora, resume=True)
     sharded = {"output": str(tmp_path / "ddp"), "overrides": [*lora, "distributed.strategy=fsdp"], "resume": True}
-    launch(tmp_path / "sharded", 2, [sharded], timeout=500)
+    launch(tmp_path / "sharded", 2, [sharded], timeout=1000)
     for name in STRATEGIES:
         assert_same_weights(tmp_path / name, tmp_path / "one", tolerance=1e-5)
 
@@ -223,8 +223,8 @@ def test_the_command_under_torchrun_trains_and_says_everything_once(tmp_path: Pa
 
     def said(*words: str) -> tuple[int, str]:
         command = [*TORCHRUN, "--nproc-per-node=2", "-m", "dvpo", *words]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        outcome = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=environment)
+        environment = {**os.environ, **SPEAKING}
+        outcome = subprocess.run(command, check=False, capture_output=True, text=True, timeout=900, env=environment)
         return outcome.returncode, outcome.stdout + outcome.stderr
 
     code, text = said("train", str(tmp_path / "mine.yaml"), "distributed.strategy=fsdp")

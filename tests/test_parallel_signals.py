@@ -14,10 +14,10 @@ from dvpo.checkpoint import latest_checkpoint
 from dvpo.cli import main
 from dvpo.config import to_yaml
 from dvpo.runlog import read_rows
-from processes import TORCHRUN
+from processes import SPEAKING, TORCHRUN
 from runs import run_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 EVERY = 5
 """Steps from one checkpoint to the next."""
@@ -34,11 +34,11 @@ def two_processes(folder: Path, strategy: str) -> Iterator[subprocess.Popen]:
             [*command, f"distributed.strategy={strategy}"],
             stdout=said,
             stderr=said,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, **SPEAKING},
             start_new_session=True,
         )
         try:
-            wait_until(lambda: steps_in(folder / "run") > EVERY + 2 or launcher.poll() is not None, 120)
+            wait_until(lambda: steps_in(folder / "run") > EVERY + 2 or launcher.poll() is not None, 400)
             assert launcher.poll() is None, (folder / "said").read_text()
             yield launcher
         finally:
@@ -93,7 +93,7 @@ def test_a_signal_to_the_launcher_to_all_or_to_one_process_ends_in_a_checkpoint_
             os.killpg(launcher.pid, number)
         else:
             os.kill(ranks[whom] if isinstance(whom, int) else launcher.pid, number)
-        assert launcher.wait(60) == 1
+        assert launcher.wait(200) == 1
         assert not any(Path(f"/proc/{process}").exists() for process in ranks.values())
     said = (tmp_path / "said").read_text()
     assert said.count(f"dvpo: interrupted by {number.name}; `dvpo train ... --resume` goes on") == 1
@@ -108,7 +108,7 @@ def test_a_process_that_dies_takes_the_other_along_and_the_last_checkpoint_goes_
     with two_processes(tmp_path, "fsdp") as launcher:
         ranks = processes_of(launcher)
         os.kill(ranks[rank], signal.SIGKILL)
-        assert launcher.wait(60) == 1
+        assert launcher.wait(200) == 1
         assert not any(Path(f"/proc/{process}").exists() for process in ranks.values())
     checkpoint = latest_checkpoint(tmp_path / "run")
     assert checkpoint is not None

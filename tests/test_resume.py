@@ -127,13 +127,13 @@ def command(config: Path, *words: str) -> subprocess.Popen[bytes]:
 
 def kill_after(run: subprocess.Popen[bytes], metrics: Path, lines: int, number: int = signal.SIGKILL) -> int:
     """Signal a run that has logged so many lines; its exit code."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= lines):
         assert run.poll() is None, run.stderr.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.005)
     run.send_signal(number)
-    return run.wait(timeout=120)
+    return run.wait(timeout=400)
 
 
 def by_command(folder: Path, *settings: str) -> Path:
@@ -159,7 +159,7 @@ def test_the_command_killed_in_the_middle_and_resumed_equals_a_run_in_another_pr
     file = by_command(tmp_path, *SETTINGS)
     assert kill_after(command(file), tmp_path / "run" / "metrics.jsonl", 4, number) == code
     run = command(file, "--resume")
-    _, errors = run.communicate(timeout=120)
+    _, errors = run.communicate(timeout=400)
     assert run.returncode == 0, errors.decode()
     monkeypatch.chdir(tmp_path)
     Trainer(load_config(file, [f"output={tmp_path / 'whole'}"])).train()
@@ -172,13 +172,13 @@ def test_the_command_killed_at_many_moments_and_resumed_equals_an_uninterrupted_
     settings = [*SETTINGS, f"algorithm={algorithm}"]
     (tmp_path / "whole").mkdir()
     whole = command(by_command(tmp_path / "whole", *settings))
-    assert whole.wait(timeout=120) == 0
+    assert whole.wait(timeout=400) == 0
     for lines in (1, 2, 3, 5, 8):
         folder = tmp_path / str(lines)
         folder.mkdir()
         file = by_command(folder, *settings)
         assert kill_after(command(file), folder / "run" / "metrics.jsonl", lines) == -signal.SIGKILL
-        assert command(file, "--resume").wait(timeout=120) == 0
+        assert command(file, "--resume").wait(timeout=400) == 0
         assert_equal(folder / "run", tmp_path / "whole" / "run")
 
 

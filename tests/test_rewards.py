@@ -46,7 +46,7 @@ def kinds(scores: Scores) -> list[tuple[str, int | None]]:
     return [(fault.kind, fault.index) for fault in scores.faults]
 
 
-def gone(pid: int, seconds: float = 5.0) -> bool:
+def gone(pid: int, seconds: float = 30.0) -> bool:
     """Has the process ended (or become a zombie that only waits to be reaped) within the time?"""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -162,7 +162,7 @@ def killed_when(condition: Callable[[], bool], words: list[str]) -> None:
         env=os.environ | {"PYTHONPATH": paths},
         stdout=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not condition():
         assert study.poll() is None
         assert time.monotonic() < deadline
@@ -173,7 +173,7 @@ def killed_when(condition: Callable[[], bool], words: list[str]) -> None:
 
 def assert_free(lock: Path) -> None:
     """Nobody holds the lock, or for a moment only."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     with open(lock) as held:
         while True:
             try:

@@ -241,14 +241,14 @@ def test_a_screen_is_redrawn_until_ctrl_c_and_the_last_picture_stays(tmp_path: P
         process.send_signal(signal.SIGINT)
         rest = wait_for(ours, "● evaluation", after="\x1b[?1049l")  # back on the normal screen
         assert "Reward" in rest
-        assert process.wait(20) == 0
+        assert process.wait(120) == 0
     finally:
         process.kill()
         process.wait()
         os.close(ours)
 
 
-def wait_for(terminal: int, text: str, after: str = "", seconds: float = 60.0) -> str:
+def wait_for(terminal: int, text: str, after: str = "", seconds: float = 180.0) -> str:
     """Read until the text has come, behind another if that is given; what came behind that."""
     came, end = "", time.monotonic() + seconds
     while text not in _behind(came, after):

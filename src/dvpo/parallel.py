@@ -20,6 +20,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -42,6 +43,7 @@ if TYPE_CHECKING:  # policy.py runs inside what this file makes
 T = TypeVar("T")
 BUCKET = 1 << 24
 """Numbers that are added up in one reduction."""
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the older name of it
 
 
 # What is possible
@@ -180,6 +182,22 @@ def idle_passes(passes: int, module: nn.Module) -> int:
     return int(all_reduce_max(torch.tensor(passes))) - passes
 
 
+def gathered(share: DTensor) -> Tensor:
+    """The whole of a tensor whose rows are shared by all processes, without a gradient; every process must come here.
+
+    Not `full_tensor`: gloo's two worker threads (torch 2.13) note the name of the last operation without a lock, and
+    that of its gathering, ALLGATHER_COALESCED, is too long to be stored in place: both may free the one before. A heap
+    so damaged ended processes by SIGSEGV (docs/log.md). Names of up to 15 letters do no harm.
+    """
+    own, count = share.to_local().detach(), share.shape[0]
+    rows = -(-count // world_size())  # of all but the last processes, which may have fewer or none
+    padded = own.new_zeros(rows, *share.shape[1:])
+    padded[: len(own)] = own
+    full = own.new_empty(rows * world_size(), *share.shape[1:])
+    all_gather_single(full, padded)
+    return full[:count]
+
+
 class WholeCopy:
     """A plain copy of a policy's model, filled while it is needed: to sample from, where each process goes its own way.
 
@@ -202,7 +220,7 @@ class WholeCopy:
                 for name, parameter in self._sharded.named_parameters():
                     # First moved and cast, then gathered: fewer bytes, and none of them between host memories.
                     share = parameter.to(parameters[name].device, self.policy.dtype)
-                    parameters[name].data = share.full_tensor() if isinstance(share, DTensor) else share
+                    parameters[name].data = gathered(share) if isinstance(share, DTensor) else share
             yield self.policy
         finally:
             for parameter in parameters.values():
@@ -219,7 +237,7 @@ def whole(value: Any) -> Any:
     """
     if isinstance(value, DTensor):
         share: Any = value.to(value.device_mesh.device_type)  # one in host memory is gathered by way of the device
-        full = share.full_tensor()
+        full = gathered(share)
         return full.cpu() if is_main() else full.new_empty(0)
     if isinstance(value, dict):
         return {key: whole(item) for key, item in value.items()}

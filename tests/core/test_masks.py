@@ -93,7 +93,7 @@ def test_trailing_dimensions_are_zeroed_together():
 
 def in_processes(function, parts):
     """Call `function(part, reduce)` for all parts at once, with a `reduce` that really sums over them."""
-    barrier, slots = threading.Barrier(len(parts), timeout=10), [torch.zeros(())] * len(parts)
+    barrier, slots = threading.Barrier(len(parts), timeout=120), [torch.zeros(())] * len(parts)
 
     def process(rank):
         def reduce(tensor):
