@@ -109,7 +109,8 @@ def _exp_minus(x: Any) -> Any:
     """
     x = min(x, f32(87.0))
     n = np.int32(x * f32(1 / math.log(2)) + f32(0.5))
-    r = (n * f32(0.693359375) - x) + n * f32(-2.12194440e-4)  # log(2) in two parts, the first exact
+    m = f32(n)  # an int32 times a float32 would be a float64
+    r = (m * f32(0.693359375) - x) + m * f32(-2.12194440e-4)  # log(2) in two parts, the first product exact
     p = f32(1 / 5040)
     p = p * r + f32(1 / 720)
     p = p * r + f32(1 / 120)
