@@ -5,6 +5,7 @@ glibc gives large blocks back to the kernel, and a step that asks for them anew 
 takes the processor time, too, which pages of 2 MB save (docs/speed.md).
 """
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -34,7 +35,8 @@ def keep_freed_memory() -> bool:
         return False
     kept = bool(mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
     if kept:
-        _ask_for_large_pages(libc)
+        with contextlib.suppress(OSError, AttributeError):  # no /proc to read, or no sbrk in this library
+            _ask_for_large_pages(libc)
     return kept
 
 
