@@ -42,6 +42,7 @@ REPORTING = [
         "Nine cells, checker dial 1": "noise",
         "Nine cells, checker dial 0": "noise_dial0",
         "Flips, checker dial one half": "noise_dial_half",
+        "One sample a prompt": "noise_one_sample",
         "Controls": "noise_controls",
         "Further rows": "noise_rest",
     }.items()
