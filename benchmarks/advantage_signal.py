@@ -12,7 +12,7 @@ rewards.
 
 The first is what a step moves by; the second shows a bias. It says what an advantage is worth where training begins,
 and nothing about where it leads: a critic that can be exploited looks well here. It screens attempts, and proves
-nothing.
+nothing: what it put first came last in training (docs/log.md, attempts 7 to 10); a critic's errors do not average out.
 Appends rows to results/advantage_signal.jsonl.
 """
 

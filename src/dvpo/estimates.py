@@ -249,8 +249,8 @@ def distributional_estimate(signals: Signals, config: "Config") -> tuple[Tensor,
     theta_BTM = ascending(signals.values_BTNM.mean(dim=-2))
     bootstrap_BM = ascending(signals.bootstrap_BNM.mean(dim=-2))
 
-    def targets_at(lam: float, out: Tensor | None = None, signals: Signals = signals) -> Tensor:
-        given = (signals.rewards_BT, theta_BTM, signals.mask_BT, settings.gamma, lam)
+    def targets_at(lam: float, rewards_BT: Tensor = signals.rewards_BT, out: Tensor | None = None) -> Tensor:
+        given = (rewards_BT, theta_BTM, signals.mask_BT, settings.gamma, lam)
         missing_B = signals.zero_last_delta_B
         if settings.target == "mixture":
             return mixture_targets(
@@ -267,7 +267,7 @@ def distributional_estimate(signals: Signals, config: "Config") -> tuple[Tensor,
         targets_BTL = targets_at(critic_lam(settings))
         acting = trusted_rewards(signals, theta_BTM.mean(dim=-1), bootstrap_BM.mean(dim=-1), settings.gamma)
         same = critic_lam(settings) == settings.lam and acting is signals
-        compared_BTL = targets_BTL if same else targets_at(settings.lam, signals=acting)
+        compared_BTL = targets_BTL if same else targets_at(settings.lam, acting.rewards_BT)
         advantages_BT = risk.rank_advantage(compared_BTL, theta_BTM, settings.law.width)
         return zero_masked(advantages_BT, signals.mask_BT), targets_BTL
     weights_M = law_weights(settings.law, theta_BTM.shape[-1], signals.rates)
