@@ -7,17 +7,17 @@ A study that has not all of its rows yet is shown with what is there, and says s
 
 import argparse
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
 from markupsafe import Markup
 
 from dvpo.stats import PairedDifference
-from dvpo.study import Study, load_study
+from dvpo.study import AXES, Study, load_study, read_study
 from dvpo.study_results import Row, last_quarter, read_results, row_key
 from dvpo.study_table import NONE, Report, compare, make_report, to_markdown
 
@@ -34,8 +34,11 @@ class Part(NamedTuple):
     study: Path
     rows: Path
     baseline: str
+    only: str | None = None
+    """The cells that are meant, as `dvpo study --only` takes them; None: all."""
 
 
+LADDER = ("dvpo_plain", "dvpo_cons", "dvpo_cons_tail", "dvpo_cons_tail_shift", "dvpo_paper")
 REPORTING = [
     Part(title, STUDIES / f"{name}.yaml", ROWS / "noise_study.jsonl", "dvpo")
     for title, name in {
@@ -45,8 +48,20 @@ REPORTING = [
         "One sample a prompt": "noise_one_sample",
         "Controls": "noise_controls",
         "Further rows": "noise_rest",
+        "More flips and fewer": "noise_rates",
+        "More noises": "noise_more",
+        "Numbers of quantiles, sizes of tails": "noise_sizes",
     }.items()
 ]
+REPORTING.append(
+    Part(
+        "The paper's ladder, heavy tails",
+        STUDIES / "noise_rest.yaml",
+        ROWS / "noise_study.jsonl",
+        LADDER[0],
+        "noise=heavy," + ",".join(f"algorithm={name}" for name in LADDER),
+    )
+)
 TUNING = [
     Part(f"Tuning seeds: {path.stem}", path, ROWS / "tuning" / f"{path.stem}.jsonl", "")
     for path in sorted((STUDIES / "tuning").glob("*.yaml"))
@@ -54,21 +69,22 @@ TUNING = [
 
 
 @cache
-def study_at(path: Path) -> Study:
-    return load_study(path)
+def study_at(path: Path, only: str | None = None) -> Study:
+    return load_study(path, only=only)
 
 
 def rows_of(part: Part) -> tuple[Study, list[Row]]:
     """The study, and those of its rows that are there, with the mean over their last quarter as their end."""
-    study = study_at(part.study)
+    study = study_at(part.study, part.only)
     wanted = {cell.key for cell in study.cells}
     return study, [last_quarter(row) for row in read_results(part.rows) if row_key(row) in wanted]
 
 
 def planned(part: Part) -> int:
     """How many cells the study has, without making all their configs, which takes seconds."""
-    values = yaml.safe_load(part.study.read_text())
-    return math.prod(len(values[axis]) for axis in ("tasks", "noises", "algorithms", "seeds"))
+    values = read_study(part.study)
+    picked = Counter(pair.partition("=")[0] for pair in (part.only or "").split(",") if pair)
+    return math.prod(picked[axis] or len(values[f"{axis}s"]) for axis in AXES)
 
 
 def complete(study: Study, rows: Sequence[Row]) -> list[Row]:

@@ -7,11 +7,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import yaml
 
 from dvpo.cli import main
 from dvpo.noise import read_labels
-from dvpo.study import load_study
+from dvpo.study import load_study, read_study
 from dvpo.study_results import read_results
 from dvpo.tasks.math import ChainArithmetic
 from dvpo.tasks.science import Science
@@ -50,7 +49,7 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def seeds_of(studies: list[Path]) -> set[int]:
-    return {seed for path in studies for seed in yaml.safe_load(path.read_text())["seeds"]}
+    return {seed for path in studies for seed in read_study(path)["seeds"]}
 
 
 def test_no_reporting_seed_occurs_in_any_tuning_file_or_row():

@@ -103,6 +103,34 @@ def table_of(file: str, output: str, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
+# The file
+
+
+def test_a_study_like_another_takes_from_it_what_it_does_not_say(place: Path):
+    mild = {"name": "mild", "algorithm": "ppo", "overrides": {"policy_optimiser": {"lr": 1e-5}}}
+    write(place, algorithms=["dvpo", mild])
+    both = {"name": "both", "algorithm": "ppo", "like": "mild", "overrides": {"advantage": {"lam": 0.5}}}
+    own = {
+        "like": "study.yaml",
+        "output": "mine",
+        "config": {"steps": 7},
+        "algorithms": ["mild", both, "grpo"],
+        "seeds": [5],
+    }
+    (place / "mine.yaml").write_text(yaml.safe_dump(own))
+    cells = {cell.algorithm: cell.config for cell in load_study(place / "mine.yaml", only="noise=flip").cells}
+    assert list(cells) == ["mild", "both", "grpo"]
+    assert {(config.steps, config.noise.rate, config.evaluation.prompts, config.seed) for config in cells.values()} == {
+        (7, 0.4, 8, 5)
+    }
+    assert [(c.algorithm, c.policy_optimiser.lr) for c in (cells["mild"], cells["both"])] == [
+        ("ppo", 1e-5),
+        ("ppo", 1e-5),
+    ]
+    assert (cells["mild"].advantage.lam, cells["both"].advantage.lam) == (0.95, 0.5)
+    assert cells["grpo"].policy_optimiser.lr != 1e-5
+
+
 # Runs
 
 
@@ -252,6 +280,11 @@ def test_every_study_in_the_repository_is_valid(monkeypatch: pytest.MonkeyPatch)
         ({"algorithms": ["dvpo", "dvpo"]}, r"names dvpo twice"),
         ({"algorithms": [{"name": "dvpo", "override": {}}]}, r"unknown key override: did you mean overrides\?"),
         ({"algorithms": "dvpo"}, r"algorithms = 'dvpo' must be a list"),
+        ({"algorithms": [{"name": "mild", "like": "pp"}, "ppo"]}, r"mild: like = 'pp': there are"),
+        ({"algorithms": ["ppo", {"name": "mild", "like": "pp"}]}, r"mild: like = 'pp': did you mean ppo\?"),
+        ({"like": 3}, r"like = 3 is no file's name"),
+        ({"like": "nowhere.yaml"}, r"study .*nowhere.yaml cannot be read"),
+        ({"like": "study.yaml"}, r"like = 'study.yaml', which is like 'study.yaml'"),
         ({"seeds": [1, 1]}, r"seeds = \[1, 1\] must be a list of different whole numbers"),
         ({"seeds": [True]}, r"seeds = \[True\]"),
         ({"output": None}, r"output = None is no folder"),

@@ -123,10 +123,12 @@ def critic_figures(values: Tensor, returns: Tensor, truth: Tensor, seen: Tensor,
     error.add("critic/squared_error", (values_K - returns_K).square())
     error.add("critic/squared_return", returns_K.square())
     if values.shape[-1] > 1:
-        theta = ascending(values.mean(dim=-2))
-        low, high = (round(q * (theta.shape[-1] - 1)) for q in (0.1, 0.9))
-        error.add("critic/spread", (theta[..., high] - theta[..., low])[seen])
-        error.add("critic/crossing_share", crossing_share(values)[seen].flatten())
+        ends = [round(q * (values.shape[-1] - 1)) for q in (0.1, 0.9)]
+        crossings = crossing_share(values)[seen]
+        # Where no head crosses itself, their mean ascends: two of its numbers are enough.
+        theta = ascending(values.mean(dim=-2))[..., ends] if crossings.any() else values[..., ends].mean(dim=-2)
+        error.add("critic/spread", (theta[..., 1] - theta[..., 0])[seen])
+        error.add("critic/crossing_share", crossings.flatten())
     if values.shape[-2] > 1:
         error.add("critic/head_disagreement", (heads_KN - values_K.unsqueeze(-1)).square().mean(dim=-1).sqrt())
     figures = error.result(reduce)

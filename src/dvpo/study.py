@@ -9,7 +9,10 @@
 
 A noise's `tasks: {task: {...}}` are sections that take its place for single tasks. An entry's `overrides` are further
 settings, nested as in a run's config; the algorithm's win over the noise's, these over the task's, these over `config`.
-Every cell's config is made and validated before anything runs.
+`like: noise.yaml` takes from the file of that name beside this one what is not said here: `config` is laid over the
+other's, a plain name of `algorithms` is the other's entry of that name. `like: ppo` in an entry takes the overrides of
+that entry, here or there, and its own are on top. Every cell's config is made and validated before
+anything runs.
 """
 
 import difflib
@@ -30,6 +33,7 @@ from dvpo.settings_learning import CheckpointConfig, LogConfig
 
 AXES = ("task", "noise", "algorithm", "seed")
 KEYS = ("output", "config", "tasks", "noises", "algorithms", "seeds")
+ENTRY_KEYS = ("name", "algorithm", "overrides", "like")
 SET_BY_GRID = ("seed", "algorithm", "output")
 """Settings of a run that are the cell's own."""
 
@@ -92,11 +96,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = (), only: str | None
     Raises:
         InputError: anything wrong with the file, or with the config of any cell.
     """
-    values = _read(path)
-    _check_keys(values, KEYS, f"study {path}")
-    missing = [key for key in KEYS if key not in values and key != "config"]
-    if missing:
-        raise InputError(f"study {path} has no `{missing[0]}`: a study names {', '.join(KEYS)}")
+    values = read_study(path)
     output, overrides = _own_output(values["output"], overrides, path)
     base = _settings(values.get("config"), f"study {path}: config")
     tasks = _sections(values["tasks"], "task", f"study {path}: tasks")
@@ -150,6 +150,69 @@ def _make_cell(
 
 
 # What stands in the file
+
+
+def read_study(path: str | Path) -> dict[str, Any]:
+    """What stands in a study's file, each `like` in it replaced by what it names.
+
+    Raises:
+        InputError: no readable study, a key that is missing or unknown, or a `like` that names nothing.
+    """
+    values, where = _read(path), f"study {path}"
+    _check_keys(values, (*KEYS, "like"), where)
+    if "like" in values:
+        values = _laid_over(_other(values.pop("like"), path), values, where)
+    missing = [key for key in KEYS if key not in values and key != "config"]
+    if missing:
+        raise InputError(f"{where} has no `{missing[0]}`: a study names {', '.join(KEYS)}")
+    return {**values, "algorithms": _entries(values["algorithms"], {}, f"{where}: algorithms")}
+
+
+def _other(name: Any, path: str | Path) -> dict[str, Any]:
+    """The study that `path` is like."""
+    if not isinstance(name, str):
+        raise InputError(f"study {path}: like = {name!r} is no file's name: write for example like: noise.yaml")
+    other = Path(path).parent / name
+    values = _read(other)
+    if "like" in values:
+        raise InputError(f"study {path}: like = {name!r}, which is like {values['like']!r}: name that one")
+    _check_keys(values, KEYS, f"study {other}")
+    return values
+
+
+def _laid_over(other: Mapping[str, Any], own: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`own` on top of the study that it is like."""
+    values = {**other, **own}
+    if "config" in own and "config" in other:
+        both = (_settings(part["config"], f"{where}: config") for part in (other, own))
+        values["config"] = merged(*both)
+    if "algorithms" in own and "algorithms" in other:
+        named = {entry["name"]: entry for entry in _entries(other["algorithms"], {}, f"{where}: like: algorithms")}
+        values["algorithms"] = _entries(own["algorithms"], named, f"{where}: algorithms")
+    return values
+
+
+def _entries(values: Any, named: Mapping[str, Mapping[str, Any]], where: str) -> list[dict[str, Any]]:
+    """The list as `{name, algorithm, overrides}`; what a name or a `like` means stands in `named` or further up."""
+    if not isinstance(values, list) or not values:
+        raise InputError(f"{where} = {values!r} must be a list of at least one name, such as [dvpo, ppo]")
+    found = {name: dict(entry) for name, entry in named.items()}
+    entries = []
+    for value in values:
+        entry = dict(value) if isinstance(value, Mapping) else {"name": value}
+        if isinstance(value, str) and value in found:
+            entry = dict(found[value])
+        _check_keys(entry, ENTRY_KEYS, where)
+        name = _checked_name(entry.get("name"), where)
+        own = _settings(entry.get("overrides"), f"{where}: {name}: overrides")
+        if "like" in entry:
+            model = entry.pop("like")
+            if not isinstance(model, str) or model not in found:
+                raise InputError(f"{where}: {name}: like = {model!r}: {_nearest(str(model), found)}")
+            own = merged(found[model].get("overrides") or {}, own)
+        entries.append({"name": name, "algorithm": entry.get("algorithm", name), "overrides": own})
+        found[name] = entries[-1]
+    return entries
 
 
 def _read(path: str | Path) -> dict[str, Any]:
@@ -226,19 +289,15 @@ def _noises(
     return _sections(values, "noise", where), apart
 
 
-def _algorithms(values: Any, where: str) -> dict[str, dict[str, Any]]:
-    """Name -> settings, from a list of rows' names or of `{name, algorithm, overrides}`."""
-    if not isinstance(values, list) or not values:
-        raise InputError(f"{where} = {values!r} must be a list of at least one name, such as [dvpo, ppo]")
+def _algorithms(entries: Sequence[Mapping[str, Any]], where: str) -> dict[str, dict[str, Any]]:
+    """Name -> settings."""
     found: dict[str, dict[str, Any]] = {}
-    for value in values:
-        entry = value if isinstance(value, Mapping) else {"name": value}
-        _check_keys(entry, ("name", "algorithm", "overrides"), where)
-        name = _checked_name(entry.get("name"), where)
-        if name in found:
-            raise InputError(f"{where} names {name} twice: give one of them another name, and its row as `algorithm`")
-        settings = _settings(entry.get("overrides"), f"{where}: {name}: overrides")
-        found[name] = {**settings, "algorithm": entry.get("algorithm", name)}
+    for entry in entries:
+        if entry["name"] in found:
+            raise InputError(
+                f"{where} names {entry['name']} twice: give one of them another name, and its row as `algorithm`"
+            )
+        found[entry["name"]] = {**entry["overrides"], "algorithm": entry["algorithm"]}
     return found
 
 

@@ -38,8 +38,6 @@ class Kept(NamedTuple):
     """Of each level's loss, mean over heads."""
     tails_KS: Tensor
     """Columns: see `_forward`."""
-    ranks_KM: Tensor
-    """The indices that sort the ensemble; empty if it is sorted."""
 
 
 def terms_forward(
@@ -56,13 +54,11 @@ def terms_forward(
         sizes: of the tails.
     """
     theta, atoms = array(theta_KNM), _sorted(array(atoms_KL))
-    order = _order(theta)
-    ranks = _order(theta.mean(axis=1)) if order.size else order
     terms, slopes = np.empty((8, len(theta)), theta.dtype), np.empty_like(theta)
     tails = np.empty((len(theta), 8))
     taus, weights = array(levels_M.double()), array(weights_M)
-    share_out(_forward, len(theta), theta, atoms, order, ranks, taus, weights, kappa, *sizes, terms, slopes, tails)
-    return torch.from_numpy(terms), Kept(*map(torch.from_numpy, (slopes, tails, ranks)))
+    share_out(_forward, len(theta), theta, atoms, taus, weights, kappa, *sizes, terms, slopes, tails)
+    return torch.from_numpy(terms), Kept(*map(torch.from_numpy, (slopes, tails)))
 
 
 def terms_backward(
@@ -84,7 +80,7 @@ def huber_sums(theta_KNM: Tensor, atoms_KL: Tensor, levels_M: Tensor, kappa: flo
     """As `dvpo.core.sorted_huber.huber_sums`, with atoms in any order."""
     theta, atoms = array(theta_KNM), _sorted(array(atoms_KL))
     losses, slopes = np.empty_like(theta[:, 0]), np.empty_like(theta)
-    share_out(_huber, len(theta), theta, atoms, _order(theta), array(levels_M.double()), kappa, losses, slopes)
+    share_out(_huber, len(theta), theta, atoms, array(levels_M.double()), kappa, losses, slopes)
     return torch.from_numpy(losses), torch.from_numpy(slopes)
 
 
@@ -92,10 +88,15 @@ def _sorted(atoms: Any) -> Any:
     return atoms if rows_ascend(atoms) else np.sort(atoms, axis=-1)
 
 
-def _order(values: Any) -> Any:
-    """The indices that sort each row, [rows, M]; [0, 0] if all rows are sorted, as those of monotone heads are."""
-    rows = values.reshape(-1, values.shape[-1])
-    return np.empty((0, 0), np.int64) if rows_ascend(rows) else np.argsort(rows, axis=-1)
+@compiled
+def _rank(values: Any, ranks: Any) -> bool:
+    """Whether the values ascend, as those of monotone heads do; if not, `ranks` gets the indices that sort them."""
+    descents = 0
+    for j in range(len(values) - 1):
+        descents += not values[j] <= values[j + 1]  # to NaN nothing ascends
+    if descents:
+        ranks[:] = np.argsort(values)
+    return descents == 0
 
 
 @compiled
@@ -118,22 +119,24 @@ def _count_below(queries: Any, atoms: Any, shift: Any, below: Any) -> None:
     """below[j]: how many atoms lie below query j + shift.
 
     Both are sorted and end in infinities: to whole blocks, and one block of atoms at the least. A block of queries
-    meets a block of atoms, each number each, in vector instructions; then the one whose last number is the smaller
-    gives way to its next. No branch that the values decide, and as many meetings as there are blocks.
+    meets blocks of atoms, each number each, in vector instructions, until one ends above the last query; there the next
+    queries begin. As many meetings as there are blocks, and one branch in each that the values decide.
     """
     # Unsigned, since a negative index would be asked whether it counts from the end.
-    j, k, passed = uintp(0), uintp(0), np.int32(0)
-    below[:] = 0
-    while j < uintp(len(queries)):
+    k = uintp(0)
+    for j in range(uintp(0), uintp(len(queries)), QUERIES):
+        last, passed = queries[j + QUERIES - ONE] + shift, np.int32(k)
         for q in range(j, j + QUERIES):
-            count, query = passed, queries[q] + shift
-            for a in range(ATOMS):
-                count += np.int32(atoms[k + a] < query)
-            below[q] += count
-        ahead = uintp(atoms[k + ATOMS - ONE] < queries[j + QUERIES - ONE] + shift)
-        k += ATOMS * ahead
-        j += QUERIES * (ONE - ahead)
-        passed = np.int32(k * (ONE - ahead))  # atoms of earlier blocks lie below all that a fresh block asks
+            below[q] = passed  # atoms of earlier blocks lie below all these
+        while True:
+            for q in range(j, j + QUERIES):
+                count, query = np.int32(0), queries[q] + shift
+                for a in range(ATOMS):
+                    count += np.int32(atoms[k + a] < query)
+                below[q] += count
+            if not atoms[k + ATOMS - ONE] < last:
+                break
+            k += ATOMS
 
 
 @compiled
@@ -150,23 +153,21 @@ def _merge_ties(queries: Any, atoms: Any, below: Any) -> None:
 
 @compiled
 def _scratch(theta: Any, num_atoms: int) -> Any:
-    """Queries and atoms with infinities behind, queries in float64, prefix sums, counts, primitives, by rank values,
-    slopes and levels."""
+    """Queries and atoms with infinities behind, queries in float64, prefix sums, counts, ranks, by rank values, slopes
+    and levels."""
     num_quantiles, whole = theta.shape[2], int(QUERIES)
     queries = np.full((num_quantiles // whole + 1) * whole, np.inf, theta.dtype)
     atoms = np.full((num_atoms // int(ATOMS) + 1) * int(ATOMS), np.inf, theta.dtype)
     sums, squares = np.empty(num_atoms + 1), np.empty(num_atoms + 1)
     below = np.empty((3, len(queries)), np.int32)
-    edges, rows = np.empty((2, 3, num_quantiles)), np.empty((3, num_quantiles))
-    return queries, atoms, np.empty(num_quantiles), sums, squares, below, edges, rows
+    ranks, rows = np.empty(num_quantiles, np.int64), np.empty((3, num_quantiles))
+    return queries, atoms, np.empty(num_quantiles), sums, squares, below, ranks, rows
 
 
 @compiled
-def _huber_token(
-    theta: Any, given: Any, order: Any, first: int, taus: Any, kappa: float, scratch: Any, losses: Any, slopes: Any
-) -> float:
+def _huber_token(theta: Any, given: Any, taus: Any, kappa: float, scratch: Any, losses: Any, slopes: Any) -> float:
     """Losses by level, summed over heads (overwritten), and slopes of their mean; returns the mean of the atoms."""
-    queries, atoms, exact, sums, squares, below, edges, rows = scratch
+    queries, atoms, exact, sums, squares, below, ranks, rows = scratch
     num_heads, num_quantiles = theta.shape
     num_atoms = len(given)
     mean = _prefix_sums(given, sums, squares)
@@ -179,15 +180,14 @@ def _huber_token(
         atoms[k] = given[k] - origin
     losses[:] = 0.0
     values, by_rank, tau = rows
-    tau[:] = taus
     for i in range(num_heads):
         bad = 0
-        if order.size:
+        for j in range(num_quantiles):
+            exact[j] = theta[i, j]
+        ascends = _rank(exact, ranks)
+        if not ascends:
             for j in range(num_quantiles):
-                exact[j], tau[j] = theta[i, order[first + i, j]], taus[order[first + i, j]]
-        else:
-            for j in range(num_quantiles):
-                exact[j] = theta[i, j]
+                exact[j], tau[j] = theta[i, ranks[j]], taus[ranks[j]]
         for j in range(num_quantiles):
             bad += not math.isfinite(exact[j])
             queries[j] = exact[j] - origin
@@ -195,74 +195,80 @@ def _huber_token(
         if bad or not sound:
             losses[:], slopes[i] = np.nan, np.nan
             continue
-        if kappa > 0:
-            for e in range(3):
-                shift = (e - 1) * kappa
-                _count_below(queries, atoms, theta.dtype.type(shift), below[e])
-                _primitives(exact, shift, sums, squares, below[e], edges[0, e], edges[1, e])
-            _smooth(exact, edges, num_atoms, kappa, tau, num_heads, values, by_rank)
+        if ascends:
+            _add_head(queries, atoms, exact, sums, squares, below, kappa, taus, num_heads, losses, slopes[i])
         else:
-            _merge_ties(queries[: num_quantiles + 1], atoms[: num_atoms + 1], below)
-            _pinball(exact, sums, below, tau, num_heads, values, by_rank)
-        if order.size:
+            values[:] = 0.0
+            _add_head(queries, atoms, exact, sums, squares, below, kappa, tau, num_heads, values, by_rank)
             for j in range(num_quantiles):
-                losses[order[first + i, j]] += values[j]
-                slopes[i, order[first + i, j]] = by_rank[j]
-        else:
-            for j in range(num_quantiles):
-                losses[j] += values[j]
-                slopes[i, j] = by_rank[j]
+                losses[ranks[j]] += values[j]
+                slopes[i, ranks[j]] = by_rank[j]
     return mean
 
 
 @compiled
-def _primitives(queries: Any, shift: float, sums: Any, squares: Any, below: Any, f: Any, s: Any) -> None:
-    """P' and 2 P of `core/sorted_huber.py` at query + shift, from how many atoms lie below it."""
-    for j in range(len(queries)):
-        at, n = queries[j] + shift, below[j]
-        f[j] = n * at - sums[n]
-        s[j] = at * (f[j] - sums[n]) + squares[n]
+def _add_head(
+    queries: Any, atoms: Any, exact: Any, sums: Any, squares: Any, below: Any, kappa: float, tau: Any, num_heads: int,
+    losses: Any, slopes: Any,
+) -> None:  # fmt: skip
+    """Add a head's losses, write its slopes: of predictions that ascend, from which the atoms' mean is taken."""
+    num_quantiles, num_atoms = len(exact), len(sums) - 1
+    if kappa > 0:
+        for e in range(3):
+            _count_below(queries, atoms, queries.dtype.type((e - 1) * kappa), below[e])
+        _smooth(exact, sums, squares, below, kappa, tau, num_heads, losses, slopes)
+    else:
+        _merge_ties(queries[: num_quantiles + 1], atoms[: num_atoms + 1], below)
+        _pinball(exact, sums, below, tau, num_heads, losses, slopes)
 
 
 @compiled
 def _smooth(
-    queries: Any, edges: Any, num_atoms: int, kappa: float, tau: Any, num_heads: int, values: Any, slopes: Any
+    queries: Any, sums: Any, squares: Any, below: Any, kappa: float, tau: Any, num_heads: int, losses: Any, slopes: Any
 ) -> None:
-    """Their differences between query - kappa, query and query + kappa."""
+    """Differences of P' and 2 P of `core/sorted_huber.py` between query - kappa, query and query + kappa.
+
+    below[e, j]: how many atoms lie below each of these.
+    """
+    num_atoms = len(sums) - 1
     per_atom, per_head = 1.0 / (kappa * num_atoms), 1.0 / num_heads
-    (f0, f1, f2), (s0, s1, s2) = edges
     for j in range(len(tau)):
-        value = (1 - tau[j]) * (s1[j] - s0[j]) + tau[j] * (s2[j] - s1[j])
-        slope = (1 - tau[j]) * (f1[j] - f0[j]) + tau[j] * (f2[j] - f1[j])
-        values[j] = value * (0.5 * per_atom) - tau[j] * (queries[j] + 0.5 * kappa)
+        at0, at1, at2 = queries[j] - kappa, queries[j], queries[j] + kappa
+        n0, n1, n2 = below[0, j], below[1, j], below[2, j]
+        sum0, sum1, sum2 = sums[uintp(n0)], sums[uintp(n1)], sums[uintp(n2)]
+        f0, f1, f2 = n0 * at0 - sum0, n1 * at1 - sum1, n2 * at2 - sum2
+        s0 = at0 * (f0 - sum0) + squares[uintp(n0)]
+        s1 = at1 * (f1 - sum1) + squares[uintp(n1)]
+        s2 = at2 * (f2 - sum2) + squares[uintp(n2)]
+        value = (1 - tau[j]) * (s1 - s0) + tau[j] * (s2 - s1)
+        slope = (1 - tau[j]) * (f1 - f0) + tau[j] * (f2 - f1)
+        losses[j] += value * (0.5 * per_atom) - tau[j] * (at1 + 0.5 * kappa)
         slopes[j] = (slope * per_atom - tau[j]) * per_head
 
 
 @compiled
-def _pinball(queries: Any, sums: Any, below: Any, tau: Any, num_heads: int, values: Any, slopes: Any) -> None:
+def _pinball(queries: Any, sums: Any, below: Any, tau: Any, num_heads: int, losses: Any, slopes: Any) -> None:
     """kappa = 0; an atom that ties with a prediction counts in neither slope."""
     num_atoms = len(sums) - 1
     for j in range(len(tau)):
         at, under, not_over = queries[j], below[0, j], below[1, j]
-        values[j] = (under * at - sums[under]) / num_atoms - tau[j] * at
+        losses[j] += (under * at - sums[under]) / num_atoms - tau[j] * at
         slopes[j] = ((1 - tau[j]) * under + tau[j] * (not_over - num_atoms)) / (num_atoms * num_heads)
 
 
 @compiled
-def _huber(
-    start: int, stop: int, theta: Any, atoms: Any, order: Any, taus: Any, kappa: float, losses: Any, slopes: Any
-) -> None:
+def _huber(start: int, stop: int, theta: Any, atoms: Any, taus: Any, kappa: float, losses: Any, slopes: Any) -> None:
     num_heads, num_quantiles = theta.shape[1:]
     scratch, by_level = _scratch(theta, atoms.shape[1]), np.empty(num_quantiles)
     for k in range(start, stop):
-        _huber_token(theta[k], atoms[k], order, k * num_heads, taus, kappa, scratch, by_level, slopes[k])
+        _huber_token(theta[k], atoms[k], taus, kappa, scratch, by_level, slopes[k])
         for j in range(num_quantiles):
             losses[k, j] = by_level[j] / num_heads
 
 
 @compiled
-def _ensemble(theta: Any, centre: float, ranks: Any, k: int, by_level: Any, by_rank: Any) -> None:
-    """The mean over heads less `centre`, level by level and sorted.
+def _ensemble(theta: Any, centre: float, ranks: Any, by_level: Any, by_rank: Any) -> bool:
+    """The mean over heads less `centre`, level by level and sorted; returns whether that is the same.
 
     No term depends on where 0 lies, but a difference of squares does.
     """
@@ -273,8 +279,10 @@ def _ensemble(theta: Any, centre: float, ranks: Any, k: int, by_level: Any, by_r
             by_level[j] += theta[i, j]
     for j in range(num_quantiles):
         by_level[j] = by_level[j] / num_heads - centre
+    ascends = _rank(by_level, ranks)
     for r in range(num_quantiles):
-        by_rank[r] = by_level[ranks[k, r]] if ranks.size else by_level[r]
+        by_rank[r] = by_level[r if ascends else ranks[r]]
+    return ascends
 
 
 @compiled
@@ -301,21 +309,21 @@ def _bends_down(ranked: Any, start: int, stop: int) -> float:
 
 @compiled
 def _forward(
-    start: int, stop: int, theta: Any, atoms: Any, order: Any, ranks: Any, taus: Any, weights: Any, kappa: float,
+    start: int, stop: int, theta: Any, atoms: Any, taus: Any, weights: Any, kappa: float,
     low: int, up: int, target_low: int, target_up: int, bends_low: int, bends_up: int,
     terms: Any, slopes: Any, tails: Any,
 ) -> None:  # fmt: skip
     num_heads, num_quantiles = theta.shape[1:]
     num_atoms, num_bends = atoms.shape[1], num_quantiles - 2
     scratch, losses = _scratch(theta, num_atoms), np.empty(num_quantiles)
-    by_level, ranked = np.empty(num_quantiles), np.empty(num_quantiles)
+    by_level, ranked, ranks = np.empty(num_quantiles), np.empty(num_quantiles), np.empty(num_quantiles, np.int64)
     for k in range(start, stop):
-        centre = _huber_token(theta[k], atoms[k], order, k * num_heads, taus, kappa, scratch, losses, slopes[k])
+        centre = _huber_token(theta[k], atoms[k], taus, kappa, scratch, losses, slopes[k])
         qr = risk = 0.0
         for j in range(num_quantiles):
             qr += losses[j]
             risk += losses[j] * weights[j]
-        _ensemble(theta[k], centre, ranks, k, by_level, ranked)
+        _ensemble(theta[k], centre, ranks, by_level, ranked)
         spread = mean = 0.0
         for j in range(num_quantiles):
             mean += by_level[j]
@@ -345,17 +353,17 @@ def _forward(
 
 @compiled
 def _backward(
-    start: int, stop: int, grads: Any, theta: Any, slopes: Any, tails: Any, ranks: Any, weights: Any,
+    start: int, stop: int, grads: Any, theta: Any, slopes: Any, tails: Any, weights: Any,
     low: int, up: int, bends_low: int, bends_up: int, result: Any,
 ) -> None:  # fmt: skip
     num_heads, num_quantiles = theta.shape[1:]
     by_level, ranked, push = np.empty(num_quantiles), np.empty(num_quantiles), np.empty(num_quantiles)
-    pushed, by_head = np.empty(num_quantiles), np.empty(num_quantiles)
+    pushed, by_head, ranks = np.empty(num_quantiles), np.empty(num_quantiles), np.empty(num_quantiles, np.int64)
     num_bends = num_quantiles - 2
     for k in range(start, stop):
         qr, risk, cvar, gain, shift, shape, curvature, consistency = grads[:, k]
         centre, cvar_gap, gain_gap, low_mean, up_mean, shifts, contracts, widens = tails[k]
-        _ensemble(theta[k], centre, ranks, k, by_level, ranked)
+        ascends = _ensemble(theta[k], centre, ranks, by_level, ranked)
         push[:] = -shift * shifts / num_quantiles
         contract, widen = 2 * shape * contracts / low, -2 * shape * widens / up
         for r in range(low):
@@ -370,7 +378,7 @@ def _backward(
                     push[d + 1] += 2 * step
                     push[d + 2] -= step
         for r in range(num_quantiles):
-            pushed[ranks[k, r] if ranks.size else r] = push[r] / num_heads
+            pushed[r if ascends else ranks[r]] = push[r] / num_heads
         for j in range(num_quantiles):
             by_head[j] = (qr + risk * weights[j]) / num_quantiles
         apart = 4 * consistency / (max(1, num_heads - 1) * num_quantiles)
