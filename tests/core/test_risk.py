@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -207,8 +208,8 @@ def pairwise_rank(targets, atoms, width):
 
 @given(
     seed=st.integers(0, 2**31),
-    num_targets=st.integers(1, 9),
-    num_atoms=st.integers(1, 9),
+    num_targets=st.integers(1, 40),
+    num_atoms=st.integers(1, 40),
     width=st.sampled_from([0.0, 0.01, 0.5, 2.0, 100.0]),
     grid=st.sampled_from([0, 2]),
 )
@@ -219,7 +220,10 @@ def test_rank_equals_the_pairwise_form_with_ties_and_without(seed, num_targets, 
     atoms = torch.randn(3, num_atoms, generator=generator, dtype=F64)
     if grid:  # halves and integers: ties, and pairs exactly at the clamp
         targets, atoms = (targets * grid).round() / grid, (atoms * grid).round() / grid
-    close(rank_advantage(targets, atoms, width), pairwise_rank(targets, atoms, width))
+    expected = pairwise_rank(targets, atoms, width)
+    close(rank_advantage(targets, atoms, width), expected)
+    with mock.patch("dvpo.core.risk.backend", return_value="torch"):
+        close(rank_advantage(targets, atoms, width), expected)
 
 
 @pytest.mark.parametrize(("reward", "value"), [(1.0, 0.3), (0.0, 0.3), (1.0, 0.9)])
@@ -240,6 +244,15 @@ def test_rank_is_bounded_indifferent_to_scale_and_fair():
     wild = targets.clone()
     wild[:, 0] = 1e12
     assert ((rank_advantage(wild, atoms) - rank).abs() <= 1 / 8 + 1e-12).all()
+
+
+@pytest.mark.parametrize("width", [0.0, 0.5])
+def test_a_rank_of_or_among_nan_is_nan_in_its_own_row_alone(width):
+    generator = torch.Generator().manual_seed(8)
+    targets, atoms = (torch.randn(3, n, generator=generator) for n in (8, 12))
+    expected = rank_advantage(targets, atoms, width)
+    targets[0, 3] = atoms[2, 5] = expected[0] = expected[2] = math.nan
+    torch.testing.assert_close(rank_advantage(targets, atoms, width), expected, equal_nan=True)
 
 
 def test_the_width_joins_the_rank_to_the_mean_advantage():

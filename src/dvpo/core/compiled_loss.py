@@ -16,7 +16,7 @@ from torch import Tensor
 from dvpo.core.compiling import array, compiled, rows_ascend, share_out
 
 QUERIES, ATOMS, ONE = uintp(16), uintp(8), uintp(1)
-"""Sizes of the blocks that meet in `_count_below`: two vector registers of queries in float32."""
+"""Sizes of the blocks that meet in `count_below`: two vector registers of queries in float32."""
 
 
 class TailSizes(NamedTuple):
@@ -115,7 +115,7 @@ def _prefix_sums(atoms: Any, sums: Any, squares: Any) -> float:
 
 
 @compiled
-def _count_below(queries: Any, atoms: Any, shift: Any, below: Any) -> None:
+def count_below(queries: Any, atoms: Any, shift: Any, below: Any) -> None:
     """below[j]: how many atoms lie below query j + shift.
 
     Both are sorted and end in infinities: to whole blocks, and one block of atoms at the least. A block of queries
@@ -215,7 +215,7 @@ def _add_head(
     num_quantiles, num_atoms = len(exact), len(sums) - 1
     if kappa > 0:
         for e in range(3):
-            _count_below(queries, atoms, queries.dtype.type((e - 1) * kappa), below[e])
+            count_below(queries, atoms, queries.dtype.type((e - 1) * kappa), below[e])
         _smooth(exact, sums, squares, below, kappa, tau, num_heads, losses, slopes)
     else:
         _merge_ties(queries[: num_quantiles + 1], atoms[: num_atoms + 1], below)

@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from dvpo.core.backends import ascending
+from dvpo.core import compiled_ranks
+from dvpo.core.backends import ascending, backend
 from dvpo.core.masks import at_least_float32
 from dvpo.core.quantiles import check_quantile_shapes
 from dvpo.core.terms import fused_terms
@@ -246,7 +247,7 @@ def rank_advantage(targets: Tensor, atoms: Tensor, width: float = 0.0) -> Tensor
         width: h >= 0, in units of the reward.
 
     Returns:
-        [...], in [-1/2, 1/2], without gradient.
+        [...], in [-1/2, 1/2], without gradient; NaN where an atom is NaN.
 
     Raises:
         ValueError: the leading shapes differ, or the width is negative.
@@ -258,12 +259,16 @@ def rank_advantage(targets: Tensor, atoms: Tensor, width: float = 0.0) -> Tensor
         raise ValueError(f"targets must be [..., L] and atoms [..., M] with the same ..., got {shapes}")
     if not width >= 0.0:
         raise ValueError(f"width must be >= 0, got {width}")
-    targets = at_least_float32(targets).detach().contiguous()
-    atoms = at_least_float32(atoms).detach().sort(dim=-1).values
-    return _smooth_rank(targets, atoms, width) if width > 0 else _rank(targets, atoms)
+    targets, atoms = (ascending(at_least_float32(law).detach().contiguous()) for law in (targets, atoms))
+    advantages = _smooth_rank(targets, atoms, width) if width > 0 else _rank(targets, atoms)
+    # NaN comes last in a sorted row, and a comparison would take it for a number.
+    return torch.where(targets[..., -1].isnan() | atoms[..., -1].isnan(), torch.nan, advantages)
 
 
 def _rank(targets: Tensor, atoms: Tensor) -> Tensor:
+    if backend(targets) == "compiled" and targets.dtype == atoms.dtype:
+        rows = (law.reshape(-1, law.shape[-1]) for law in (targets, atoms))
+        return compiled_ranks.rank_advantage(*rows).view(targets.shape[:-1])
     below = torch.searchsorted(atoms, targets)
     not_above = torch.searchsorted(atoms, targets, right=True)
     wins = (below + not_above).to(targets.dtype) / 2.0
