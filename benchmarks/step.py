@@ -43,9 +43,11 @@ def main() -> None:
         }
         for size in options.size:
             pairs = options.pairs if size == "reference" else options.large_pairs
-            row = compare(["dvpo", "ppo"], size, pairs, Path(folder), options.minibatches)["dvpo"]
-            result[f"dvpo_over_ppo_{size}"] = row
-            show(f"dvpo / ppo, {size}", row)
+            # The paper's row has the same loss, whose seven further terms then have gradients, and the mean of its law.
+            names = ["dvpo", *(["dvpo_paper"] if size == "reference" else []), "ppo"]
+            for name, row in compare(names, size, pairs, Path(folder), options.minibatches).items():
+                result[f"{name}_over_ppo_{size}"] = row
+                show(f"{name} / ppo, {size}", row)
         if options.rows:
             others = [name for name in ALGORITHMS if name != "ppo"]
             result["rows_over_ppo"] = compare(

@@ -43,7 +43,7 @@ def chosen(findings: Findings, config: Config = CONFIG) -> dict:
 def test_false_verdicts_set_tails_correction_kappa_and_samples():
     found = chosen(verdicts(10, 30))
     # Jeffreys' means 10.5/101 and 30.5/101 leave f = 1 - 41/101 = .594. kappa = .1 / f, samples = ceil(2 / f^2) = 6.
-    assert found["algorithm"] == "dvpo"
+    assert found["algorithm"] == "dvpo_paper"
     assert found["critic"] == {"alpha": 0.302, "beta": 0.104, "kappa": 0.168}
     assert found["reward"]["correction"] == "backward"
     assert found["reward"]["rates"] == {"false_positive": 0.104, "false_negative": 0.302}
@@ -92,7 +92,7 @@ def test_without_the_truth_scores_that_scatter_want_a_critic_and_outliers_a_rank
     assert any("task.truth" in one.sentence for one in advise(scattered, CONFIG))
     heavy = rng.normal(size=(2, 32, 4))
     heavy[0, 0, 0] = 1000.0
-    assert chosen(find(sheet(heavy, unknown)))["algorithm"] == "dvpo_rank"
+    assert chosen(find(sheet(heavy, unknown)))["algorithm"] == "dvpo"
 
 
 def test_faults_cuts_and_missing_scores_are_named_first():

@@ -17,7 +17,8 @@ from dvpo.trainer import Trainer
 from runs import Parity, run_config
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-DVPO, PPO = ALGORITHMS["dvpo"], ALGORITHMS["ppo"]
+DVPO, PPO = ALGORITHMS["dvpo_paper"], ALGORITHMS["ppo"]
+MEAN = "advantage.law.functional=mean"
 TERMS = ("risk", "cvar", "gain", "shift", "shape", "curvature", "consistency")
 OFF = [f"critic.weights.{term}=0" for term in TERMS]
 
@@ -55,7 +56,7 @@ def predictions(num_heads: int, num_quantiles: int, num_targets: int) -> tuple[T
 
 
 def test_the_mean_over_quantiles_of_the_distributional_advantage_is_the_scalar_one_of_the_mean():
-    config = load_config(None, ["advantage.lam=0.8", "advantage.gamma=0.97"])
+    config = load_config(None, [MEAN, "advantage.lam=0.8", "advantage.gamma=0.97"])
     at = signals()
     scalar, returns_BT1 = scalar_estimate(at, config)
     distributional, targets_BTM = distributional_estimate(at, config)
@@ -106,11 +107,11 @@ def test_a_missing_reward_is_not_read_and_leaves_the_critics_opinion_at_the_last
 
 
 def test_mixture_targets_have_their_own_number_of_atoms_and_their_seed():
-    config = load_config(None, ["advantage.target=mixture", "advantage.target_atoms=64"])
+    config = load_config(None, [MEAN, "advantage.target=mixture", "advantage.target_atoms=64"])
     at = signals()
     advantages_BT, targets_BTL = distributional_estimate(at, config)
     assert targets_BTL.shape == (4, 6, 64)
-    torch.testing.assert_close(advantages_BT, distributional_estimate(at, load_config())[0])
+    torch.testing.assert_close(advantages_BT, distributional_estimate(at, load_config(None, [MEAN]))[0])
     assert torch.equal(targets_BTL, distributional_estimate(at, config)[1])
     assert not torch.equal(targets_BTL, distributional_estimate(dataclasses.replace(at, seed=4), config)[1])
 
@@ -136,7 +137,10 @@ def test_each_weight_adds_its_own_term_times_itself(term: str):
 
 def test_tails_against_the_law_change_the_four_terms_that_compare_with_a_return_and_no_other():
     given = predictions(3, 32, 32)
-    sample, law = (DVPO.critic_loss(*given, load_config(None, [f"critic.tail_targets={t}"])) for t in ("sample", "law"))
+    sample, law = (
+        DVPO.critic_loss(*given, load_config(None, ["algorithm=dvpo_paper", f"critic.tail_targets={t}"]))
+        for t in ("sample", "law")
+    )
     assert list(sample) == list(law)
     changed = {name for name in law if not torch.equal(sample[name], law[name])}
     assert changed == {"loss", "cvar", "gain", "shift", "shape"}
@@ -155,7 +159,7 @@ def test_one_head_one_quantile_and_a_wide_huber_zone_are_half_of_ppos_squared_er
 
 
 def test_with_one_head_and_one_quantile_both_rows_estimate_the_same():
-    at, config = signals(num_heads=1, num_quantiles=1), load_config()
+    at, config = signals(num_heads=1, num_quantiles=1), load_config(None, [MEAN])
     for one, other in zip(DVPO.estimate(at, config), PPO.estimate(at, config), strict=True):
         torch.testing.assert_close(one, other)
 

@@ -20,9 +20,9 @@ def config(name: str):
 
 
 @pytest.mark.parametrize("kind", ["demo", "qwen3_8b"])
-def test_dvpo_and_ppo_are_compared_with_everything_equal_but_the_critic(kind: str):
+def test_dvpo_and_ppo_are_compared_with_everything_equal_but_the_critic_and_its_law(kind: str):
     keys = differences(config(f"{kind}_dvpo"), config(f"{kind}_ppo"))
-    assert {key.split(".")[0] for key in keys} == {"algorithm", "critic", "output"}
+    assert {key.split(".")[0] for key in keys if key != "advantage.law.functional"} == {"algorithm", "critic", "output"}
 
 
 def test_the_real_model_has_the_methods_defaults_for_real_models():

@@ -75,7 +75,7 @@ def test_robust_ppo_takes_the_least_head_as_baseline_and_as_bootstrap_of_its_tar
     torch.testing.assert_close(targets.squeeze(-1), returns_BT)
 
 
-@pytest.mark.parametrize("name", ["ppo", "dvpo", "dvpo_rank", "ppo_ensemble"])
+@pytest.mark.parametrize("name", ["ppo", "dvpo_paper", "dvpo", "ppo_ensemble"])
 def test_recentred_values_make_the_end_cost_nothing_and_no_constant_of_the_critic_matters(name: str) -> None:
     given = signals(num_quantiles=1 if name.startswith("ppo") else 5)
 
@@ -112,7 +112,7 @@ def test_the_trainer_recentres_what_the_advantage_reads_and_not_what_the_critic_
     assert ((fixed.advantages_BT * ends_BT).sum() / ends_BT.sum()).abs() < 1e-6
 
 
-@pytest.mark.parametrize("name", ["ppo", "robust_ppo", "dvpo", "rfqi_ppo"])
+@pytest.mark.parametrize("name", ["ppo", "robust_ppo", "dvpo_paper", "rfqi_ppo"])
 def test_a_reward_that_is_trusted_by_a_share_counts_by_that_share_in_the_last_difference_alone(name: str) -> None:
     given = signals(num_quantiles=1 if "ppo" in name and "rfqi" not in name else 5)
     whole, targets = estimate(name, given, "advantage.lam=0")  # with lambda = 0 advantages are the differences
@@ -146,11 +146,11 @@ def test_doubt_fades_in_a_straight_line() -> None:
 def test_a_rank_compares_what_is_trusted_of_the_return_with_the_law() -> None:
     given = signals()
     theta_BTM = ascending(given.values_BTNM.mean(dim=-2))
-    advantages_BT, targets_BTL = estimate("dvpo_rank", given, "advantage.lam=1", "advantage.reward_trust=0.5")
+    advantages_BT, targets_BTL = estimate("dvpo", given, "advantage.lam=1", "advantage.reward_trust=0.5")
     mixed = 0.5 * 1.0 + 0.5 * theta_BTM[0, -1].mean()
     below = (theta_BTM[0, 0] < mixed).float().mean()
     torch.testing.assert_close(advantages_BT[0, 0], below - 0.5)
-    torch.testing.assert_close(targets_BTL, estimate("dvpo_rank", given, "advantage.lam=1")[1], rtol=0, atol=0)
+    torch.testing.assert_close(targets_BTL, estimate("dvpo", given, "advantage.lam=1")[1], rtol=0, atol=0)
 
 
 def test_rfqi_with_radius_0_is_the_quantile_critic_with_its_mean() -> None:
@@ -169,16 +169,14 @@ def test_rfqi_is_gae_on_the_worst_case_value_and_trains_on_the_observed_law() ->
     torch.testing.assert_close(targets, estimate("dvpo_plain", given)[1])
 
 
-def test_dvpo_with_all_weights_0_is_dvpo_plain_in_estimate_and_loss() -> None:
-    zero = [f"critic.weights.{f.name}=0" for f in dataclasses.fields(load_config().critic.weights)]
-    config, plain = load_config({"algorithm": "dvpo"}, zero), load_config({"algorithm": "dvpo_plain"})
-    assert dataclasses.replace(config, algorithm="dvpo_plain") == plain
-    row, plain_row = ALGORITHMS["dvpo"], ALGORITHMS["dvpo_plain"]
-    assert (row.estimate, row.critic_loss, row.actor_loss) == (
-        plain_row.estimate,
-        plain_row.critic_loss,
-        plain_row.actor_loss,
-    )
+def test_dvpo_is_dvpo_plain_with_a_rank_in_place_of_the_mean_and_dvpo_rank_is_dvpo() -> None:
+    mean = load_config({"algorithm": "dvpo"}, ["advantage.law.functional=mean"])
+    assert dataclasses.replace(mean, algorithm="dvpo_plain") == load_config({"algorithm": "dvpo_plain"})
+    ranked = load_config({"algorithm": "dvpo"})
+    assert ranked.advantage.law.functional == "rank"
+    assert dataclasses.replace(load_config({"algorithm": "dvpo_rank"}), algorithm="dvpo") == ranked
+    rows = [ALGORITHMS[name] for name in ("dvpo", "dvpo_plain", "dvpo_rank")]
+    assert len({(row.estimate, row.critic_loss, row.actor_loss) for row in rows}) == 1
 
 
 def test_rloo_is_n_over_n_minus_1_times_the_centred_reward() -> None:
@@ -244,7 +242,7 @@ def test_reinforce_pp_sums_the_rewards_still_to_come() -> None:
 def test_rank_rows_compare_the_actors_target_law_with_the_predicted_one() -> None:
     given = signals()
     theta_BTM = given.values_BTNM.mean(dim=-2).sort(dim=-1).values
-    ours, targets = estimate("dvpo_rank", given)
+    ours, targets = estimate("dvpo", given)
     torch.testing.assert_close(ours, rank_advantage(targets, theta_BTM) * given.mask_BT)
     assert ours.abs().max() <= 0.5
 
@@ -324,7 +322,7 @@ def test_the_denoised_advantage_is_0_on_average_and_one_denoised_twice_is_not(su
     assert abs(means[2]) > 0.05  # the reward corrected, the value not
 
 
-@pytest.mark.parametrize("name", ["dvpo_plain", "dvpo", "ppo", "ppo_ensemble", "robust_ppo"])
+@pytest.mark.parametrize("name", ["dvpo_plain", "dvpo_paper", "ppo", "ppo_ensemble", "robust_ppo"])
 def test_without_noise_the_denoised_estimate_is_that_of_the_mean(name: str) -> None:
     given = signals(num_quantiles=5 if name.startswith("dvpo") else 1)
     assert given.rates == NO_RATES
@@ -591,8 +589,8 @@ def test_the_robust_form_falls_back_where_most_of_a_group_agrees() -> None:
 
 def test_the_rank_of_mixture_targets_reads_their_spread() -> None:
     given = signals()
-    indexwise, _ = estimate("dvpo_rank", given, "advantage.lam=0.5")
-    mixture, targets = estimate("dvpo_rank", given, "advantage.lam=0.5", "advantage.target=mixture")
+    indexwise, _ = estimate("dvpo", given, "advantage.lam=0.5")
+    mixture, targets = estimate("dvpo", given, "advantage.lam=0.5", "advantage.target=mixture")
     theta_BTM = given.values_BTNM.mean(dim=-2).sort(dim=-1).values
     torch.testing.assert_close(mixture, rank_advantage(targets, theta_BTM) * given.mask_BT)
     assert not torch.equal(mixture, indexwise)

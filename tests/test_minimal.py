@@ -82,7 +82,7 @@ def test_the_update_gives_the_losses_gradients_and_weights_of_the_trainers(minim
         monkeypatch.setattr(minimal, name, value)
     terms = ("risk", "cvar", "gain", "shift", "shape", "curvature", "consistency")
     settings = {
-        "algorithm": "dvpo",
+        "algorithm": "dvpo_paper",
         "sampling.temperature": 1.0,
         "update.minibatches": 1,
         "update.epochs": epochs,

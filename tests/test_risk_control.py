@@ -13,7 +13,7 @@ from dvpo.trainer import Trainer
 from runs import Parity, run_config
 from test_trainer import farthest, rows, trained, weights
 
-ADAPTIVE = ("critic.adaptive_risk=true", "reward.trusted=1")
+ADAPTIVE = ("algorithm=dvpo_paper", "critic.adaptive_risk=true", "reward.trusted=1")
 NOISY = ("noise.kind=asymmetric", "noise.false_positive=0.3", "noise.false_negative=0.1")
 MANY = ("sampling.prompts_per_step=16", "sampling.samples_per_prompt=4", "steps=3")
 
@@ -101,9 +101,13 @@ def test_a_resumed_run_goes_on_with_the_counts_it_had_bit_for_bit(tmp_path: Path
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["critic.adaptive_risk=true"], "critic.adaptive_risk = true needs rates: set reward.trusted"),
+        (ADAPTIVE[:2], "critic.adaptive_risk = true needs rates: set reward.trusted"),
         (
-            ["algorithm=ppo", *ADAPTIVE],
+            [*ADAPTIVE[1:], "algorithm=dvpo"],
+            "critic.adaptive_risk = true moves the tail terms, whose weights are 0 with algorithm = dvpo: set",
+        ),
+        (
+            [*ADAPTIVE[1:], "algorithm=ppo"],
             "critic.adaptive_risk = true moves the tail terms, which algorithm = ppo does not have: set it to false",
         ),
     ],

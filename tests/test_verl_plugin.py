@@ -124,7 +124,7 @@ def test_values_and_losses_are_float32_within_the_autocast_that_verl_calls_them_
 
 def test_the_packaged_settings_are_an_objective_of_the_papers_size():
     config = make_objective(packaged_settings(), gamma=1.0, lam=0.95).config
-    assert (config.algorithm, config.critic.num_heads, config.critic.num_quantiles) == ("dvpo", 3, 200)
+    assert (config.algorithm, config.critic.num_heads, config.critic.num_quantiles) == ("dvpo_paper", 3, 200)
 
 
 def test_the_packaged_config_names_the_mode_and_where_verls_own_config_is():

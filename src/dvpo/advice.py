@@ -125,7 +125,7 @@ def _about_noise(findings: Findings, config: Config) -> list[Advice]:
             Advice(
                 f"Take a bounded advantage, because one reward lies {findings.outlier:.0f} scaled median deviations "
                 "from the median and would rule a mean: the rank of a return in its predicted law cannot exceed 1/2.",
-                {"algorithm": "dvpo_rank"},
+                {"algorithm": "dvpo"},
             )
         )
     elif findings.repeat_equal is not None and findings.repeat_equal < 1 and not findings.binary:
@@ -175,8 +175,8 @@ def _about_false_verdicts(findings: Findings, config: Config, p: ErrorRate, q: E
     found = [
         Advice(
             "Take a critic with a law of the return, and ppo_corrected beside it as the baseline, because false "
-            "verdicts put their mass at the law's two ends, where dvpo's tail terms act.",
-            {"algorithm": "dvpo"},
+            "verdicts put their mass at the law's two ends, where dvpo_paper's tail terms act.",
+            {"algorithm": "dvpo_paper"},
         ),
         Advice(
             f"Set the lower tail to {alpha:g} and the upper to {beta:g}, because these are the masses of false "

@@ -252,6 +252,9 @@ _GRPO = Algorithm(
     defaults={"advantage": {"whiten": False}, "actor": {"aggregation": "seq_mean_token_mean"}},
 )
 
+_RANK: dict[str, Any] = {**_weights(), "advantage": {"law": {"functional": "rank"}}}
+"""The law is compared with the target's in the advantage. The paper's further terms changed nothing (docs/log.md)."""
+
 _CORRECTED: dict[str, Any] = {"reward": {"trusted": 0.05, "correction": "backward"}}
 """Rewards corrected by rates that are estimated on a share of the prompts."""
 
@@ -259,8 +262,8 @@ ROWS = (
     replace(
         _DVPO_PLAIN,
         name="dvpo",
-        paper="DVPO: Distributional Value Modeling-based Policy Optimization, arXiv 2512.03847",
-        defaults=_weights(*TERMS),
+        paper="DVPO: Distributional Value Modeling-based Policy Optimization, arXiv 2512.03847, with rank advantages",
+        defaults=_RANK,
     ),
     _PPO,
     replace(_DVPO_PLAIN, name="dvpo_paper", paper="arXiv 2512.03847, frozen; last rung", defaults=_PAPER),
@@ -286,8 +289,8 @@ ROWS = (
     replace(
         _DVPO_PLAIN,
         name="dvpo_rank",
-        paper="ours: docs/method.md, section 6c",
-        defaults={**_weights(), "advantage": {"law": {"functional": "rank"}}},
+        paper="ours: docs/method.md, section 6c; what dvpo is, whatever it becomes",
+        defaults=_RANK,
     ),
     replace(
         _DVPO_PLAIN,

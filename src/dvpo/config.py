@@ -7,7 +7,7 @@ row, the YAML file, `key.sub=value` overrides of the command line.
 
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,6 +98,11 @@ class Config:
             raise ValueError(
                 f"critic.adaptive_risk = true moves the tail terms, which algorithm = {self.algorithm} does not have: "
                 "set it to false"
+            )
+        if self.critic.adaptive_risk and not any(asdict(self.critic.weights).values()):
+            raise ValueError(
+                "critic.adaptive_risk = true moves the tail terms, whose weights are 0 with algorithm = "
+                f"{self.algorithm}: set critic.weights, or take dvpo_paper"
             )
         batch = self.sampling.responses_per_step
         if batch < self.update.minibatches:

@@ -112,12 +112,13 @@ def make_objective(settings: Mapping[str, Any], gamma: float, lam: float) -> Obj
         raise InputError(
             f"dvpo.{min(foreign)} means nothing inside verl: take {', '.join(SECTIONS)}, and set the rest in verl's own"
         )
-    config = load_config({**settings, "advantage": {"gamma": gamma, "lam": lam, **settings.get("advantage", {})}})
+    of_verl = {"gamma": gamma, "lam": lam, **settings.get("advantage", {})}
+    config = load_config({"algorithm": "dvpo_paper", **settings, "advantage": of_verl})
     row, advantage, critic = find_algorithm(config.algorithm), config.advantage, config.critic
     if row.critic != "quantile":
         raise InputError(
             f"dvpo.algorithm = {config.algorithm} has a {row.critic} critic: inside verl take a row with quantiles, "
-            "such as dvpo; ppo and grpo are verl's own"
+            "such as dvpo_paper; ppo and grpo are verl's own"
         )
     if (advantage.gamma, advantage.lam) != (gamma, lam):
         raise InputError(
@@ -143,10 +144,10 @@ def make_objective(settings: Mapping[str, Any], gamma: float, lam: float) -> Obj
         "critic.lora": critic.lora == CriticLoraConfig(),
     }
     if refused := [name for name, known in followed.items() if not known]:
-        value = functools.reduce(getattr, refused[0].split("."), config)
+        value: Any = functools.reduce(getattr, refused[0].split("."), config)
         raise InputError(
             f"dvpo.{refused[0]} = {value} cannot be followed inside verl, where GAE, epochs and inputs are verl's: "
-            "leave it out, or train with `dvpo train`"
+            f"{'take dvpo_paper' if value == 'rank' else 'leave it out'}, or train with `dvpo train`"
         )
     return Objective(config)
 

@@ -1,0 +1,81 @@
+"""What the trials of docs/protocol.md say: the best of each row, and how far two rows' runs of one seed scatter.
+
+    python benchmarks/trials.py
+
+A trial's score is the mean of ID and OOD over its runs, each the mean over the last quarter of the run. The deviation
+is that of the difference of two rows at the same trial and seed: per cell, and of a seed's mean over the cells. Two seeds
+give one degree of freedom; it is pooled over all pairs of rows and all trials, which are not independent of each other.
+"""
+
+import itertools
+import statistics
+from collections import defaultdict
+
+from noise_results import STUDIES, TUNING, rows_of
+
+PART = next(part for part in TUNING if part.study == STUDIES / "tuning" / "trials.yaml")
+Place = tuple[str, int]
+"""Task, whose noise is its own, and seed."""
+
+
+def main() -> None:
+    study, rows = rows_of(PART)
+    names, runs = study.names("algorithm"), len(study.names("task")) * len(study.names("seed"))
+    scores: dict[str, dict[Place, tuple[float, float]]] = defaultdict(dict)
+    for row in rows:
+        scores[row["algorithm"]][row["task"], row["seed"]] = (100 * row["id_true"], 100 * row["ood_true"])
+    print(f"{len(rows)} runs of {len(names) * runs}\n\n| row | trial | " + " | ".join(places(study)) + " | mean |")
+    print("|---|---|" + "---|" * (len(places(study)) + 1))
+    for family, trials in itertools.groupby(names, key=family_of):
+        done = {name: mean_of(scores[name]) for name in trials if len(scores[name]) == runs}
+        for name, score in sorted(done.items(), key=lambda item: -item[1]):
+            cells = [" / ".join(f"{mean:.1f}" for mean in means) for means in by_task(scores[name])]
+            print(f"| {family} | {name.rpartition('_')[2]} | {' | '.join(cells)} | {score:.1f} |")
+    for split, which in (("ID", 0), ("OOD", 1)):
+        in_cell, of_seed = deviations(scores, study.names("seed"), which)
+        print(f"\n{split}: paired deviation in one cell {in_cell:.1f}, of a seed's mean over the cells {of_seed:.1f}")
+
+
+def family_of(name: str) -> str:
+    return name.rpartition("_")[0]
+
+
+def places(study) -> list[str]:
+    return study.names("task")
+
+
+def mean_of(runs: dict[Place, tuple[float, float]]) -> float:
+    return statistics.fmean(value for pair in runs.values() for value in pair)
+
+
+def by_task(runs: dict[Place, tuple[float, float]]) -> list[tuple[float, float]]:
+    """ID and OOD, means over the seeds, of each task."""
+    tasks = dict.fromkeys(task for task, _ in runs)
+    return [
+        tuple(statistics.fmean(pair[i] for (at, _), pair in runs.items() if at == task) for i in (0, 1))
+        for task in tasks
+    ]
+
+
+def deviations(
+    scores: dict[str, dict[Place, tuple[float, float]]], seeds: list[int], which: int
+) -> tuple[float, float]:
+    """Of paired differences between two seeds: root of the mean of (d_1 - d_2)^2 / 2."""
+    cells, means = [], []
+    for one, other in itertools.combinations(scores, 2):
+        if family_of(one) == family_of(other) or one.rpartition("_")[2] != other.rpartition("_")[2]:
+            continue
+        shared = {task for task, _ in scores[one]}
+        gaps = [
+            [scores[one][task, seed][which] - scores[other][task, seed][which] for seed in seeds]
+            for task in sorted(shared)
+            if all((task, seed) in scores[name] for name in (one, other) for seed in seeds)
+        ]
+        cells += [statistics.variance(gap) for gap in gaps]
+        if gaps:
+            means.append(statistics.variance([statistics.fmean(column) for column in zip(*gaps, strict=True)]))
+    return statistics.fmean(cells) ** 0.5, statistics.fmean(means) ** 0.5
+
+
+if __name__ == "__main__":
+    main()
