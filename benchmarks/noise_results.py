@@ -51,6 +51,7 @@ REPORTING = [
         "More flips and fewer": "noise_rates",
         "More noises": "noise_more",
         "Numbers of quantiles, sizes of tails": "noise_sizes",
+        "A model ten times as large": "noise_larger",
     }.items()
 ]
 REPORTING.append(

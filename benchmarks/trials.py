@@ -3,8 +3,8 @@
     python benchmarks/trials.py
 
 A trial's score is the mean of ID and OOD over its runs, each the mean over the last quarter of the run. The deviation
-is that of the difference of two rows at the same trial and seed: per cell, and of a seed's mean over the cells. Two seeds
-give one degree of freedom; it is pooled over all pairs of rows and all trials, which are not independent of each other.
+is that of the difference of two rows at the same trial and seed: per cell, and of a seed's mean over the cells. Two
+seeds give one degree of freedom; it is pooled over all pairs of rows at a trial, which are not independent.
 """
 
 import itertools
