@@ -65,6 +65,9 @@ def terms_backward(
     grads: list[Tensor | None], theta_KNM: Tensor, kept: Kept, weights_M: Tensor, sizes: TailSizes
 ) -> Tensor:
     """The gradient in theta, [K, N, M], of the terms weighed with what came back for each, [K] or None."""
+    if grads[0] is not None and all(grad is None for grad in grads[1:]):  # the slopes of quantile regression are there
+        scale_K: Tensor = grads[0] / theta_KNM.shape[-1]
+        return kept.slopes_KNM * scale_K[:, None, None]
     theta = array(theta_KNM)
     grads_8K = np.zeros((8, len(theta)))
     for row, grad_K in zip(grads_8K, grads, strict=True):
