@@ -38,6 +38,8 @@ class Kept(NamedTuple):
     """Of each level's loss, mean over heads."""
     tails_KS: Tensor
     """Columns: see `_forward`."""
+    ranks_KM: Tensor
+    """The indices that sort the ensemble; empty if it is sorted."""
 
 
 def terms_forward(
@@ -54,11 +56,13 @@ def terms_forward(
         sizes: of the tails.
     """
     theta, atoms = array(theta_KNM), _sorted(array(atoms_KL))
+    order = _order(theta)
+    ranks = _order(theta.mean(axis=1)) if order.size else order
     terms, slopes = np.empty((8, len(theta)), theta.dtype), np.empty_like(theta)
     tails = np.empty((len(theta), 8))
     taus, weights = array(levels_M.double()), array(weights_M)
-    share_out(_forward, len(theta), theta, atoms, taus, weights, kappa, *sizes, terms, slopes, tails)
-    return torch.from_numpy(terms), Kept(*map(torch.from_numpy, (slopes, tails)))
+    share_out(_forward, len(theta), theta, atoms, order, ranks, taus, weights, kappa, *sizes, terms, slopes, tails)
+    return torch.from_numpy(terms), Kept(*map(torch.from_numpy, (slopes, tails, ranks)))
 
 
 def terms_backward(
@@ -83,7 +87,7 @@ def huber_sums(theta_KNM: Tensor, atoms_KL: Tensor, levels_M: Tensor, kappa: flo
     """As `dvpo.core.sorted_huber.huber_sums`, with atoms in any order."""
     theta, atoms = array(theta_KNM), _sorted(array(atoms_KL))
     losses, slopes = np.empty_like(theta[:, 0]), np.empty_like(theta)
-    share_out(_huber, len(theta), theta, atoms, array(levels_M.double()), kappa, losses, slopes)
+    share_out(_huber, len(theta), theta, atoms, _order(theta), array(levels_M.double()), kappa, losses, slopes)
     return torch.from_numpy(losses), torch.from_numpy(slopes)
 
 
@@ -91,15 +95,10 @@ def _sorted(atoms: Any) -> Any:
     return atoms if rows_ascend(atoms) else np.sort(atoms, axis=-1)
 
 
-@compiled
-def _rank(values: Any, ranks: Any) -> bool:
-    """Whether the values ascend, as those of monotone heads do; if not, `ranks` gets the indices that sort them."""
-    descents = 0
-    for j in range(len(values) - 1):
-        descents += not values[j] <= values[j + 1]  # to NaN nothing ascends
-    if descents:
-        ranks[:] = np.argsort(values)
-    return descents == 0
+def _order(values: Any) -> Any:
+    """The indices that sort each row, [rows, M]; [0, 0] if all rows are sorted, as those of monotone heads are."""
+    rows = values.reshape(-1, values.shape[-1])
+    return np.empty((0, 0), np.int64) if rows_ascend(rows) else np.argsort(rows, axis=-1)
 
 
 @compiled
@@ -156,21 +155,22 @@ def _merge_ties(queries: Any, atoms: Any, below: Any) -> None:
 
 @compiled
 def _scratch(theta: Any, num_atoms: int) -> Any:
-    """Queries and atoms with infinities behind, queries in float64, prefix sums, counts, ranks, by rank values, slopes
-    and levels."""
+    """Queries and atoms with infinities behind, queries in float64, prefix sums, counts, by rank values, slopes and
+    levels."""
     num_quantiles, whole = theta.shape[2], int(QUERIES)
     queries = np.full((num_quantiles // whole + 1) * whole, np.inf, theta.dtype)
     atoms = np.full((num_atoms // int(ATOMS) + 1) * int(ATOMS), np.inf, theta.dtype)
     sums, squares = np.empty(num_atoms + 1), np.empty(num_atoms + 1)
     below = np.empty((3, len(queries)), np.int32)
-    ranks, rows = np.empty(num_quantiles, np.int64), np.empty((3, num_quantiles))
-    return queries, atoms, np.empty(num_quantiles), sums, squares, below, ranks, rows
+    return queries, atoms, np.empty(num_quantiles), sums, squares, below, np.empty((3, num_quantiles))
 
 
 @compiled
-def _huber_token(theta: Any, given: Any, taus: Any, kappa: float, scratch: Any, losses: Any, slopes: Any) -> float:
+def _huber_token(
+    theta: Any, given: Any, order: Any, first: int, taus: Any, kappa: float, scratch: Any, losses: Any, slopes: Any
+) -> float:
     """Losses by level, summed over heads (overwritten), and slopes of their mean; returns the mean of the atoms."""
-    queries, atoms, exact, sums, squares, below, ranks, rows = scratch
+    queries, atoms, exact, sums, squares, below, rows = scratch
     num_heads, num_quantiles = theta.shape
     num_atoms = len(given)
     mean = _prefix_sums(given, sums, squares)
@@ -185,12 +185,12 @@ def _huber_token(theta: Any, given: Any, taus: Any, kappa: float, scratch: Any, 
     values, by_rank, tau = rows
     for i in range(num_heads):
         bad = 0
-        for j in range(num_quantiles):
-            exact[j] = theta[i, j]
-        ascends = _rank(exact, ranks)
-        if not ascends:
+        if order.size:
             for j in range(num_quantiles):
-                exact[j], tau[j] = theta[i, ranks[j]], taus[ranks[j]]
+                exact[j], tau[j] = theta[i, order[first + i, j]], taus[order[first + i, j]]
+        else:
+            for j in range(num_quantiles):
+                exact[j] = theta[i, j]
         for j in range(num_quantiles):
             bad += not math.isfinite(exact[j])
             queries[j] = exact[j] - origin
@@ -198,14 +198,14 @@ def _huber_token(theta: Any, given: Any, taus: Any, kappa: float, scratch: Any, 
         if bad or not sound:
             losses[:], slopes[i] = np.nan, np.nan
             continue
-        if ascends:
-            _add_head(queries, atoms, exact, sums, squares, below, kappa, taus, num_heads, losses, slopes[i])
-        else:
+        if order.size:
             values[:] = 0.0
             _add_head(queries, atoms, exact, sums, squares, below, kappa, tau, num_heads, values, by_rank)
             for j in range(num_quantiles):
-                losses[ranks[j]] += values[j]
-                slopes[i, ranks[j]] = by_rank[j]
+                losses[order[first + i, j]] += values[j]
+                slopes[i, order[first + i, j]] = by_rank[j]
+        else:
+            _add_head(queries, atoms, exact, sums, squares, below, kappa, taus, num_heads, losses, slopes[i])
     return mean
 
 
@@ -260,18 +260,20 @@ def _pinball(queries: Any, sums: Any, below: Any, tau: Any, num_heads: int, loss
 
 
 @compiled
-def _huber(start: int, stop: int, theta: Any, atoms: Any, taus: Any, kappa: float, losses: Any, slopes: Any) -> None:
+def _huber(
+    start: int, stop: int, theta: Any, atoms: Any, order: Any, taus: Any, kappa: float, losses: Any, slopes: Any
+) -> None:
     num_heads, num_quantiles = theta.shape[1:]
     scratch, by_level = _scratch(theta, atoms.shape[1]), np.empty(num_quantiles)
     for k in range(start, stop):
-        _huber_token(theta[k], atoms[k], taus, kappa, scratch, by_level, slopes[k])
+        _huber_token(theta[k], atoms[k], order, k * num_heads, taus, kappa, scratch, by_level, slopes[k])
         for j in range(num_quantiles):
             losses[k, j] = by_level[j] / num_heads
 
 
 @compiled
-def _ensemble(theta: Any, centre: float, ranks: Any, by_level: Any, by_rank: Any) -> bool:
-    """The mean over heads less `centre`, level by level and sorted; returns whether that is the same.
+def _ensemble(theta: Any, centre: float, ranks: Any, k: int, by_level: Any, by_rank: Any) -> None:
+    """The mean over heads less `centre`, level by level and sorted.
 
     No term depends on where 0 lies, but a difference of squares does.
     """
@@ -282,10 +284,8 @@ def _ensemble(theta: Any, centre: float, ranks: Any, by_level: Any, by_rank: Any
             by_level[j] += theta[i, j]
     for j in range(num_quantiles):
         by_level[j] = by_level[j] / num_heads - centre
-    ascends = _rank(by_level, ranks)
     for r in range(num_quantiles):
-        by_rank[r] = by_level[r if ascends else ranks[r]]
-    return ascends
+        by_rank[r] = by_level[ranks[k, r]] if ranks.size else by_level[r]
 
 
 @compiled
@@ -312,21 +312,21 @@ def _bends_down(ranked: Any, start: int, stop: int) -> float:
 
 @compiled
 def _forward(
-    start: int, stop: int, theta: Any, atoms: Any, taus: Any, weights: Any, kappa: float,
+    start: int, stop: int, theta: Any, atoms: Any, order: Any, ranks: Any, taus: Any, weights: Any, kappa: float,
     low: int, up: int, target_low: int, target_up: int, bends_low: int, bends_up: int,
     terms: Any, slopes: Any, tails: Any,
 ) -> None:  # fmt: skip
     num_heads, num_quantiles = theta.shape[1:]
     num_atoms, num_bends = atoms.shape[1], num_quantiles - 2
     scratch, losses = _scratch(theta, num_atoms), np.empty(num_quantiles)
-    by_level, ranked, ranks = np.empty(num_quantiles), np.empty(num_quantiles), np.empty(num_quantiles, np.int64)
+    by_level, ranked = np.empty(num_quantiles), np.empty(num_quantiles)
     for k in range(start, stop):
-        centre = _huber_token(theta[k], atoms[k], taus, kappa, scratch, losses, slopes[k])
+        centre = _huber_token(theta[k], atoms[k], order, k * num_heads, taus, kappa, scratch, losses, slopes[k])
         qr = risk = 0.0
         for j in range(num_quantiles):
             qr += losses[j]
             risk += losses[j] * weights[j]
-        _ensemble(theta[k], centre, ranks, by_level, ranked)
+        _ensemble(theta[k], centre, ranks, k, by_level, ranked)
         spread = mean = 0.0
         for j in range(num_quantiles):
             mean += by_level[j]
@@ -356,17 +356,17 @@ def _forward(
 
 @compiled
 def _backward(
-    start: int, stop: int, grads: Any, theta: Any, slopes: Any, tails: Any, weights: Any,
+    start: int, stop: int, grads: Any, theta: Any, slopes: Any, tails: Any, ranks: Any, weights: Any,
     low: int, up: int, bends_low: int, bends_up: int, result: Any,
 ) -> None:  # fmt: skip
     num_heads, num_quantiles = theta.shape[1:]
     by_level, ranked, push = np.empty(num_quantiles), np.empty(num_quantiles), np.empty(num_quantiles)
-    pushed, by_head, ranks = np.empty(num_quantiles), np.empty(num_quantiles), np.empty(num_quantiles, np.int64)
+    pushed, by_head = np.empty(num_quantiles), np.empty(num_quantiles)
     num_bends = num_quantiles - 2
     for k in range(start, stop):
         qr, risk, cvar, gain, shift, shape, curvature, consistency = grads[:, k]
         centre, cvar_gap, gain_gap, low_mean, up_mean, shifts, contracts, widens = tails[k]
-        ascends = _ensemble(theta[k], centre, ranks, by_level, ranked)
+        _ensemble(theta[k], centre, ranks, k, by_level, ranked)
         push[:] = -shift * shifts / num_quantiles
         contract, widen = 2 * shape * contracts / low, -2 * shape * widens / up
         for r in range(low):
@@ -381,7 +381,7 @@ def _backward(
                     push[d + 1] += 2 * step
                     push[d + 2] -= step
         for r in range(num_quantiles):
-            pushed[r if ascends else ranks[r]] = push[r] / num_heads
+            pushed[ranks[k, r] if ranks.size else r] = push[r] / num_heads
         for j in range(num_quantiles):
             by_head[j] = (qr + risk * weights[j]) / num_quantiles
         apart = 4 * consistency / (max(1, num_heads - 1) * num_quantiles)
