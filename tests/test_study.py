@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dvpo import study as studies
 from dvpo.cli import main
 from dvpo.errors import InputError
 from dvpo.study import load_study
@@ -351,6 +352,13 @@ def test_the_hash_changes_with_what_has_a_say_in_the_result_and_with_nothing_els
     assert len(set(hashes())) == 12
     assert hashes("output=elsewhere", "checkpoint.every=7", "log.completions=0") == hashes()
     assert not set(hashes("evaluation.prompts=3")) & set(hashes())
+
+
+def test_a_setting_that_is_added_later_leaves_a_hash_as_it_was(place: Path, monkeypatch: pytest.MonkeyPatch):
+    cell = load_study(write(place)).cells[0]
+    plain = studies.to_plain
+    monkeypatch.setattr(studies, "to_plain", lambda config: {**plain(config), "later": 1, "more": {"later": 2}})
+    assert studies.result_hash(cell.config) == cell.config_hash
 
 
 # The results file

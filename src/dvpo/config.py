@@ -279,7 +279,13 @@ def _task_defaults(task: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """YAML text that `load_config` reads back to an equal config."""
-    return str(yaml.dump(TypeAdapter(Config).dump_python(config, mode="json"), Dumper=DUMPER, sort_keys=False))
+    return str(yaml.dump(to_plain(config), Dumper=DUMPER, sort_keys=False))
+
+
+def to_plain(config: Config) -> dict[str, Any]:
+    """The same as nested mappings, lists, numbers and texts."""
+    plain: dict[str, Any] = TypeAdapter(Config).dump_python(config, mode="json")
+    return plain
 
 
 def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:

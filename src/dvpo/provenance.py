@@ -90,5 +90,5 @@ def _cpu_model() -> str:
 
 
 def config_hash(config: str) -> str:
-    """Twelve hex digits that tell two configs (as YAML text) apart."""
+    """Twelve hex digits that tell two configs (as text) apart."""
     return hashlib.sha256(config.encode()).hexdigest()[:12]

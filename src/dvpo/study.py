@@ -16,6 +16,7 @@ anything runs.
 """
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -24,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from dvpo.config import Config, load_config, to_yaml
+from dvpo.config import Config, load_config, to_plain
 from dvpo.errors import InputError
 from dvpo.nested import merge
 from dvpo.provenance import config_hash
@@ -134,8 +135,21 @@ def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def result_hash(config: Config) -> str:
-    """Twelve hex digits that tell apart the configs of two runs whose results may differ."""
-    return config_hash(to_yaml(replace(config, output="", checkpoint=CheckpointConfig(), log=LogConfig())))
+    """Twelve hex digits that tell apart the configs of two runs whose results may differ.
+
+    They are of what differs from the settings' own defaults: one that is added later leaves a study's rows valid.
+    """
+    whole = replace(config, output="", checkpoint=CheckpointConfig(), log=LogConfig())
+    return config_hash(json.dumps(_unlike(to_plain(whole), to_plain(Config())), sort_keys=True))
+
+
+def _unlike(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested values that are not the defaults."""
+    return {
+        key: _unlike(value, defaults[key]) if isinstance(value, dict) and isinstance(defaults.get(key), dict) else value
+        for key, value in values.items()
+        if key not in defaults or value != defaults[key]
+    }
 
 
 def _make_cell(
