@@ -34,7 +34,7 @@ def test_what_needs_no_torch_loads_none(module: str):
 
 
 def test_core_imports_torch_and_the_standard_library_and_nothing_of_ours_outside_core():
-    compilers = {name: {"numba", "numpy"} for name in ("compiling", "compiled_loss", "compiled_rows")}
+    compilers = {name: {"numba", "numpy"} for name in ("compiling", "compiled_loss", "compiled_ranks", "compiled_rows")}
     compilers["triton_huber"] = {"triton"}
     for name, path in MODULES.items():
         if name.startswith("dvpo.core"):
