@@ -160,7 +160,8 @@ def test_every_yaml_block_is_a_valid_config_or_study(
     monkeypatch.setitem(sys.modules, "my_rows", SimpleNamespace(mine=ALGORITHMS["dvpo"]))  # type: ignore[arg-type]
     for block in fenced(page, "yaml"):
         values = yaml.safe_load(block)
-        if "seeds" in values:
+        if "seeds" in values or "like" in values:
+            (tmp_path / "noise.yaml").write_text((ROOT / "configs" / "studies" / "noise.yaml").read_text())
             (tmp_path / "study.yaml").write_text(block)
             assert load_study(tmp_path / "study.yaml").cells
         else:
@@ -259,8 +260,8 @@ def test_the_glossary_explains_every_key_that_a_run_logs_and_no_other(tmp_path: 
     logged = set()
     mix = Mixture([ChainArithmetic(8, 2, 2), Science(8, 2, 2)], [1, 1])
     followed = ["critic.adaptive_risk=true", "reward.trusted=0.5"]
-    for name in ("dvpo", "ppo_corrected", "cql_ppo", "ppo_hl_gauss"):
-        asked_for = [*ASKED_FOR, *(followed if name == "dvpo" else ())]
+    for name in ("dvpo_paper", "ppo_corrected", "cql_ppo", "ppo_hl_gauss"):
+        asked_for = [*ASKED_FOR, *(followed if name == "dvpo_paper" else ())]
         place = [f"algorithm={name}", f"model.path={tiny_model}", f"output={tmp_path / name}"]
         with FakeVllm(tiny_model) if name == "ppo_corrected" else nullcontext() as server:
             if server is not None:
