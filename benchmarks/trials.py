@@ -3,8 +3,8 @@
     python benchmarks/trials.py
 
 A trial's score is the mean of ID and OOD over its runs, each the mean over the last quarter of the run. The deviation
-is that of the difference of two rows at the same trial and seed: per cell, and of a seed's mean over the cells. Two
-seeds give one degree of freedom; it is pooled over all pairs of rows at a trial, which are not independent.
+is that of the difference of two rows at the same seed, each at its best trial: per cell, and of a seed's mean over the
+cells. Two seeds give one degree of freedom; it is pooled over all pairs of rows, which are not independent.
 """
 
 import itertools
@@ -26,13 +26,15 @@ def main() -> None:
         scores[row["algorithm"]][row["task"], row["seed"]] = (100 * row["id_true"], 100 * row["ood_true"])
     print(f"{len(rows)} runs of {len(names) * runs}\n\n| row | trial | " + " | ".join(places(study)) + " | mean |")
     print("|---|---|" + "---|" * (len(places(study)) + 1))
+    best = []
     for family, trials in itertools.groupby(names, key=family_of):
         done = {name: mean_of(scores[name]) for name in trials if len(scores[name]) == runs}
+        best += [max(done, key=done.__getitem__)] if done else []
         for name, score in sorted(done.items(), key=lambda item: -item[1]):
             cells = [" / ".join(f"{mean:.1f}" for mean in means) for means in by_task(scores[name])]
             print(f"| {family} | {name.rpartition('_')[2]} | {' | '.join(cells)} | {score:.1f} |")
     for split, which in (("ID", 0), ("OOD", 1)):
-        in_cell, of_seed = deviations(scores, study.names("seed"), which)
+        in_cell, of_seed = deviations({name: scores[name] for name in best}, study.names("seed"), which)
         print(f"\n{split}: paired deviation in one cell {in_cell:.1f}, of a seed's mean over the cells {of_seed:.1f}")
 
 
@@ -62,18 +64,11 @@ def deviations(
 ) -> tuple[float, float]:
     """Of paired differences between two seeds: root of the mean of (d_1 - d_2)^2 / 2."""
     cells, means = [], []
-    for one, other in itertools.combinations(scores, 2):
-        if family_of(one) == family_of(other) or one.rpartition("_")[2] != other.rpartition("_")[2]:
-            continue
-        shared = {task for task, _ in scores[one]}
-        gaps = [
-            [scores[one][task, seed][which] - scores[other][task, seed][which] for seed in seeds]
-            for task in sorted(shared)
-            if all((task, seed) in scores[name] for name in (one, other) for seed in seeds)
-        ]
+    for one, other in itertools.combinations(scores.values(), 2):
+        tasks = sorted({task for task, _ in one})
+        gaps = [[one[task, seed][which] - other[task, seed][which] for seed in seeds] for task in tasks]
         cells += [statistics.variance(gap) for gap in gaps]
-        if gaps:
-            means.append(statistics.variance([statistics.fmean(column) for column in zip(*gaps, strict=True)]))
+        means.append(statistics.variance([statistics.fmean(column) for column in zip(*gaps, strict=True)]))
     return statistics.fmean(cells) ** 0.5, statistics.fmean(means) ** 0.5
 
 

@@ -253,7 +253,7 @@ _GRPO = Algorithm(
 )
 
 _RANK: dict[str, Any] = {**_weights(), "advantage": {"law": {"functional": "rank"}}}
-"""The law is compared with the target's in the advantage. The paper's further terms changed nothing (docs/log.md)."""
+"""The law is compared with the target's in the advantage; no term of the critic's loss but quantile regression."""
 
 _CORRECTED: dict[str, Any] = {"reward": {"trusted": 0.05, "correction": "backward"}}
 """Rewards corrected by rates that are estimated on a share of the prompts."""
