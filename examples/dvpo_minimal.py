@@ -1,4 +1,4 @@
-"""DVPO in one file: the whole method for reading from top to bottom, with torch and transformers and nothing of ours.
+"""DVPO as in the paper, the row `dvpo_paper`, in one file, with torch and transformers and nothing of ours.
 
 A tiny language model adds two numbers. A short supervised warm-up leaves it right in about a quarter of its answers;
 then it learns from a reward that is *wrong three times in ten*. The critic predicts a distribution of the return for
