@@ -6,33 +6,22 @@
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from dvpo.embedded import make_config, make_model, make_tokenizer
-from dvpo.lessons import SOURCES
-from dvpo.policy import Policy
-from dvpo.verdicts import measure
-from dvpo.warmstart import Recipe, progress_reports, train
+from dvpo.embedded import make_config
+from dvpo.warmstart import Recipe, build
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/larger_model"), help="where the model is put")
-    folder = parser.parse_args().folder
+    parser.add_argument("--steps", type=int, default=Recipe.steps, help="of the warm start")
+    options = parser.parse_args()
     # 2.5 times as wide: the rate falls as the width rises, the first weights' deviation as its root.
-    recipe, config = Recipe(learning_rate=1.2e-3), make_config(160, 5, 480)
+    config = make_config(hidden_size=160, num_hidden_layers=5, intermediate_size=480)
     config.initializer_range = 0.06
-    tokenizer, model = make_tokenizer(), make_model(config, seed=recipe.seed)
-    print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters")
-    with progress_reports(recipe.steps, True) as report:
-        train(model, tokenizer, recipe, report)
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    metrics = measure(Policy(model, tokenizer), SOURCES[recipe.task].make_task())
-    (folder / "warmstart.json").write_text(json.dumps(metrics, indent=2, default=str) + "\n")
-    print(json.dumps(metrics, indent=2, default=str))
+    folder = build(Recipe(learning_rate=1.2e-3, steps=options.steps), options.folder, config=config)
+    print((folder / "warmstart.json").read_text())
 
 
 if __name__ == "__main__":

@@ -271,7 +271,7 @@ def distributional_estimate(signals: Signals, config: "Config") -> tuple[Tensor,
         advantages_BT = risk.rank_advantage(compared_BTL, theta_BTM, settings.law.width)
         return zero_masked(advantages_BT, signals.mask_BT), targets_BTL
     weights_M = law_weights(settings.law, theta_BTM.shape[-1], signals.rates)
-    values_BT, bootstrap_B = (atoms @ weights_M.to(atoms) for atoms in (theta_BTM, bootstrap_BM))  # they are sorted
+    values_BT, bootstrap_B = (risk.spectral_value(atoms, weights_M) for atoms in (theta_BTM, bootstrap_BM))
     acting = _corrected(signals) if settings.law.functional == "denoised" else signals
     acting = trusted_rewards(acting, values_BT, bootstrap_B, settings.gamma)
     advantages_BT, _ = _gae(acting, values_BT, bootstrap_B, settings, settings.lam, settings.delta_clip)

@@ -11,8 +11,7 @@ A noise's `tasks: {task: {...}}` are sections that take its place for single tas
 settings, nested as in a run's config; the algorithm's win over the noise's, these over the task's, these over `config`.
 `like: noise.yaml` takes from the file of that name beside this one what is not said here: `config` is laid over the
 other's, a plain name of `algorithms` is the other's entry of that name. `like: ppo` in an entry takes the overrides of
-that entry, here or there, and its own are on top. Every cell's config is made and validated before
-anything runs.
+that entry, here or there, and its own are on top. Every cell's config is made and validated before anything runs.
 """
 
 import difflib
@@ -174,12 +173,17 @@ def read_study(path: str | Path) -> dict[str, Any]:
     """
     values, where = _read(path), f"study {path}"
     _check_keys(values, (*KEYS, "like"), where)
+    named: dict[str, dict[str, Any]] = {}
     if "like" in values:
-        values = _laid_over(_other(values.pop("like"), path), values, where)
+        other = _other(values.pop("like"), path)
+        configs = [_settings(part.get("config"), f"{where}: config") for part in (other, values)]
+        if "algorithms" in other:
+            named = {entry["name"]: entry for entry in _entries(other["algorithms"], {}, f"{where}: like: algorithms")}
+        values = {**other, **values, "config": merged(*configs)}
     missing = [key for key in KEYS if key not in values and key != "config"]
     if missing:
         raise InputError(f"{where} has no `{missing[0]}`: a study names {', '.join(KEYS)}")
-    return {**values, "algorithms": _entries(values["algorithms"], {}, f"{where}: algorithms")}
+    return {**values, "algorithms": _entries(values["algorithms"], named, f"{where}: algorithms")}
 
 
 def _other(name: Any, path: str | Path) -> dict[str, Any]:
@@ -194,28 +198,17 @@ def _other(name: Any, path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _laid_over(other: Mapping[str, Any], own: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`own` on top of the study that it is like."""
-    values = {**other, **own}
-    if "config" in own and "config" in other:
-        both = (_settings(part["config"], f"{where}: config") for part in (other, own))
-        values["config"] = merged(*both)
-    if "algorithms" in own and "algorithms" in other:
-        named = {entry["name"]: entry for entry in _entries(other["algorithms"], {}, f"{where}: like: algorithms")}
-        values["algorithms"] = _entries(own["algorithms"], named, f"{where}: algorithms")
-    return values
-
-
-def _entries(values: Any, named: Mapping[str, Mapping[str, Any]], where: str) -> list[dict[str, Any]]:
+def _entries(values: Any, named: Mapping[str, dict[str, Any]], where: str) -> list[dict[str, Any]]:
     """The list as `{name, algorithm, overrides}`; what a name or a `like` means stands in `named` or further up."""
     if not isinstance(values, list) or not values:
         raise InputError(f"{where} = {values!r} must be a list of at least one name, such as [dvpo, ppo]")
-    found = {name: dict(entry) for name, entry in named.items()}
-    entries = []
+    found, entries = dict(named), []
     for value in values:
-        entry = dict(value) if isinstance(value, Mapping) else {"name": value}
-        if isinstance(value, str) and value in found:
-            entry = dict(found[value])
+        entry = {"name": value}
+        if isinstance(value, Mapping):
+            entry = dict(value)
+        elif isinstance(value, str):
+            entry = dict(found.get(value, entry))
         _check_keys(entry, ENTRY_KEYS, where)
         name = _checked_name(entry.get("name"), where)
         own = _settings(entry.get("overrides"), f"{where}: {name}: overrides")

@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from dvpo.durable import disk_full_named, flush_file
 from dvpo.embedded import ROLES, make_model, make_tokenizer
@@ -162,12 +162,14 @@ def shipped_models() -> Path:
     return Path(str(files("dvpo") / "assets"))
 
 
-def build(recipe: Recipe, folder: Path, progress: bool = True, replace: bool = False) -> Path:
-    """Make the model and measure it; `folder` comes into being whole or not at all."""
+def build(
+    recipe: Recipe, folder: Path, progress: bool = True, replace: bool = False, config: Qwen3Config | None = None
+) -> Path:
+    """Make the model, of the embedded size by default, and measure it; `folder` comes to be whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is noticed before the work
     aside = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     try:
-        tokenizer, model = make_tokenizer(), make_model(seed=recipe.seed)
+        tokenizer, model = make_tokenizer(), make_model(config, recipe.seed)
         with progress_reports(recipe.steps, progress) as report:
             train(model, tokenizer, recipe, report)
         metrics = measure(Policy(model, tokenizer), SOURCES[recipe.task].make_task())
