@@ -6,18 +6,17 @@ A study that has not all of its rows yet is shown with what is there, and says s
 """
 
 import argparse
-import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import trials
 from markupsafe import Markup
 
 from dvpo.stats import PairedDifference
-from dvpo.study import AXES, Study, load_study, read_study
+from dvpo.study import Study, load_study
 from dvpo.study_results import Row, last_quarter, read_results, row_key
 from dvpo.study_table import NONE, Report, compare, make_report, to_markdown
 
@@ -67,6 +66,7 @@ TUNING = [
     Part(f"Tuning seeds: {path.stem}", path, ROWS / "tuning" / f"{path.stem}.jsonl", "")
     for path in sorted((STUDIES / "tuning").glob("*.yaml"))
 ]
+TRIALS = next(part for part in TUNING if part.study.stem == "trials")
 
 
 @cache
@@ -79,13 +79,6 @@ def rows_of(part: Part) -> tuple[Study, list[Row]]:
     study = study_at(part.study, part.only)
     wanted = {cell.key for cell in study.cells}
     return study, [last_quarter(row) for row in read_results(part.rows) if row_key(row) in wanted]
-
-
-def planned(part: Part) -> int:
-    """How many cells the study has, without making all their configs, which takes seconds."""
-    values = read_study(part.study)
-    picked = Counter(pair.partition("=")[0] for pair in (part.only or "").split(",") if pair)
-    return math.prod(picked[axis] or len(values[f"{axis}s"]) for axis in AXES)
 
 
 def complete(study: Study, rows: Sequence[Row]) -> list[Row]:
@@ -101,7 +94,7 @@ def tables(study: Study, rows: Sequence[Row], baseline: str, notes: bool) -> Rep
     places = len({(cell.task, cell.noise) for cell in study.cells})
     sheets, whole = list(report.sheets[:places]), complete(study, rows)
     if places > 1 and whole:
-        pooled = make_report(study, whole, baseline).sheets[places]
+        pooled = (report if len(whole) == len(rows) else make_report(study, whole, baseline)).sheets[places]
         seeds = len({row["seed"] for row in whole})
         sheets.append(replace(pooled, title=f"{pooled.title}; seeds that have every cell: {seeds}"))
     shown = [replace(sheet, lines=tuple(line for line in sheet.lines if line[3] != NONE)) for sheet in sheets]
@@ -110,17 +103,26 @@ def tables(study: Study, rows: Sequence[Row], baseline: str, notes: bool) -> Rep
 
 def section(part: Part) -> str:
     """What is there of a study, and its tables."""
-    study, rows = rows_of(part) if part.rows.exists() else (None, [])
+    study, rows = rows_of(part)
     place, source = (path.relative_to(ROOT) for path in (part.rows, part.study))
     link = f"[`{place}`](../{place})" if part.rows.exists() else f"`{place}`"
-    text = f"### {part.title}\n\n{len(rows)} of {planned(part)} rows are there ({link}, of [`{source}`](../{source}))"
-    if study is None or not rows:
+    text = (
+        f"### {part.title}\n\n{len(rows)} of {len(study.cells)} rows are there ({link}, of [`{source}`](../{source}))"
+    )
+    if not rows:
         return f"{text}. It has not begun: there is no table.\n"
     baseline = part.baseline or study.names("algorithm")[0]
     commits = ", ".join(sorted({str(row["commit"])[:7] for row in rows}))
     seconds = sum(row["seconds"] for row in rows)
     text += f". Made at {commits} on {', '.join(sorted({row['machine'] for row in rows}))}, one thread a run, "
     text += f"{seconds / 3600:.1f} hours in all.\n\n"
+    if part is TRIALS:
+        return (
+            text
+            + "ID / OOD of each task, means over the seeds; `dvpo` is the mean of the law here.\n\n"
+            + "\n".join(trials.summary(study, rows))
+            + "\n"
+        )
     return text + to_markdown(tables(study, rows, baseline, notes=part is REPORTING[0]))
 
 
@@ -173,7 +175,7 @@ def figure(study: Study, rows: Sequence[Row], first: str = "dvpo") -> Markup | N
 
 def headline() -> Markup | None:
     """The figure of the nine cells, if their rows can be compared."""
-    return figure(*rows_of(REPORTING[0])) if REPORTING[0].rows.exists() else None
+    return figure(*rows_of(REPORTING[0]))
 
 
 def page(text: str) -> str:

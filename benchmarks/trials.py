@@ -10,40 +10,43 @@ cells. Two seeds give one degree of freedom; it is pooled over all pairs of rows
 import itertools
 import statistics
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
-from noise_results import STUDIES, TUNING, rows_of
+from dvpo.study import Study
+from dvpo.study_results import Row
 
-PART = next(part for part in TUNING if part.study == STUDIES / "tuning" / "trials.yaml")
 Place = tuple[str, int]
 """Task, whose noise is its own, and seed."""
 
 
 def main() -> None:
-    study, rows = rows_of(PART)
-    names, runs = study.names("algorithm"), len(study.names("task")) * len(study.names("seed"))
+    from noise_results import TRIALS, rows_of  # which shows these lines on its page
+
+    print("\n".join(summary(*rows_of(TRIALS))))
+
+
+def summary(study: Study, rows: Sequence[Row]) -> Iterator[str]:
+    """A table of every trial that has all its runs, the best of a row first, and the deviations, line by line."""
+    names, tasks, seeds = (study.names(axis) for axis in ("algorithm", "task", "seed"))
     scores: dict[str, dict[Place, tuple[float, float]]] = defaultdict(dict)
     for row in rows:
         scores[row["algorithm"]][row["task"], row["seed"]] = (100 * row["id_true"], 100 * row["ood_true"])
-    print(f"{len(rows)} runs of {len(names) * runs}\n\n| row | trial | " + " | ".join(places(study)) + " | mean |")
-    print("|---|---|" + "---|" * (len(places(study)) + 1))
+    yield f"| row | trial | {' | '.join(tasks)} | mean |"
+    yield "|---|---|" + "---|" * (len(tasks) + 1)
     best = []
     for family, trials in itertools.groupby(names, key=family_of):
-        done = {name: mean_of(scores[name]) for name in trials if len(scores[name]) == runs}
+        done = {name: mean_of(scores[name]) for name in trials if len(scores[name]) == len(tasks) * len(seeds)}
         best += [max(done, key=done.__getitem__)] if done else []
         for name, score in sorted(done.items(), key=lambda item: -item[1]):
             cells = [" / ".join(f"{mean:.1f}" for mean in means) for means in by_task(scores[name])]
-            print(f"| {family} | {name.rpartition('_')[2]} | {' | '.join(cells)} | {score:.1f} |")
+            yield f"| {family} | {name.rpartition('_')[2]} | {' | '.join(cells)} | {score:.1f} |"
     for split, which in (("ID", 0), ("OOD", 1)):
-        in_cell, of_seed = deviations({name: scores[name] for name in best}, study.names("seed"), which)
-        print(f"\n{split}: paired deviation in one cell {in_cell:.1f}, of a seed's mean over the cells {of_seed:.1f}")
+        in_cell, of_seed = deviations({name: scores[name] for name in best}, seeds, which)
+        yield f"\n{split}: paired deviation in one cell {in_cell:.1f}, of a seed's mean over the cells {of_seed:.1f}"
 
 
 def family_of(name: str) -> str:
     return name.rpartition("_")[0]
-
-
-def places(study) -> list[str]:
-    return study.names("task")
 
 
 def mean_of(runs: dict[Place, tuple[float, float]]) -> float:

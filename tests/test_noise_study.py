@@ -2,9 +2,11 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -28,7 +30,9 @@ def script(path: Path) -> ModuleType:
     return module
 
 
-noise_results = script(ROOT / "benchmarks" / "noise_results.py")
+trials = script(ROOT / "benchmarks" / "trials.py")
+with mock.patch.dict(sys.modules, trials=trials):  # its neighbour
+    noise_results = script(ROOT / "benchmarks" / "noise_results.py")
 
 STUDIES = ROOT / "configs" / "studies"
 TUNING = sorted((STUDIES / "tuning").glob("*.yaml"))
@@ -128,6 +132,15 @@ def a_row(noise: str, name: str, seed: int, score: float) -> dict[str, Any]:
     curve = [[0, 0.4, None], [10, score / 100, None]]
     accuracies = {"id_before": 0.4, "ood_before": None, "id_true": score / 100, "ood_true": None}
     return {"task": "math", "noise": noise, "algorithm": name, "seed": seed, "curve": curve, **accuracies}
+
+
+def test_the_deviation_of_paired_differences_equals_hand_arithmetic():
+    # Differences at seeds 1, 2: 1 and 3 in task a, variance 2; 5 and 1 in b, variance 8; means 3 and 2, variance 1/2.
+    one = {("a", 1): (11.0, 0.0), ("a", 2): (13.0, 0.0), ("b", 1): (25.0, 0.0), ("b", 2): (21.0, 0.0)}
+    other = {("a", 1): (10.0, 0.0), ("a", 2): (10.0, 0.0), ("b", 1): (20.0, 0.0), ("b", 2): (20.0, 0.0)}
+    assert trials.deviations({"one": one, "other": other}, [1, 2], 0) == pytest.approx((5**0.5, 0.5**0.5))
+    assert trials.deviations({"one": one, "other": other}, [1, 2], 1) == (0.0, 0.0)
+    assert trials.mean_of(one) == (11 + 13 + 25 + 21) / 8
 
 
 def test_the_figure_shows_each_contrast_where_its_mean_is():
