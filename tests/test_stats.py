@@ -148,6 +148,15 @@ def test_bootstrap_interval_of_a_mean_covers_the_truth() -> None:
     assert 0.83 < hits / 200 < 0.96
 
 
+def test_redraws_taken_together_are_those_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = [[1.0, 5.0, 2.0], [0.0, 3.0, 9.0, 4.0, 4.5]], [[2.0, 2.5], [1.0, 0.5, 3.5]]
+    together = bootstrap_interval(iqm, x), bootstrap_interval(probability_of_improvement, x, y)
+    monkeypatch.setattr("dvpo.stats._VECTORISED", {})
+    monkeypatch.setattr("dvpo.stats.MOST_DRAWN", 100)
+    one_by_one = bootstrap_interval(iqm, x), bootstrap_interval(probability_of_improvement, x, y)
+    np.testing.assert_allclose(together, one_by_one, rtol=1e-12)
+
+
 def test_bootstrap_interval_takes_statistics_of_two_samples() -> None:
     low, high = bootstrap_interval(probability_of_improvement, [[1, 2, 3]], [[-1, 0, 0]], resamples=50)
     assert (low, high) == (1.0, 1.0)
