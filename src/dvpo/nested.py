@@ -2,15 +2,20 @@
 
 import dataclasses
 import difflib
+import typing
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
 
 from dvpo.errors import InputError
 from dvpo.safe_yaml import parse_yaml, problem
+
+hints_of = cache(typing.get_type_hints)
+"""Once a class: a study of 756 cells has its config made so often."""
 
 LONGEST_SHOWN = 300
 """Characters of a value that a message shows."""
@@ -63,7 +68,7 @@ def checked(values: Mapping[Any, Any], kind: type, root: type, prefix: str = "")
     Raises:
         InputError: an unknown key, a value where a section is wanted, or what YAML made a yes or no of.
     """
-    known, result = get_type_hints(kind), dict(values)
+    known, result = hints_of(kind), dict(values)
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in known:
@@ -105,7 +110,7 @@ def _suggest(key: str, prefix: str, section_keys: list[str], root: type) -> str:
 
 def all_keys(kind: type, prefix: str = "") -> Iterable[str]:
     """The dotted name of every setting below a dataclass."""
-    for name, hint in get_type_hints(kind).items():
+    for name, hint in hints_of(kind).items():
         if dataclasses.is_dataclass(hint):
             yield from all_keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
