@@ -1,4 +1,4 @@
-"""Every table and figure of docs/results.md, from the committed rows alone; nothing is trained.
+"""Every table and figure of docs/results.md and docs/results_tables.md, from the committed rows; nothing is trained.
 
     make results
 
@@ -6,7 +6,7 @@ A study that has not all of its rows yet is shown with what is there, and says s
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,15 +14,17 @@ from typing import NamedTuple
 
 import trials
 from markupsafe import Markup
+from noise_figures import contrasts, curves, differences
 
-from dvpo.stats import PairedDifference
+from dvpo.stats import holm
 from dvpo.study import Study, load_study
 from dvpo.study_results import Row, last_quarter, read_results, row_key
-from dvpo.study_table import NONE, Report, compare, make_report, to_markdown
+from dvpo.study_table import NONE, SPLITS, Report, Sheet, make_report, overviews, to_markdown
 
 ROOT = Path(__file__).parents[1]
 STUDIES, ROWS = ROOT / "configs" / "studies", Path(__file__).parent / "results"
-PAGE, FIGURE = ROOT / "docs" / "results.md", ROOT / "docs" / "images" / "noise_study.svg"
+DOCS = ROOT / "docs"
+PAGE, TABLES = DOCS / "results.md", DOCS / "results_tables.md"
 BEGIN, END = "<!-- results: written by make results -->", "<!-- /results -->"
 
 
@@ -35,23 +37,29 @@ class Part(NamedTuple):
     baseline: str
     only: str | None = None
     """The cells that are meant, as `dvpo study --only` takes them; None: all."""
+    draw: Callable[[Study, Sequence[Row]], Markup | None] | None = None
+    """Its figure."""
+
+    @property
+    def figure(self) -> Path:
+        return DOCS / "images" / f"{self.study.stem}.svg"
 
 
 LADDER = ("dvpo_plain", "dvpo_cons", "dvpo_cons_tail", "dvpo_cons_tail_shift", "dvpo_paper")
 REPORTING = [
-    Part(title, STUDIES / f"{name}.yaml", ROWS / "noise_study.jsonl", "dvpo")
-    for title, name in {
-        "Nine cells, checker dial 1": "noise",
-        "Nine cells, checker dial 0": "noise_dial0",
-        "Flips, checker dial one half": "noise_dial_half",
-        "One sample a prompt": "noise_one_sample",
-        "Controls": "noise_controls",
-        "Further rows": "noise_rest",
-        "More flips and fewer": "noise_rates",
-        "More noises": "noise_more",
-        "Numbers of quantiles, sizes of tails": "noise_sizes",
-        "A model ten times as large": "noise_larger",
-    }.items()
+    Part(title, STUDIES / f"{name}.yaml", ROWS / "noise_study.jsonl", "dvpo", draw=draw)
+    for title, name, draw in (
+        ("Nine cells, checker dial 1", "noise", differences),
+        ("Nine cells, checker dial 0", "noise_dial0", differences),
+        ("Flips, checker dial one half", "noise_dial_half", None),
+        ("One sample a prompt", "noise_one_sample", differences),
+        ("Controls", "noise_controls", None),
+        ("Further rows", "noise_rest", None),
+        ("More flips and fewer", "noise_rates", curves),
+        ("More noises", "noise_more", None),
+        ("Numbers of quantiles, sizes of tails", "noise_sizes", None),
+        ("A model ten times as large", "noise_larger", None),
+    )
 ]
 REPORTING.append(
     Part(
@@ -62,6 +70,7 @@ REPORTING.append(
         "noise=heavy," + ",".join(f"algorithm={name}" for name in LADDER),
     )
 )
+NINE, CONTROLS = REPORTING[0], REPORTING[4]
 TUNING = [
     Part(f"Tuning seeds: {path.stem}", path, ROWS / "tuning" / f"{path.stem}.jsonl", "")
     for path in sorted((STUDIES / "tuning").glob("*.yaml"))
@@ -88,21 +97,17 @@ def complete(study: Study, rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["seed"] not in short]
 
 
-def tables(study: Study, rows: Sequence[Row], baseline: str, notes: bool) -> Report:
-    """The study's tables, lines without a row left out; the pooled one is of complete seeds alone."""
-    report = make_report(study, rows, baseline)
-    places = len({(cell.task, cell.noise) for cell in study.cells})
-    sheets, whole = list(report.sheets[:places]), complete(study, rows)
-    if places > 1 and whole:
-        pooled = (report if len(whole) == len(rows) else make_report(study, whole, baseline)).sheets[places]
-        seeds = len({row["seed"] for row in whole})
-        sheets.append(replace(pooled, title=f"{pooled.title}; seeds that have every cell: {seeds}"))
-    shown = [replace(sheet, lines=tuple(line for line in sheet.lines if line[3] != NONE)) for sheet in sheets]
-    return Report(tuple(sheet for sheet in shown if sheet.lines), report.notes if notes else ())
+def of_complete_seeds(study: Study, rows: Sequence[Row]) -> Study:
+    """The study of those seeds alone, as if no others had been planned."""
+    seeds = {row["seed"] for row in rows}
+    return replace(study, cells=tuple(cell for cell in study.cells if cell.seed in seeds))
 
 
-def section(part: Part) -> str:
-    """What is there of a study, and its tables."""
+# What a part shows
+
+
+def head(part: Part) -> tuple[str, list[Row]]:
+    """Its title and how much of it is there, and the rows."""
     study, rows = rows_of(part)
     place, source = (path.relative_to(ROOT) for path in (part.rows, part.study))
     link = f"[`{place}`](../{place})" if part.rows.exists() else f"`{place}`"
@@ -110,91 +115,128 @@ def section(part: Part) -> str:
         f"### {part.title}\n\n{len(rows)} of {len(study.cells)} rows are there ({link}, of [`{source}`](../{source}))"
     )
     if not rows:
-        return f"{text}. It has not begun: there is no table.\n"
-    baseline = part.baseline or study.names("algorithm")[0]
+        return f"{text}. It has not begun: there is no table.\n", rows
     commits = ", ".join(sorted({str(row["commit"])[:7] for row in rows}))
     seconds = sum(row["seconds"] for row in rows)
     text += f". Made at {commits} on {', '.join(sorted({row['machine'] for row in rows}))}, one thread a run, "
-    text += f"{seconds / 3600:.1f} hours in all.\n\n"
+    return f"{text}{seconds / 3600:.1f} hours in all.\n\n", rows
+
+
+def summary(part: Part) -> str:
+    """All its places side by side, and pooled: over the seeds that have every cell."""
+    text, rows = head(part)
+    study = study_at(part.study, part.only)
+    whole = complete(study, rows)
+    if not rows or not whole:
+        return text + ("No seed has every cell yet.\n" if rows else "")
+    study = of_complete_seeds(study, whole)
+    planned = len(study_at(part.study, part.only).names("seed"))
+    text += f"Seeds that have every cell: {len(study.names('seed'))} of {planned}.\n\n"
+    drawn = part.draw and part.draw(study, whole)
+    if drawn:
+        text += f"![{part.title}]({part.figure.relative_to(DOCS)})\n\n"
+    baseline = part.baseline or study.names("algorithm")[0]
+    places = len({(cell.task, cell.noise) for cell in study.cells})
+    pooled = make_report(study, whole, baseline).sheets[0 if places == 1 else places]
+    return text + to_markdown(Report((pooled, *overviews(study, whole)), ()))
+
+
+def section(part: Part) -> str:
+    """A table for each of its places, of the rows that are there; lines without a row left out."""
+    text, rows = head(part)
+    if not rows:
+        return text
+    study = study_at(part.study, part.only)
     if part is TRIALS:
-        return (
-            text
-            + "ID / OOD of each task, means over the seeds; `dvpo` is the mean of the law here.\n\n"
-            + "\n".join(trials.summary(study, rows))
-            + "\n"
-        )
-    return text + to_markdown(tables(study, rows, baseline, notes=part is REPORTING[0]))
+        text += "ID / OOD of each task, means over the seeds; `dvpo` is the mean of the law here.\n\n"
+        return text + "\n".join(trials.summary(study, rows)) + "\n"
+    report = make_report(study, rows, part.baseline or study.names("algorithm")[0])
+    places = len({(cell.task, cell.noise) for cell in study.cells})
+    pooled = report.sheets[places:] if len(complete(study, rows)) == len(rows) and part in TUNING else ()
+    sheets = [_with_rows(sheet) for sheet in (*report.sheets[:places], *pooled)]
+    return text + to_markdown(Report(tuple(sheet for sheet in sheets if sheet.lines), ()))
 
 
-# The figure: what dvpo ended above each other row, over all places.
+def _with_rows(sheet: Sheet) -> Sheet:
+    return replace(sheet, lines=tuple(line for line in sheet.lines if line[3:4] != (NONE,)))
 
 
-def contrasts(study: Study, rows: Sequence[Row], first: str) -> list[tuple[str, str, PairedDifference]]:
-    """(algorithm, split, first less that algorithm) over the pairs that are there, of seeds complete in all places."""
-    others = [name for name in study.names("algorithm") if name != first]
-    found = []
-    for name in others:
-        for split in ("id", "ood"):
-            difference = compare(study, rows, first, name, split)
-            if difference is not None:
-                found.append((name, split, difference))
-    return found
+# What the protocol asks
 
 
-def figure(study: Study, rows: Sequence[Row], first: str = "dvpo") -> Markup | None:
-    """A line a contrast with its 95% interval, as an SVG that needs no style sheet; None if nothing can be compared."""
-    lines = [line for line in contrasts(study, rows, first) if line[2].pairs > 1]
-    if not lines:
-        return None
-    reach = max(5.0, *(abs(end) for _, _, d in lines for end in (d.low, d.high)))
-    width, left, height = 640, 190, 50 + 22 * len(lines)
-
-    def x(value: float) -> float:
-        return round(left + (value + reach) / (2 * reach) * (width - left - 20), 1)
-
-    body = [Markup('<path d="M{0} 10V{1}" stroke="#888"/>').format(x(0), height - 34)]
-    for place, (name, split, difference) in enumerate(lines):
-        y = 24 + 22 * place
-        body.append(
-            Markup(
-                '<text x="8" y="{0}">{1}, {2} ({3})</text><path d="M{4} {5}H{6}" stroke="#27b" stroke-width="2"/>'
-                '<circle cx="{7}" cy="{5}" r="4" fill="#27b"/>'
-            ).format(y + 4, name, split.upper(), difference.pairs, x(difference.low), y, x(difference.high),
-                     x(difference.mean))
-        )  # fmt: skip
-    for tick in (-reach, 0.0, reach):
-        body.append(Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(
-            x(tick) if abs(tick) < reach else x(tick * 0.95), height - 18, f"{tick:+.1f}"))  # fmt: skip
-    title = f"{first} less each row, points of true accuracy over all places, paired by seed (number of pairs)"
-    body.append(Markup('<text x="8" y="{}">{}</text>').format(height - 3, title))
-    return Markup(
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0} {1}" font-family="sans-serif" font-size="12">'
-        '<rect width="{0}" height="{1}" fill="white"/>{2}</svg>\n'
-    ).format(width, height, Markup("").join(body))
+def verdict() -> str:
+    """The protocol's claims, each with what the rows say: of complete seeds, and final only with all of them."""
+    study, rows = rows_of(NINE)
+    rows = complete(study, rows)
+    if not rows:
+        return ""
+    planned, study = len(study.names("seed")), of_complete_seeds(study, rows)
+    seeds = len(study.names("seed"))
+    when = "final" if seeds == planned else f"interim, {seeds} of {planned} seeds, nothing is concluded"
+    lines = [f"**What the protocol asks ({when})**", "", "| claim | holds | what the rows say |", "|---|---|---|"]
+    for split, sheet in zip(SPLITS, overviews(study, rows), strict=False):
+        cells = len(sheet.columns) - 2
+        highest = next(line[-1] for line in sheet.lines if line[0] == NINE.baseline)
+        holds = int(highest.split()[0]) >= cells - 1
+        lines.append(_claim(f"highest in {cells - 1} of {cells} cells, {split.upper()}", holds, highest))
+    found = contrasts(study, rows, NINE.baseline)
+    corrected = holm([difference.p for _, _, difference in found])
+    won = [d.mean > 0 and p < 0.05 for (_, _, d), p in zip(found, corrected, strict=True)]
+    lost = [d.mean < 0 and p < 0.05 for (_, _, d), p in zip(found, corrected, strict=True)]
+    said = f"{sum(won)} of {len(found)} contrasts above 0 after correction, {sum(lost)} below"
+    lines.append(_claim("above each other row, ID and OOD", all(won), said))
+    lines.append(_clean_claim())
+    return "\n".join(lines) + "\n\n"
 
 
-def headline() -> Markup | None:
-    """The figure of the nine cells, if their rows can be compared."""
-    return figure(*rows_of(REPORTING[0]))
+def _clean_claim() -> str:
+    """Whether clean rewards show no loss against any row: no interval lies below 0."""
+    claim = "clean rewards: no loss against any row"
+    study = study_at(CONTROLS.study, "noise=clean")
+    there = {cell.key for cell in study.cells}
+    rows = complete(study, [row for row in rows_of(CONTROLS)[1] if row_key(row) in there])
+    if not rows:
+        return f"| {claim} | open | no seed has its three cells yet |"
+    found = contrasts(study, rows, CONTROLS.baseline)
+    worst = min(found, key=lambda line: line[2].high)
+    low = sum(difference.high < 0 for _, _, difference in found)
+    said = f"{low} of {len(found)} intervals below 0; the lowest is against {worst[0]}, {worst[1].upper()}: "
+    return _claim(claim, low == 0, f"{said}{worst[2].mean:+.1f} [{worst[2].low:+.1f}, {worst[2].high:+.1f}]")
 
 
-def page(text: str) -> str:
+def _claim(claim: str, holds: bool, said: str) -> str:
+    return f"| {claim} | {'yes' if holds else 'no'} | {said} |"
+
+
+# The pages
+
+
+def block(text: str, inner: str) -> str:
     """The page with its block made anew."""
     begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    drawn = f"![Paired differences]({FIGURE.relative_to(PAGE.parent)})\n\n" if headline() else ""
-    parts = "\n".join(section(part) for part in (*REPORTING, *TUNING))
-    return f"{text[:begin]}\n{drawn}{parts}{text[end:]}"
+    return f"{text[:begin]}\n{inner}{text[end:]}"
+
+
+def pages() -> dict[Path, str]:
+    """What docs/results.md and docs/results_tables.md have to be."""
+    return {
+        PAGE: block(PAGE.read_text(), verdict() + "\n".join(summary(part) for part in REPORTING)),
+        TABLES: block(TABLES.read_text(), "\n".join(section(part) for part in (*REPORTING, *TUNING))),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    PAGE.write_text(page(PAGE.read_text()))
-    drawn = headline()
-    if drawn is not None:
-        FIGURE.write_text(drawn)
-    else:
-        FIGURE.unlink(missing_ok=True)
+    for path, text in pages().items():
+        path.write_text(text)
+    for part in REPORTING:
+        study, rows = rows_of(part)
+        drawn = part.draw and part.draw(study, complete(study, rows))
+        if drawn:
+            part.figure.write_text(drawn)
+        else:
+            part.figure.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import pytest
 
 from dvpo.cli import main
 from dvpo.noise import read_labels
-from dvpo.study import load_study, read_study
+from dvpo.study import Study, load_study, read_study
 from dvpo.study_results import read_results
+from dvpo.study_table import make_report
 from dvpo.tasks.math import ChainArithmetic
 from dvpo.tasks.science import Science
 
@@ -31,7 +32,8 @@ def script(path: Path) -> ModuleType:
 
 
 trials = script(ROOT / "benchmarks" / "trials.py")
-with mock.patch.dict(sys.modules, trials=trials):  # its neighbour
+noise_figures = script(ROOT / "benchmarks" / "noise_figures.py")
+with mock.patch.dict(sys.modules, trials=trials, noise_figures=noise_figures):  # its neighbours
     noise_results = script(ROOT / "benchmarks" / "noise_results.py")
 
 STUDIES = ROOT / "configs" / "studies"
@@ -103,9 +105,9 @@ def same(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in ("seconds", "machine", "commit")}
 
 
-def test_the_results_page_is_what_the_committed_rows_say():
-    text = noise_results.PAGE.read_text()
-    assert noise_results.page(text) == text
+def test_the_results_pages_are_what_the_committed_rows_say():
+    for path, text in noise_results.pages().items():
+        assert path.read_text() == text, path
 
 
 def test_before_its_end_a_study_is_pooled_over_the_seeds_that_have_every_cell():
@@ -118,14 +120,34 @@ def test_before_its_end_a_study_is_pooled_over_the_seeds_that_have_every_cell():
         for name, of_row in own.items()
         for seed, score in zip(seeds, of_row, strict=False)
     ]
-    report = noise_results.tables(study, rows, "ppo", notes=False)
-    assert [len(sheet.lines) for sheet in report.sheets] == [2, 2, 2]
-    pooled = {line[0]: line for line in report.sheets[2].lines}
-    assert report.sheets[2].title.endswith("seeds that have every cell: 1")
-    assert pooled["dvpo"][4].startswith("65.0")  # 80 and 50, of seed 101 alone
-    assert pooled["ppo"][4].startswith("60.0")
-    without = [row for row in rows if (row["noise"], row["seed"]) != (flip, 101)]
-    assert len(noise_results.tables(study, without, "ppo", notes=False).sheets) == 2
+    whole = noise_results.complete(study, rows)
+    assert [row["seed"] for row in whole] == [101] * 4
+    pooled = make_report(noise_results.of_complete_seeds(study, whole), whole, "ppo").sheets[2]
+    lines = {line[0]: line for line in pooled.lines if line[1] == "ID"}
+    assert lines["dvpo"][2] == "1"
+    assert lines["dvpo"][4].startswith("65.0")  # 80 and 50, of seed 101 alone
+    assert lines["ppo"][4].startswith("60.0")
+    assert not noise_results.complete(study, [row for row in rows if (row["noise"], row["seed"]) != (flip, 101)])
+
+
+@pytest.mark.parametrize(("gain", "highest", "won", "low"), [(5, 9, 12, 0), (-5, 0, 0, 12)])
+def test_the_verdict_is_the_protocols(monkeypatch: pytest.MonkeyPatch, gain: float, highest: int, won: int, low: int):
+    def every_row(part: Any) -> tuple[Study, list[dict[str, Any]]]:
+        study = noise_results.study_at(part.study)
+        rows = [
+            a_row(noise, name, seed, 50 + (seed % 3 + gain if name == "dvpo" else 0)) | {"task": task}
+            for task, noise, name, seed in (cell.key for cell in study.cells)
+        ]
+        return study, [row | {"ood_true": row["id_true"]} for row in rows]
+
+    monkeypatch.setattr(noise_results, "rows_of", every_row)
+    text = noise_results.verdict()
+    answer = {True: "yes", False: "no"}[gain > 0]
+    assert "(final)" in text
+    for split in ("ID", "OOD"):
+        assert f"| highest in 8 of 9 cells, {split} | {answer} | {highest} of 9 |" in text
+    assert f"| {answer} | {won} of 12 contrasts above 0 after correction, {12 - won} below |" in text
+    assert f"| {answer} | {low} of 12 intervals below 0; the lowest is against ppo, ID: " in text
 
 
 def a_row(noise: str, name: str, seed: int, score: float) -> dict[str, Any]:
@@ -150,8 +172,17 @@ def test_the_figure_shows_each_contrast_where_its_mean_is():
         for name, scores in {"dvpo": (80, 82, 90), "ppo": (70, 76, 80)}.items()
         for seed, score in zip((101, 102, 103), scores, strict=True)
     ]
-    ((name, split, difference),) = noise_results.contrasts(study, rows, "dvpo")
+    ((name, split, difference),) = noise_figures.contrasts(study, rows, "dvpo")
     assert (name, split, difference.pairs) == ("ppo", "id", 3)
     assert difference.mean == pytest.approx((10 + 6 + 10) / 3)
-    assert "ppo, ID (3)" in str(noise_results.figure(study, rows))
-    assert noise_results.figure(study, rows[:1]) is None
+    assert "ppo, ID (3)" in str(noise_figures.differences(study, rows))
+    assert noise_figures.differences(study, rows[:1]) is None
+
+
+def test_the_curves_are_drawn_as_soon_as_an_algorithm_has_two_noises():
+    study = load_study(STUDIES / "noise_rates.yaml", only="algorithm=dvpo,seed=101")
+    rows = [a_row(noise, "dvpo", 101, score) for noise, score in (("clean", 80), ("flip", 60))]
+    drawn = str(noise_figures.curves(study, rows))
+    assert drawn.count("<circle") == 2
+    assert "True accuracy, in distribution (%)" in drawn
+    assert noise_figures.curves(study, rows[:1]) is None

@@ -479,6 +479,7 @@ def lines_of(place: Path, rows: list[dict[str, Any]], **changes: Any) -> list[di
     return [
         {(line[0], line[1]): dict(zip(sheet.columns, line, strict=True)) for line in sheet.lines}
         for sheet in report.sheets
+        if "split" in sheet.columns
     ]
 
 
@@ -486,6 +487,11 @@ CLEAN = [
     *scored("clean", "dvpo", [60, 70, 50, 80]),
     *scored("clean", "ppo", [50, 50, 40, 60]),
     *scored("clean", "grpo", [50, 60, 30, 60]),
+]
+FLIP = [
+    *scored("flip", "dvpo", [40, 40, 30, 60]),
+    *scored("flip", "ppo", [40, 50, 20, 50]),
+    *scored("flip", "grpo", [50, 60, 30, 60]),
 ]
 
 
@@ -522,12 +528,7 @@ def test_missing_seeds_are_marked_and_named_and_their_pairs_are_left_out(place: 
 
 
 def test_the_pooled_table_takes_the_seed_as_its_unit_and_is_corrected_by_itself(place: Path):
-    flip = [
-        *scored("flip", "dvpo", [40, 40, 30, 60]),
-        *scored("flip", "ppo", [40, 50, 20, 50]),
-        *scored("flip", "grpo", [50, 60, 30, 60]),
-    ]
-    clean, flipped, pooled = lines_of(place, CLEAN + flip)
+    clean, flipped, pooled = lines_of(place, CLEAN + FLIP)
     dvpo, grpo = pooled["dvpo", "ID"], pooled["grpo", "ID"]
     # By seed, clean and flip: (10 + 0)/2, (20 - 10)/2, (10 + 10)/2, (20 + 10)/2 = 5 5 10 15: mean 8.75, p = 2/16.
     assert dvpo["less ppo, paired [95%]"].startswith("+8.8 [")
@@ -538,6 +539,20 @@ def test_the_pooled_table_takes_the_seed_as_its_unit_and_is_corrected_by_itself(
     # 8 vectors of the three reach 10), .125 (grpo flip: 10 10 10 10): 4 * .125, 3 * .125 raised to .5, 2 * .75, 1.
     assert (clean["dvpo", "ID"]["p (Holm)"], flipped["grpo", "ID"]["p (Holm)"]) == ("0.500", "0.500")
     assert (clean["grpo", "ID"]["p (Holm)"], flipped["dvpo", "ID"]["p (Holm)"]) == ("1.000", "1.000")
+
+
+def test_all_places_stand_side_by_side_with_the_highest_of_each_marked(place: Path):
+    study = load_study(write(place, algorithms=["dvpo", "ppo", "grpo"], seeds=[1, 2, 3, 4]))
+    critics = [dict(row, corr={"dvpo": 0.3, "ppo": 0.2}.get(row["algorithm"])) for row in CLEAN + FLIP[:-1]]
+    ends, known = make_report(study, critics).sheets[-2:]
+    assert ends.columns == ("algorithm", "parity, clean", "parity, flip", "highest")
+    # Clean: (60 + 70)/2, (50 + 50)/2, (50 + 60)/2. Flip: (40 + 40)/2, (40 + 50)/2; grpo's last seed is missing, 140/3.
+    assert ends.lines == (
+        ("dvpo", "65.0*", "40.0", "1 of 2"),
+        ("ppo", "50.0", "45.0", "0 of 2"),
+        ("grpo", "55.0", "46.7* !", "1 of 2"),
+    )
+    assert known.lines == (("dvpo", "+0.30", "+0.30"), ("ppo", "+0.20", "+0.20"))  # grpo has no critic
 
 
 def test_one_seed_has_no_interval(place: Path):

@@ -75,7 +75,7 @@ def make_report(study: Study, rows: Sequence[Row], baseline: str = "ppo") -> Rep
     places = list(dict.fromkeys((cell.task, cell.noise) for cell in study.cells))
     sheets = _family(data, [[place] for place in places])
     if len(places) > 1:
-        sheets += _family(data, [places])
+        sheets += [*_family(data, [places]), *overviews(study, list(kept.values()))]
     return Report(tuple(sheets), _notes(data, len(rows) - len(kept)))
 
 
@@ -85,6 +85,20 @@ def compare(study: Study, rows: Sequence[Row], x: str, y: str, split: str) -> Pa
     data = _Data(study, {row_key(row): row for row in rows if row_key(row) in wanted}, y)
     places = list(dict.fromkeys((cell.task, cell.noise) for cell in study.cells))
     return _compare(data, data.with_split(places, split), x, split)
+
+
+def overviews(study: Study, rows: Sequence[Row]) -> list[Sheet]:
+    """All places of a study side by side: a table for each split, and one of what the critics knew.
+
+    Of the ends the interquartile means, `*` beside the highest of a place and a count of them at the line's end. Rows
+    of other cells are left out.
+    """
+    wanted = {cell.key for cell in study.cells}
+    data = _Data(study, {row_key(row): row for row in rows if row_key(row) in wanted}, "")
+    places = list(dict.fromkeys((cell.task, cell.noise) for cell in study.cells))
+    sheets = [_ends(data, there, split) for split in SPLITS if (there := data.with_split(places, split))]
+    known = [_correlations(data, places)]
+    return sheets + [sheet for sheet in known if sheet.lines]
 
 
 @dataclass(frozen=True)
@@ -226,6 +240,40 @@ def _stability(row: Row, split: str) -> float:
     return row[f"{split}_true"] - max(point[column] for point in row["curve"] if point[column] is not None)
 
 
+# All places side by side
+
+
+def _ends(data: _Data, places: Sequence[Place], split: str) -> Sheet:
+    algorithms, planned = data.study.names("algorithm"), len(data.study.names("seed"))
+    scores = {name: data.scores(places, name, split) for name in algorithms}
+    middles = {name: [iqm([*row.values()]) if row else -math.inf for row in scores[name]] for name in algorithms}
+    highest = [max(column) for column in zip(*middles.values(), strict=True)]
+    lines = []
+    for name in algorithms:
+        best = [mine == top > -math.inf for mine, top in zip(middles[name], highest, strict=True)]
+        cells = [
+            NONE if not row else f"{middle:.1f}{'*' * is_best}{SHORT * (len(row) < planned)}"
+            for row, middle, is_best in zip(scores[name], middles[name], best, strict=True)
+        ]
+        lines.append((name, *cells, f"{sum(best)} of {len(places)}"))
+    columns = ("algorithm", *map(", ".join, places), "highest")
+    return Sheet(f"end, IQM in %: {split.upper()}", columns, tuple(lines))
+
+
+def _correlations(data: _Data, places: Sequence[Place]) -> Sheet:
+    lines = []
+    for name in data.study.names("algorithm"):
+        cells = []
+        for place in places:
+            rows = [data.rows.get((*place, name, seed)) for seed in data.study.names("seed")]
+            known = [row["corr"] for row in rows if row is not None and row.get("corr") is not None]
+            cells.append(f"{fmean(known):+.2f}" if known else NONE)
+        if any(cell != NONE for cell in cells):
+            lines.append((name, *cells))
+    title = "correlation of V with the true outcome, last fifth of the steps, mean over runs"
+    return Sheet(title, ("algorithm", *map(", ".join, places)), tuple(lines))
+
+
 # Words
 
 
@@ -244,6 +292,7 @@ def _notes(data: _Data, foreign: int) -> tuple[str, ...]:
         "paired: mean difference by seed with Student's interval, not corrected for many comparisons. p: sign-flip "
         "test, exact for up to 16 seeds, corrected by Holm over all lines of the tables of one task and noise, and "
         "over all lines of the pooled table by itself.",
+        "*: the highest of its place in the tables of all places.",
         "end less peak: mean over runs of the last evaluation less the highest, the one before training included.",
     ]
     if any(cell.config.model.path == "embedded" for cell in data.study.cells):
