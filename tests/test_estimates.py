@@ -81,20 +81,23 @@ def test_recentred_values_make_the_end_cost_nothing_and_no_constant_of_the_criti
 
     def recentred(offset: float) -> Signals:
         moved = dataclasses.replace(given, values_BTNM=given.values_BTNM + offset)
-        return dataclasses.replace(moved, values_BTNM=moved.values_BTNM + end_error(moved, identity))
+        return dataclasses.replace(moved, values_BTNM=moved.values_BTNM + end_error(moved, 1.0, identity))
 
-    torch.testing.assert_close(end_error(recentred(3.0), identity), torch.tensor(0.0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(end_error(recentred(3.0), 1.0, identity), torch.tensor(0.0), atol=1e-6, rtol=0)
     for ours, theirs in zip(estimate(name, recentred(0.0)), estimate(name, recentred(3.0)), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     # By hand: the ends of the five responses that have a reward, less the value there.
     places = [(0, 3), (1, 3), (2, 2), (3, 1), (4, 3)]
     errors = [given.rewards_BT[at] - given.values_BTNM[at].mean() for at in places]
-    torch.testing.assert_close(end_error(given, identity), torch.stack(errors).mean())
+    torch.testing.assert_close(end_error(given, 1.0, identity), torch.stack(errors).mean())
+    # A value of 2 after the cut of one of them, discounted by .5: an error of 2 * .5 more, over five.
+    cut = dataclasses.replace(given, bootstrap_BNM=given.bootstrap_BNM.clone().index_fill_(0, torch.tensor(0), 2.0))
+    torch.testing.assert_close(end_error(cut, 0.5, identity), torch.stack(errors).mean() + 0.2)
     # As it stands, the last step of a response is paid that error.
     raw, fixed = (estimate(name, s)[0] for s in (dataclasses.replace(given), recentred(0.0)))
     if name == "ppo":
         ends = torch.tensor([raw[at] - fixed[at] for at in places])
-        torch.testing.assert_close(ends, end_error(given, identity).expand(5))
+        torch.testing.assert_close(ends, end_error(given, 1.0, identity).expand(5))
 
 
 def test_the_trainer_recentres_what_the_advantage_reads_and_not_what_the_critic_said(tmp_path: Path) -> None:

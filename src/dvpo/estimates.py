@@ -142,15 +142,17 @@ def last_token(mask_BT: Tensor) -> Tensor:
     return (mask_BT & (counted_BT == counted_BT[:, -1:])).float()
 
 
-def end_error(signals: Signals, reduce: Reduce) -> Tensor:
-    """How far a step's responses end above the critic's last opinion of them: mean of r_T - V(s_T), a scalar.
+def end_error(signals: Signals, gamma: float, reduce: Reduce) -> Tensor:
+    """How far a step's responses end above the critic's last opinion of them, a scalar.
+
+        mean over responses of  r_T + gamma V(s_{T+1}) - V(s_T),   V(s_{T+1}) = 0 where a response came to its end
 
     Added to every value it takes nothing from what the critic tells two states apart. Left where it is, and with
     lambda < 1, it pays or punishes the ending of a response as such, and the policy learns to stop at once or never.
     """
     values_BT = signals.values_BTNM.mean(dim=(-2, -1))
     after_B = signals.bootstrap_BNM.mean(dim=(-2, -1))
-    deltas_B = ((signals.rewards_BT - values_BT) * last_token(signals.mask_BT)).sum(dim=-1) + after_B
+    deltas_B = ((signals.rewards_BT - values_BT) * last_token(signals.mask_BT)).sum(dim=-1) + gamma * after_B
     return masked_mean(deltas_B, signals.rewarded_B & signals.mask_BT.any(dim=-1), reduce)
 
 

@@ -51,12 +51,13 @@ class AdvantageConfig:
     """Clip every temporal difference of the actor's advantage to [-c, c] in units of the reward; None = off."""
     recentre: bool = False
     """Shift all values of a step by one constant, so that its last temporal differences are 0 in the mean: an end costs
-    nothing merely because the critic is wrong in the mean."""
+    nothing merely because the critic is wrong in the mean. Without a critic there is nothing to shift."""
     reward_trust: Share = 1.0
     """Share of a response's last temporal difference that the actor believes: 1 takes the observed reward, 0 what the
-    critic says of the finished response in its place; the critic learns from the observed reward whatever it is."""
+    critic says of the finished response in its place; the critic learns from the observed reward whatever it is. Rows
+    without a critic believe all of it."""
     doubt_steps: Count | None = None
-    """Let `reward_trust` grow to 1 over so many steps; None: it stays."""
+    """Let `reward_trust` grow to 1 over so many steps, those of a critic's warm-up included; None: it stays."""
     whiten: bool = True
     """Give the advantages of a step mean 0 and deviation 1."""
     truncation: Literal["terminal", "bootstrap", "mask"] = "terminal"

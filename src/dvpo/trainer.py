@@ -366,7 +366,8 @@ class Trainer(Learner):
             reward_trust=reward_trust(settings, self.step),
         )
         if settings.recentre and self.critic is not None:
-            signals = replace(signals, values_BTNM=values_BTNM + end_error(signals, all_reduce_sum))
+            recentred_BTNM = values_BTNM + end_error(signals, settings.gamma, all_reduce_sum)
+            signals = replace(signals, values_BTNM=recentred_BTNM)
         advantages_BT, targets_BTL = self.row.estimate(signals, self.config)
         spread = float(masked_variance(advantages_BT, mask_BT, all_reduce_sum).sqrt())
         if settings.whiten:
