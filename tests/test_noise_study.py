@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 
 from dvpo.cli import main
@@ -32,6 +33,7 @@ def script(path: Path) -> ModuleType:
 
 
 trials = script(ROOT / "benchmarks" / "trials.py")
+predictions = script(ROOT / "benchmarks" / "noise_predictions.py")
 noise_figures = script(ROOT / "benchmarks" / "noise_figures.py")
 with mock.patch.dict(sys.modules, trials=trials, noise_figures=noise_figures):  # its neighbours
     noise_results = script(ROOT / "benchmarks" / "noise_results.py")
@@ -186,3 +188,43 @@ def test_the_curves_are_drawn_as_soon_as_an_algorithm_has_two_noises():
     assert drawn.count("<circle") == 2
     assert "True accuracy, in distribution (%)" in drawn
     assert noise_figures.curves(study, rows[:1]) is None
+
+
+# The predictions
+
+
+def test_the_words_of_a_prediction_follow_from_its_intervals():
+    # Differences 4 5 6: mean 5, sd 1, t(2) = 4.303 (95%), half = 4.303 / sqrt 3 = 2.48.
+    assert predictions.said([4, 5, 6]) == "+5.0 [+2.5, +7.5] above 0"
+    assert predictions.said([-4, -5, -6]) == "-5.0 [-7.5, -2.5] below 0"
+    # 0 .5 1: half .5 * 2.48 = 1.24 at 95%; at 90% t = 2.92, half .84: within 2.
+    assert predictions.said([0, 0.5, 1]) == "+0.5 [-0.7, +1.7] equal"
+    assert predictions.said([1.0, 1.1, 1.2]).endswith("above 0, equal")
+    assert predictions.said([-5, 0, 6]).endswith("undecided")
+
+
+def test_a_prediction_pairs_seeds_over_its_cells():
+    gains = {"heavy": 6.0, "labels": 1.0, "flip": 0.0}
+    rows = [
+        {"task": task, "noise": noise, "algorithm": name, "seed": seed, "corr": None,
+         "id_true": 0.5 + (name == "dvpo") * (gain + seed % 2) / 100, "ood_true": 0.4}
+        for noise, gain in gains.items()
+        for task in predictions.TASKS
+        for name in ("dvpo", "ppo_ensemble")
+        for seed in predictions.TWELVE
+    ]  # fmt: skip
+    # ID alone differs, so half of it: heavy 3 + half of seed % 2, less (0 + .5) / 2 and the same half: 2.75 always.
+    assert predictions.outliers(predictions.Table(rows)).startswith(
+        "heavy less others +2.8 [+2.8, +2.8] above 0; flip +0.2"
+    )
+    with pytest.raises(predictions.MissingRowError):
+        predictions.outliers(predictions.Table(rows[:-1]))
+    with pytest.raises(predictions.MissingRowError):
+        predictions.functional(predictions.Table(rows))
+
+
+def test_spearmans_rho_is_that_of_ranks():
+    x = np.array([[1.0, 2.0], [3.0, 4.0]])
+    assert predictions.spearman(x, np.exp(x)) == pytest.approx(1.0)
+    # Ranks 0 1 2 3 against 1 0 2 3: 1 - 6 * 2 / (4 * 15) = .8.
+    assert predictions.spearman(x, np.array([[2.0, 1.0], [3.0, 4.0]])) == pytest.approx(0.8)

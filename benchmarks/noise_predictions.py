@@ -1,0 +1,195 @@
+"""The predictions of docs/log.md ("what is expected of the nine cells"), each against the rows that are there.
+
+    python benchmarks/noise_predictions.py
+
+A row's score is a seed's mean over ID, OOD and the cells named, in points; differences are paired by seed. A line stays
+open until its planned seeds are there. Nothing here is corrected for many comparisons, and nothing of it is a claim of
+the protocol.
+"""
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dvpo.stats import iqm, paired_difference
+from dvpo.study_results import Row, last_quarter, read_results
+
+RESULTS = Path(__file__).parent / "results"
+TASKS, NOISES = ("math", "science", "dialogue"), ("heavy", "labels", "flip")
+PRIMARY = ("dvpo", "ppo", "ppo_ensemble", "robust_ppo", "grpo", "dr_grpo", "reinforce_pp")
+TWELVE, FIVE, TUNING = range(101, 113), range(101, 106), range(12, 18)
+EQUAL = 2.0
+"""Points; a difference is called equal if its 90% interval lies within."""
+PERMUTATIONS = 2000
+
+Cells = Sequence[tuple[str, str]]
+"""(task, noise)"""
+Scores = dict[tuple[str, str, str, int], Row]
+Line = tuple[str, str]
+"""Prediction, and what the rows say of it."""
+
+
+class MissingRowError(Exception):
+    """Rows that a prediction needs are not there."""
+
+
+def cells(noise: str, tasks: Iterable[str] = TASKS, suffix: str = "") -> Cells:
+    return [(task + suffix, noise) for task in tasks]
+
+
+class Table:
+    """Rows by cell, algorithm and seed."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows: Scores = {(row["task"], row["noise"], row["algorithm"], row["seed"]): row for row in rows}
+
+    def row(self, cell: tuple[str, str], name: str, seed: int) -> Row:
+        if (*cell, name, seed) not in self.rows:
+            raise MissingRowError
+        return self.rows[*cell, name, seed]
+
+    def score(self, where: Cells, name: str, seed: int, of: Callable[[Row], float] | None = None) -> float:
+        """The mean over the cells of one seed."""
+        return statistics.fmean((of or both)(self.row(cell, name, seed)) for cell in where)
+
+    def lead(
+        self, where: Cells, x: str, y: str, seeds: Iterable[int], of: Callable[[Row], float] | None = None
+    ) -> list[float]:
+        """x less y, seed by seed."""
+        return [self.score(where, x, seed, of) - self.score(where, y, seed, of) for seed in seeds]
+
+
+def both(row: Row) -> float:
+    """Mean of ID and OOD over the last quarter, in points."""
+    return 50 * (row["id_true"] + row["ood_true"])
+
+
+def at_step(step: int) -> Callable[[Row], float]:
+    """Mean of ID and OOD at one evaluation, in points."""
+
+    def score(row: Row) -> float:
+        ((_, in_domain, out),) = [point for point in row["curve"] if point[0] == step]
+        return 50 * (in_domain + out)
+
+    return score
+
+
+def said(values: Sequence[float]) -> str:
+    """Mean, interval, and what it shows."""
+    zero = [0.0] * len(values)
+    wide, narrow = paired_difference(values, zero), paired_difference(values, zero, level=0.9)
+    words = ["above 0"] * (wide.low > 0) + ["below 0"] * (wide.high < 0)
+    words += ["equal"] * (narrow.low > -EQUAL and narrow.high < EQUAL)
+    return f"{wide.mean:+.1f} [{wide.low:+.1f}, {wide.high:+.1f}] {', '.join(words) or 'undecided'}"
+
+
+def minus(x: Sequence[float], y: Sequence[float]) -> list[float]:
+    return [a - b for a, b in zip(x, y, strict=True)]
+
+
+def outliers(table: Table) -> str:
+    d = {noise: table.lead(cells(noise), "dvpo", "ppo_ensemble", TWELVE) for noise in NOISES}
+    others = [statistics.fmean(pair) for pair in zip(d["flip"], d["labels"], strict=True)]
+    return f"heavy less others {said(minus(d['heavy'], others))}; flip {said(d['flip'])}"
+
+
+def functional(table: Table) -> str:
+    d = {noise: table.lead(cells(noise), "dvpo", "dvpo_plain", FIVE) for noise in ("heavy", "flip")}
+    return f"heavy {said(d['heavy'])}; flip {said(d['flip'])}"
+
+
+def setting(table: Table) -> str:
+    return f"dvpo less ppo {said(table.lead(cells('own'), 'dvpo', 'ppo', TUNING))}"
+
+
+def bounds(table: Table) -> str:
+    where = cells("heavy", ["math"])
+    parts = [
+        f"{name} less dvpo {said(table.lead(where, name, 'dvpo', TUNING))}" for name in ("ppo_delta_clip", "grpo_rank")
+    ]
+    return "; ".join(parts)
+
+
+def checker(table: Table) -> str:
+    parts = []
+    for name in ("grpo", "ppo_ensemble"):
+        full, none = (table.lead(cells("flip", suffix=s), "dvpo", name, FIVE) for s in ("", "_dial0"))
+        parts.append(f"less {name}, dial 1 less dial 0 {said(minus(full, none))}")
+    return "; ".join(parts)
+
+
+def ceiling(table: Table) -> str:
+    parts = []
+    for task in ("math", "science"):
+        ends = [iqm([100 * table.row((task, "labels"), name, seed)["id_true"] for seed in TWELVE]) for name in PRIMARY]
+        parts.append(f"{task} highest {max(ends):.1f}, {max(ends) - min(ends):.1f} above the lowest")
+    return "; ".join(parts)
+
+
+def knowing(table: Table) -> str:
+    """Spearman's rho over cells and seeds, centred in each cell; p by permuting whole seeds."""
+    known, scored = (
+        np.array([[d(cell, seed) for cell in all_cells()] for seed in TWELVE])
+        for d in (
+            lambda cell, seed: table.row(cell, "dvpo", seed)["corr"] - table.row(cell, "ppo_ensemble", seed)["corr"],
+            lambda cell, seed: table.lead([cell], "dvpo", "ppo_ensemble", [seed])[0],
+        )
+    )
+    known, scored = known - known.mean(0), scored - scored.mean(0)
+    rho = spearman(known, scored)
+    generator = np.random.default_rng(0)
+    hits = sum(abs(spearman(generator.permutation(known), scored)) >= abs(rho) for _ in range(PERMUTATIONS))
+    return f"rho {rho:+.2f}, p {(1 + hits) / (1 + PERMUTATIONS):.3f}"
+
+
+def all_cells() -> Cells:
+    return [cell for noise in NOISES for cell in cells(noise)]
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """The correlation of ranks; entries are means over seeds' differences, so that ties are of no account."""
+    ranks = [np.argsort(np.argsort(values.ravel())) for values in (x, y)]
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def late(table: Table) -> str:
+    where = [cell for noise in ("flip", "labels") for cell in cells(noise, ("math", "science"))]
+    early = table.lead(where, "dvpo", "grpo", TWELVE, at_step(15))
+    return f"lead at step 15 less that at the end {said(minus(early, table.lead(where, 'dvpo', 'grpo', TWELVE)))}"
+
+
+def lines() -> Iterator[Line]:
+    """Each prediction with what the rows say."""
+    study = table_of("noise_study.jsonl")
+    tests: tuple[tuple[str, Callable[[Table], str], Table], ...] = (
+        ("1: the rank's gain over `ppo_ensemble` is for outliers", outliers, study),
+        ("2: the functional, not the quantiles: `dvpo` less `dvpo_plain`", functional, study),
+        ("3: row or setting, both at trial 6 (tuning seeds)", setting, table_of("tuning/same_setting.jsonl")),
+        ("4: any bound will do, `math` x `heavy` (tuning seeds)", bounds, table_of("tuning/bounds.jsonl")),
+        ("5: the checker pays the critics, `flip`", checker, study),
+        ("6: labels limit everybody: below 60 and 64, less than 4 apart", ceiling, study),
+        ("7: knowing is not using: rho within -.2 and .2", knowing, study),
+        ("8: the critic helps early and misleads late: `dvpo` less `grpo`", late, study),
+    )
+    for prediction, test, table in tests:
+        try:
+            yield prediction, test(table)
+        except MissingRowError:
+            yield prediction, "open: rows are missing"
+
+
+def table_of(name: str) -> Table:
+    path = RESULTS / name
+    return Table(last_quarter(row) for row in read_results(path)) if path.exists() else Table(())
+
+
+def markdown() -> str:
+    return (
+        "\n".join(["| prediction | what the rows say |", "|---|---|", *(f"| {p} | {s} |" for p, s in lines())]) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
