@@ -1,16 +1,20 @@
 """The figures of docs/results.md: pictures that stand alone, made from a study's rows."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from statistics import fmean
 
 from markupsafe import Markup
 
-from dvpo.charts import HEIGHT, WIDTH, Chart
+from dvpo.charts import HEIGHT, WIDTH, Chart, Line
 from dvpo.report_study import robustness_panels
 from dvpo.stats import PairedDifference
 from dvpo.study import Study
 from dvpo.study_results import Row
 from dvpo.study_table import SPLITS, compare
 
+TOP, LINE = 34, HEIGHT + 34
+"""Height of the legend, and of a line of charts with their titles."""
 COLOURS = ("#2563b8", "#d9661f", "#25855a", "#8e4db8", "#b3870b", "#c0334d", "#138a99", "#6b7280")
 STYLE = (
     "svg text{font-size:11px;fill:#5c6370} .x{text-anchor:middle} .y{text-anchor:end} path{fill:none} "
@@ -68,21 +72,50 @@ def curves(study: Study, rows: Sequence[Row]) -> Markup | None:
     charts = [chart for panel in robustness_panels(study, rows) for chart in panel.charts]
     if not any(len(line.points) > 1 and not line.dashed for chart in charts for line in chart.lines):
         return None
-    body = Markup("").join(_placed(chart, place) for place, chart in enumerate(charts))
+    return _sheet(charts, columns=2)
+
+
+def learning(split: str) -> Callable[[Study, Sequence[Row]], Markup | None]:
+    """A drawing of the mean accuracy over the steps, a chart a place, three in a line."""
+
+    def drawn(study: Study, rows: Sequence[Row]) -> Markup | None:
+        places = list(dict.fromkeys((cell.task, cell.noise) for cell in study.cells))
+        charts = [_course(study, [r for r in rows if (r["task"], r["noise"]) == p], p, split) for p in places]
+        return _sheet([chart for chart in charts if not chart.empty])
+
+    return drawn
+
+
+def _course(study: Study, rows: Sequence[Row], place: tuple[str, str], split: str) -> Chart:
+    column, lines = 1 + SPLITS.index(split), []
+    for colour, name in enumerate(study.names("algorithm")):
+        runs = [row["curve"] for row in rows if row["algorithm"] == name]
+        points = [(points[0][0], fmean(p[column] for p in points)) for points in zip(*runs, strict=True)]
+        lines.append(Line(name, colour, points))
+    return Chart(f"{', '.join(place)}: {split.upper()}", lines, percent=True)
+
+
+def _sheet(charts: Sequence[Chart], columns: int = 3) -> Markup | None:
+    """The charts, `columns` in a line, and one legend."""
+    if not charts:
+        return None
+    body = Markup("").join(_placed(chart, place % columns, place // columns) for place, chart in enumerate(charts))
     names = [line for line in charts[0].lines if line.points]
     legend = Markup("").join(
         Markup('<text class="name-{}" x="{}" y="20">{}</text>').format(
-            line.colour % len(COLOURS), 46 + 100 * i, line.name
+            line.colour % len(COLOURS), 46 + 110 * i, line.name
         )
         for i, line in enumerate(names)
     )
-    return _picture(WIDTH * len(charts), HEIGHT + 60, Markup("<style>{}</style>").format(Markup(STYLE)) + legend + body)
+    width, height = WIDTH * min(columns, len(charts)), LINE * math.ceil(len(charts) / columns) + TOP
+    return _picture(width, height, Markup("<style>{}</style>").format(Markup(STYLE)) + legend + body)
 
 
-def _placed(chart: Chart, place: int) -> Markup:
+def _placed(chart: Chart, column: int, line: int) -> Markup:
+    x, y = WIDTH * column, TOP + LINE * line
     return Markup(
-        '<svg x="{0}" y="60" width="{1}" height="{2}">{3}</svg><text x="{4}" y="46" font-weight="bold">{5} (%)</text>'
-    ).format(WIDTH * place, WIDTH, HEIGHT, chart.svg, WIDTH * place + 46, chart.title)
+        '<svg x="{0}" y="{1}" width="{2}" height="{3}">{4}</svg><text x="{5}" y="{6}" font-weight="bold">{7} (%)</text>'
+    ).format(x, y + 24, WIDTH, HEIGHT, chart.svg, x + 46, y + 14, chart.title)
 
 
 def _picture(width: int, height: int, body: Markup) -> Markup:

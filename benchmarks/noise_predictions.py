@@ -185,11 +185,12 @@ def table_of(name: str) -> Table:
     return Table(last_quarter(row) for row in read_results(path)) if path.exists() else Table(())
 
 
-def markdown() -> str:
-    return (
-        "\n".join(["| prediction | what the rows say |", "|---|---|", *(f"| {p} | {s} |" for p, s in lines())]) + "\n"
-    )
+def section() -> str:
+    """The predictions for the results' page."""
+    head = ["### Predictions", "", "Logged before the rows ([log](log.md)); secondary, not corrected.", ""]
+    table = ["| prediction | what the rows say |", "|---|---|", *(f"| {p} | {s} |" for p, s in lines())]
+    return "\n".join([*head, *table]) + "\n"
 
 
 if __name__ == "__main__":
-    print(markdown(), end="")
+    print(section(), end="")

@@ -6,17 +6,19 @@ A study that has not all of its rows yet is shown with what is there, and says s
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from statistics import fmean
+from typing import Any, NamedTuple
 
+import noise_predictions
 import trials
 from markupsafe import Markup
-from noise_figures import contrasts, curves, differences
+from noise_figures import contrasts, curves, differences, learning
 
-from dvpo.stats import holm
+from dvpo.stats import PairedDifference, holm, paired_difference
 from dvpo.study import Study, load_study
 from dvpo.study_results import Row, last_quarter, read_results, row_key
 from dvpo.study_table import NONE, SPLITS, Report, Sheet, make_report, overviews, to_markdown
@@ -24,8 +26,15 @@ from dvpo.study_table import NONE, SPLITS, Report, Sheet, make_report, overviews
 ROOT = Path(__file__).parents[1]
 STUDIES, ROWS = ROOT / "configs" / "studies", Path(__file__).parent / "results"
 DOCS = ROOT / "docs"
+IMAGES = DOCS / "images"
 PAGE, TABLES = DOCS / "results.md", DOCS / "results_tables.md"
+LEVEL = 0.05
+FEWEST_TESTED = 6
+"""Fewer pairs cannot give a p below .05, whatever happens: none is shown."""
 BEGIN, END = "<!-- results: written by make results -->", "<!-- /results -->"
+
+
+Draw = Callable[[Study, Sequence[Row]], Markup | None]
 
 
 class Part(NamedTuple):
@@ -37,40 +46,45 @@ class Part(NamedTuple):
     baseline: str
     only: str | None = None
     """The cells that are meant, as `dvpo study --only` takes them; None: all."""
-    draw: Callable[[Study, Sequence[Row]], Markup | None] | None = None
-    """Its figure."""
-
-    @property
-    def figure(self) -> Path:
-        return DOCS / "images" / f"{self.study.stem}.svg"
+    pooled: bool = True
+    """Its noises may be averaged."""
+    figures: Mapping[str, Draw] = {}
+    """Name of a file -> what is in it."""
 
 
 LADDER = ("dvpo_plain", "dvpo_cons", "dvpo_cons_tail", "dvpo_cons_tail_shift", "dvpo_paper")
-REPORTING = [
-    Part(title, STUDIES / f"{name}.yaml", ROWS / "noise_study.jsonl", "dvpo", draw=draw)
-    for title, name, draw in (
-        ("Nine cells, checker dial 1", "noise", differences),
-        ("Nine cells, checker dial 0", "noise_dial0", differences),
-        ("Flips, checker dial one half", "noise_dial_half", None),
-        ("One sample a prompt", "noise_one_sample", differences),
-        ("Controls", "noise_controls", None),
-        ("Further rows", "noise_rest", None),
-        ("More flips and fewer", "noise_rates", curves),
-        ("More noises", "noise_more", None),
-        ("Numbers of quantiles, sizes of tails", "noise_sizes", None),
-        ("A model ten times as large", "noise_larger", None),
-    )
-]
-REPORTING.append(
-    Part(
-        "The paper's ladder, heavy tails",
-        STUDIES / "noise_rest.yaml",
-        ROWS / "noise_study.jsonl",
-        LADDER[0],
-        "noise=heavy," + ",".join(f"algorithm={name}" for name in LADDER),
-    )
+
+
+def reporting(title: str, name: str, **rest: Any) -> Part:
+    return Part(title, STUDIES / f"{name}.yaml", ROWS / "noise_study.jsonl", **{"baseline": "dvpo"} | rest)
+
+
+NINE = reporting(
+    "Nine cells, checker dial 1",
+    "noise",
+    figures={"noise": differences, "noise_curves_id": learning("id"), "noise_curves_ood": learning("ood")},
 )
-NINE, CONTROLS = REPORTING[0], REPORTING[4]
+CLEAN = reporting("Control: clean rewards", "noise_controls", only="noise=clean")
+RANDOM = reporting("Control: a fair coin for a reward", "noise_controls", only="noise=random")
+REPORTING = [
+    NINE,
+    reporting("Nine cells, checker dial 0", "noise_dial0", figures={"noise_dial0": differences}),
+    reporting("Flips, checker dial one half", "noise_dial_half"),
+    reporting("One sample a prompt", "noise_one_sample", figures={"noise_one_sample": differences}),
+    CLEAN,
+    RANDOM,
+    reporting("Further rows", "noise_rest"),
+    reporting(
+        "The paper's ladder, heavy tails",
+        "noise_rest",
+        baseline=LADDER[0],
+        only="noise=heavy," + ",".join(f"algorithm={name}" for name in LADDER),
+    ),
+    reporting("More flips and fewer", "noise_rates", pooled=False, figures={"noise_rates": curves}),
+    reporting("More noises", "noise_more", pooled=False),
+    reporting("Numbers of quantiles, sizes of tails", "noise_sizes"),
+    reporting("A model ten times as large", "noise_larger"),
+]
 TUNING = [
     Part(f"Tuning seeds: {path.stem}", path, ROWS / "tuning" / f"{path.stem}.jsonl", "")
     for path in sorted((STUDIES / "tuning").glob("*.yaml"))
@@ -123,22 +137,58 @@ def head(part: Part) -> tuple[str, list[Row]]:
 
 
 def summary(part: Part) -> str:
-    """All its places side by side, and pooled: over the seeds that have every cell."""
+    """Who ended above whom, all its places side by side: of the seeds that have every cell."""
     text, rows = head(part)
-    study = study_at(part.study, part.only)
-    whole = complete(study, rows)
+    planned = study_at(part.study, part.only)
+    whole = complete(planned, rows)
     if not rows or not whole:
         return text + ("No seed has every cell yet.\n" if rows else "")
-    study = of_complete_seeds(study, whole)
-    planned = len(study_at(part.study, part.only).names("seed"))
-    text += f"Seeds that have every cell: {len(study.names('seed'))} of {planned}.\n\n"
-    drawn = part.draw and part.draw(study, whole)
-    if drawn:
-        text += f"![{part.title}]({part.figure.relative_to(DOCS)})\n\n"
-    baseline = part.baseline or study.names("algorithm")[0]
-    places = len({(cell.task, cell.noise) for cell in study.cells})
-    pooled = make_report(study, whole, baseline).sheets[0 if places == 1 else places]
-    return text + to_markdown(Report((pooled, *overviews(study, whole)), ()))
+    study = of_complete_seeds(planned, whole)
+    text += f"Seeds that have every cell: {len(study.names('seed'))} of {len(planned.names('seed'))}.\n\n"
+    for name, draw in part.figures.items():
+        if draw(study, whole):
+            text += f"![{part.title}]({(IMAGES / name).relative_to(DOCS)}.svg)\n\n"
+    sheets = [contrast_sheet(part, study, whole), *overviews(study, whole)]
+    if part is RANDOM:
+        sheets.append(rise_sheet(study, whole))
+    return text + to_markdown(Report(tuple(sheets), ()))
+
+
+def contrast_sheet(part: Part, study: Study, rows: Sequence[Row]) -> Sheet:
+    """The baseline less each other row, paired by seed: over all places with Holm's p, and for each noise without."""
+    noises = study.names("noise")
+    single = [replace(study, cells=tuple(cell for cell in study.cells if cell.noise == noise)) for noise in noises]
+    groups = ([study] if part.pooled else []) + (single if len(noises) > 1 else [])
+    if not groups:
+        groups = single
+    found = [{(name, split): d for name, split, d in contrasts(group, rows, part.baseline)} for group in groups]
+    tested = part.pooled and len(study.names("seed")) >= FEWEST_TESTED
+    p_values = dict(zip(found[0], holm([d.p for d in found[0].values()]), strict=True)) if tested else {}
+    names = (["all places"] if part.pooled else []) + (noises if len(groups) > 1 or not part.pooled else [])
+    lines = []
+    for name, split in found[0]:
+        shown = [f"{d.mean:+.1f} [{d.low:+.1f}, {d.high:+.1f}]" for group in found if (d := group[name, split])]
+        p = [f"{p_values[name, split]:.3f}"] if tested else []
+        lines.append((name, split.upper(), *shown[:1], *p, *shown[1:]))
+    columns = ("algorithm", "split", *names[:1], *(["p (Holm)"] * tested), *names[1:])
+    return Sheet(f"{part.baseline} less each row, points, paired by seed", columns, tuple(lines))
+
+
+def rise_sheet(study: Study, rows: Sequence[Row]) -> Sheet:
+    """Whether a row's end stands above its start: a seed's mean over the places and both splits."""
+    lines = []
+    for name in study.names("algorithm"):
+        d = rise(study, rows, name)
+        lines.append((name, f"{d.mean:+.1f} [{d.low:+.1f}, {d.high:+.1f}]", "yes" if d.low > 0 else "no"))
+    return Sheet("end less start, both splits", ("algorithm", "end less start [95%]", "rises"), tuple(lines))
+
+
+def rise(study: Study, rows: Sequence[Row], name: str) -> PairedDifference:
+    seeds = study.names("seed")
+    mine = [[row for row in rows if (row["algorithm"], row["seed"]) == (name, seed)] for seed in seeds]
+    ends = [fmean(50 * (row["id_true"] + row["ood_true"]) for row in of_seed) for of_seed in mine]
+    starts = [fmean(50 * (row["id_before"] + row["ood_before"]) for row in of_seed) for of_seed in mine]
+    return paired_difference(ends, starts)
 
 
 def section(part: Part) -> str:
@@ -152,7 +202,7 @@ def section(part: Part) -> str:
         return text + "\n".join(trials.summary(study, rows)) + "\n"
     report = make_report(study, rows, part.baseline or study.names("algorithm")[0])
     places = len({(cell.task, cell.noise) for cell in study.cells})
-    pooled = report.sheets[places:] if len(complete(study, rows)) == len(rows) and part in TUNING else ()
+    pooled = report.sheets[places : places + 1] if len(complete(study, rows)) == len(rows) and part.pooled else ()
     sheets = [_with_rows(sheet) for sheet in (*report.sheets[:places], *pooled)]
     return text + to_markdown(Report(tuple(sheet for sheet in sheets if sheet.lines), ()))
 
@@ -172,40 +222,63 @@ def verdict() -> str:
         return ""
     planned, study = len(study.names("seed")), of_complete_seeds(study, rows)
     seeds = len(study.names("seed"))
-    when = "final" if seeds == planned else f"interim, {seeds} of {planned} seeds, nothing is concluded"
-    lines = [f"**What the protocol asks ({when})**", "", "| claim | holds | what the rows say |", "|---|---|---|"]
+    when = "final" if seeds == planned else f"interim: {seeds} of {planned} seeds, nothing is concluded"
+    claims = [*_cell_claims(study, rows), _contrast_claim(study, rows), _clean_claim(), _random_claim()]
+    fails = next((claim for claim, holds, _ in claims if holds == "no"), None)
+    head = f"**The protocol's claims, nine cells ({when}).** "
+    head += f"The first that fails: {fails}." if fails else "None of those that are decided fails."
+    lines = [f"| {' | '.join(claim)} |" for claim in claims]
+    return "\n".join([head, "", "| claim | holds | what the rows say |", "|---|---|---|", *lines]) + "\n\n"
+
+
+Claim = tuple[str, str, str]
+"""What is claimed, whether it holds, and what the rows say."""
+
+
+def _cell_claims(study: Study, rows: Sequence[Row]) -> list[Claim]:
+    claims = []
     for split, sheet in zip(SPLITS, overviews(study, rows), strict=False):
         cells = len(sheet.columns) - 2
         highest = next(line[-1] for line in sheet.lines if line[0] == NINE.baseline)
-        holds = int(highest.split()[0]) >= cells - 1
-        lines.append(_claim(f"highest in {cells - 1} of {cells} cells, {split.upper()}", holds, highest))
+        holds = _yes(int(highest.split()[0]) >= cells - 1)
+        claims.append((f"`dvpo` is the highest in {cells - 1} of {cells} cells, {split.upper()}", holds, highest))
+    return claims
+
+
+def _contrast_claim(study: Study, rows: Sequence[Row]) -> Claim:
     found = contrasts(study, rows, NINE.baseline)
     corrected = holm([difference.p for _, _, difference in found])
-    won = [d.mean > 0 and p < 0.05 for (_, _, d), p in zip(found, corrected, strict=True)]
-    lost = [d.mean < 0 and p < 0.05 for (_, _, d), p in zip(found, corrected, strict=True)]
-    said = f"{sum(won)} of {len(found)} contrasts above 0 after correction, {sum(lost)} below"
-    lines.append(_claim("above each other row, ID and OOD", all(won), said))
-    lines.append(_clean_claim())
-    return "\n".join(lines) + "\n\n"
+    won, lost = (
+        sum(sign * d.mean > 0 and p < LEVEL for (_, _, d), p in zip(found, corrected, strict=True)) for sign in (1, -1)
+    )
+    said = f"{won} of {len(found)} contrasts above 0 after correction, {lost} below"
+    return "`dvpo` is above each other row, ID and OOD, over all cells", _yes(won == len(found)), said
 
 
-def _clean_claim() -> str:
-    """Whether clean rewards show no loss against any row: no interval lies below 0."""
-    claim = "clean rewards: no loss against any row"
-    study = study_at(CONTROLS.study, "noise=clean")
-    there = {cell.key for cell in study.cells}
-    rows = complete(study, [row for row in rows_of(CONTROLS)[1] if row_key(row) in there])
-    if not rows:
-        return f"| {claim} | open | no seed has its three cells yet |"
-    found = contrasts(study, rows, CONTROLS.baseline)
-    worst = min(found, key=lambda line: line[2].high)
-    low = sum(difference.high < 0 for _, _, difference in found)
-    said = f"{low} of {len(found)} intervals below 0; the lowest is against {worst[0]}, {worst[1].upper()}: "
-    return _claim(claim, low == 0, f"{said}{worst[2].mean:+.1f} [{worst[2].low:+.1f}, {worst[2].high:+.1f}]")
+def _clean_claim() -> Claim:
+    """Whether clean rewards show a loss against any row: an interval that lies below 0."""
+    study, rows = rows_of(CLEAN)
+    claim = "clean rewards: no interval of `dvpo` less another row lies below 0"
+    if len(rows) < len(study.cells):
+        return claim, "open", f"{len(rows)} of {len(study.cells)} rows are there"
+    found = contrasts(study, rows, CLEAN.baseline)
+    below = sum(d.high < 0 for _, _, d in found)
+    name, split, d = min(found, key=lambda line: line[2].low)
+    lowest = f"the lowest end, against `{name}`, {split.upper()}: {d.mean:+.1f} [{d.low:+.1f}, {d.high:+.1f}]"
+    return claim, _yes(below == 0), f"{below} of {len(found)}; {lowest}"
 
 
-def _claim(claim: str, holds: bool, said: str) -> str:
-    return f"| {claim} | {'yes' if holds else 'no'} | {said} |"
+def _random_claim() -> Claim:
+    study, rows = rows_of(RANDOM)
+    claim = "a fair coin: no row rises"
+    if len(rows) < len(study.cells):
+        return claim, "open", f"{len(rows)} of {len(study.cells)} rows are there"
+    rising = [name for name in study.names("algorithm") if rise(study, rows, name).low > 0]
+    return claim, _yes(not rising), f"rising: {', '.join(rising) or 'none'}"
+
+
+def _yes(holds: bool) -> str:
+    return "yes" if holds else "no"
 
 
 # The pages
@@ -220,7 +293,7 @@ def block(text: str, inner: str) -> str:
 def pages() -> dict[Path, str]:
     """What docs/results.md and docs/results_tables.md have to be."""
     return {
-        PAGE: block(PAGE.read_text(), verdict() + "\n".join(summary(part) for part in REPORTING)),
+        PAGE: block(PAGE.read_text(), "\n".join([verdict(), *map(summary, REPORTING), noise_predictions.section()])),
         TABLES: block(TABLES.read_text(), "\n".join(section(part) for part in (*REPORTING, *TUNING))),
     }
 
@@ -232,11 +305,9 @@ def main() -> None:
         path.write_text(text)
     for part in REPORTING:
         study, rows = rows_of(part)
-        drawn = part.draw and part.draw(study, complete(study, rows))
-        if drawn:
-            part.figure.write_text(drawn)
-        else:
-            part.figure.unlink(missing_ok=True)
+        for name, draw in part.figures.items():
+            drawn, path = draw(study, complete(study, rows)), IMAGES / f"{name}.svg"
+            path.write_text(drawn) if drawn else path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

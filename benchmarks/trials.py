@@ -8,9 +8,12 @@ cells. Two seeds give one degree of freedom; it is pooled over all pairs of rows
 """
 
 import itertools
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from dvpo.study import Study
 from dvpo.study_results import Row
@@ -22,7 +25,12 @@ Place = tuple[str, int]
 def main() -> None:
     from noise_results import TRIALS, rows_of  # which shows these lines on its page
 
-    print("\n".join(summary(*rows_of(TRIALS))))
+    *lines, in_domain, out = summary(*rows_of(TRIALS))
+    print("\n".join([*lines, in_domain, out]))
+    spread = [float(re.search(r"in one cell ([0-9.]+)", line)[1]) for line in (in_domain, out)]
+    for lead in (2.0, 3.0):
+        share = highest(lead, spread)
+        print(f"{lead:g} points ahead in every cell: highest in 8 of 9, ID and OOD, in {share:.0%} of studies")
 
 
 def summary(study: Study, rows: Sequence[Row]) -> Iterator[str]:
@@ -73,6 +81,17 @@ def deviations(
         cells += [statistics.variance(gap) for gap in gaps]
         means.append(statistics.variance([statistics.fmean(column) for column in zip(*gaps, strict=True)]))
     return statistics.fmean(cells) ** 0.5, statistics.fmean(means) ** 0.5
+
+
+def highest(lead: float, spread: Sequence[float], studies: int = 2000) -> float:
+    """How often a row that is truly `lead` points ahead of six equal ones has the highest interquartile mean in eight
+    of nine independent cells, ID and OOD, with twelve seeds; `spread`: deviations of two rows' difference in a cell."""
+    generator, hits = np.random.default_rng(0), np.ones(studies, dtype=bool)
+    for deviation in spread:
+        ends = generator.normal(scale=deviation / 2**0.5, size=(studies, 9, 7, 12))
+        middles = np.sort(ends, axis=-1)[..., 3:9].mean(-1)
+        hits &= (middles[..., 0] + lead > middles[..., 1:].max(-1)).sum(-1) >= 8
+    return float(hits.mean())
 
 
 if __name__ == "__main__":

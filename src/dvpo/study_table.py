@@ -90,8 +90,8 @@ def compare(study: Study, rows: Sequence[Row], x: str, y: str, split: str) -> Pa
 def overviews(study: Study, rows: Sequence[Row]) -> list[Sheet]:
     """All places of a study side by side: a table for each split, and one of what the critics knew.
 
-    Of the ends the interquartile means, `*` beside the highest of a place and a count of them at the line's end. Rows
-    of other cells are left out.
+    Of the ends the interquartile means, `*` beside the highest of a place and a count of them at the line's end; a tie
+    marks nobody. Rows of other cells are left out.
     """
     wanted = {cell.key for cell in study.cells}
     data = _Data(study, {row_key(row): row for row in rows if row_key(row) in wanted}, "")
@@ -120,6 +120,12 @@ class _Data:
             {seed: 100 * row[f"{split}_true"] for seed, row in self.of(place, algorithm, split).items()}
             for place in places
         ]
+
+    def by_seed(self, places: Sequence[Place], algorithm: str, split: str) -> dict[int, float]:
+        """Seed -> its mean over the places, of the seeds that have all of them: a seed's runs share their prompts."""
+        scores = self.scores(places, algorithm, split)
+        seeds = [seed for seed in self.study.names("seed") if places and all(seed in row for row in scores)]
+        return {seed: fmean(row[seed] for row in scores) for seed in seeds}
 
     def with_split(self, places: Sequence[Place], split: str) -> list[Place]:
         """The places whose task has that split."""
@@ -155,16 +161,10 @@ def _family(data: _Data, groups: Sequence[Sequence[Place]]) -> list[Sheet]:
 
 
 def _compare(data: _Data, places: Sequence[Place], algorithm: str, split: str) -> PairedDifference | None:
-    """The differences to the baseline, one for each seed that both have in all places: their mean over places.
-
-    Runs of one seed share their prompts, whatever the noise, so a seed and not a cell is the unit.
-    """
-    mine, theirs = (data.scores(places, name, split) for name in (algorithm, data.baseline))
-    seeds = [seed for seed in data.study.names("seed") if places and all(seed in row for row in (*mine, *theirs))]
-    if not seeds:
-        return None
-    x, y = ([fmean(row[seed] for row in rows) for seed in seeds] for rows in (mine, theirs))
-    return paired_difference(x, y)
+    """The differences to the baseline: a seed, not a cell, is the unit."""
+    mine, theirs = (data.by_seed(places, name, split) for name in (algorithm, data.baseline))
+    seeds = [seed for seed in mine if seed in theirs]
+    return paired_difference([mine[seed] for seed in seeds], [theirs[seed] for seed in seeds]) if seeds else None
 
 
 def _columns(baseline: str) -> tuple[str, ...]:
@@ -177,21 +177,19 @@ def _columns(baseline: str) -> tuple[str, ...]:
 def _line(
     data: _Data, places: Sequence[Place], algorithm: str, split: str, against: tuple[str, str]
 ) -> tuple[str, ...]:
-    scores = data.scores(places, algorithm, split)
+    scores = list(data.by_seed(places, algorithm, split).values())
     rows = [row for place in places for row in data.of(place, algorithm, split).values()]
     planned = len(data.study.names("seed"))
-    counts = sorted({len(row) for row in scores})
-    seeds = str(planned) if counts == [planned] else f"{' to '.join(map(str, counts))} of {planned}{SHORT}"
-    if not rows:
+    seeds = str(planned) if len(scores) == planned else f"{len(scores)} of {planned}{SHORT}"
+    if not scores:
         return (algorithm, split.upper(), seeds, *[NONE] * 6)
-    known = [[*row.values()] for row in scores if row]
     befores = [row[f"{split}_before"] for row in rows if row[f"{split}_before"] is not None]
     return (
         algorithm,
         split.upper(),
         seeds,
         f"{100 * fmean(befores):.1f}" if befores else NONE,
-        f"{iqm(known):.1f} {_interval(_spread(iqm, known), '.1f')}",
+        f"{iqm(scores):.1f} {_interval(_spread(iqm, scores), '.1f')}",
         _chance(data, places, algorithm, split),
         *against,
         f"{100 * fmean(_stability(row, split) for row in rows):+.1f}",
@@ -200,16 +198,9 @@ def _line(
 
 def _chance(data: _Data, places: Sequence[Place], algorithm: str, split: str) -> str:
     """The probability of improvement over the baseline, where both have runs."""
-    pairs = [
-        ([*mine.values()], [*theirs.values()])
-        for mine, theirs in zip(
-            data.scores(places, algorithm, split), data.scores(places, data.baseline, split), strict=True
-        )
-        if mine and theirs
-    ]
-    if algorithm == data.baseline or not pairs:
+    x, y = ([*data.by_seed(places, name, split).values()] for name in (algorithm, data.baseline))
+    if algorithm == data.baseline or not x or not y:
         return NONE
-    x, y = [mine for mine, _ in pairs], [theirs for _, theirs in pairs]
     value = probability_of_improvement(x, y)
     return f"{value:.2f} {_interval(_spread(probability_of_improvement, x, y), '.2f')}"
 
@@ -223,9 +214,9 @@ def _against(compared: PairedDifference | None, corrected: float | None, planned
     return f"{compared.mean:+.1f} {interval}{short}", f"{corrected:.3f}"
 
 
-def _spread(statistic: Callable[..., float], *samples: list[list[float]]) -> Interval:
-    """The bootstrap interval; with one run a row there is nothing to redraw, and no interval."""
-    if all(len(row) == 1 for rows in samples for row in rows):
+def _spread(statistic: Callable[..., float], *samples: list[float]) -> Interval:
+    """The bootstrap interval; of single runs there is nothing to redraw, and no interval."""
+    if all(len(sample) == 1 for sample in samples):
         return Interval(-math.inf, math.inf)
     return bootstrap_interval(statistic, *samples)
 
@@ -247,10 +238,12 @@ def _ends(data: _Data, places: Sequence[Place], split: str) -> Sheet:
     algorithms, planned = data.study.names("algorithm"), len(data.study.names("seed"))
     scores = {name: data.scores(places, name, split) for name in algorithms}
     middles = {name: [iqm([*row.values()]) if row else -math.inf for row in scores[name]] for name in algorithms}
-    highest = [max(column) for column in zip(*middles.values(), strict=True)]
+    highest = [
+        max(column) if column.count(max(column)) == 1 else None for column in zip(*middles.values(), strict=True)
+    ]
     lines = []
     for name in algorithms:
-        best = [mine == top > -math.inf for mine, top in zip(middles[name], highest, strict=True)]
+        best = [mine == top for mine, top in zip(middles[name], highest, strict=True)]
         cells = [
             NONE if not row else f"{middle:.1f}{'*' * is_best}{SHORT * (len(row) < planned)}"
             for row, middle, is_best in zip(scores[name], middles[name], best, strict=True)
@@ -287,8 +280,9 @@ def _title(data: _Data, places: Sequence[Place]) -> str:
 
 def _notes(data: _Data, foreign: int) -> tuple[str, ...]:
     notes = [
-        "True greedy accuracy on held-out prompts in %. before: mean over runs. end: interquartile mean with its "
-        f"stratified bootstrap interval. beats: chance that a run beats one of {data.baseline}.",
+        "True greedy accuracy on held-out prompts in %; over all places a seed's mean. before: mean over runs. end: "
+        "interquartile mean over seeds with its bootstrap interval. beats: chance that a seed beats one of "
+        f"{data.baseline}.",
         "paired: mean difference by seed with Student's interval, not corrected for many comparisons. p: sign-flip "
         "test, exact for up to 16 seeds, corrected by Holm over all lines of the tables of one task and noise, and "
         "over all lines of the pooled table by itself.",
