@@ -60,8 +60,8 @@ def differences(study: Study, rows: Sequence[Row], first: str = "dvpo") -> Marku
                      x(difference.mean))
         )  # fmt: skip
     for tick in (-reach, 0.0, reach):
-        body.append(Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(
-            x(tick) if abs(tick) < reach else x(tick * 0.95), height - 18, f"{tick:+.1f}" if tick else "0"))  # fmt: skip
+        label, at = f"{tick:+.1f}" if tick else "0", x(tick) if abs(tick) < reach else x(tick * 0.95)
+        body.append(Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(at, height - 18, label))
     title = f"{first} less each row, points of true accuracy over all places, paired by seed (number of pairs)"
     body.append(Markup('<text x="8" y="{}">{}</text>').format(height - 3, title))
     return _picture(width, height, Markup("").join(body))

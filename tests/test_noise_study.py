@@ -11,6 +11,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
 from dvpo.cli import main
 from dvpo.noise import read_labels
@@ -34,6 +35,7 @@ def script(path: Path) -> ModuleType:
 
 
 trials = script(ROOT / "benchmarks" / "trials.py")
+information = script(ROOT / "benchmarks" / "reward_information.py")
 predictions = script(ROOT / "benchmarks" / "noise_predictions.py")
 noise_figures = script(ROOT / "benchmarks" / "noise_figures.py")
 with mock.patch.dict(
@@ -264,3 +266,33 @@ def test_spearmans_rho_is_that_of_ranks():
     assert predictions.spearman(x, np.exp(x)) == pytest.approx(1.0)
     # Ranks 0 1 2 3 against 1 0 2 3: 1 - 6 * 2 / (4 * 15) = .8.
     assert predictions.spearman(x, np.array([[2.0, 1.0], [3.0, 4.0]])) == pytest.approx(0.8)
+
+
+# What a reward is worth
+
+
+def test_a_clean_reward_less_its_chance_is_worth_one_rollout_and_nothing_passes_the_ceiling(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(information, "PROMPTS", 1000)
+    parts = information.measure()
+    assert parts["one sample, an exact critic"]["ppo"]["clean"] == pytest.approx(1.0, abs=1e-3)
+    # Flips of .4 leave .2 of the covariance s (1 - s), whose mean over the chances is .17; the variance at a prompt is
+    # .25 - .04 (1/4 - s (1 - s)): .04 * .17 / (.25 - .04 * .08) = .0276 for an exact critic.
+    assert parts["one sample, an exact critic"]["ppo"]["flip"] == pytest.approx(0.0276, abs=0.008)
+    for part in ("one sample", "groups of eight"):
+        for noise, most in parts[part][information.CEILING].items():
+            # Of a sample, so that the projection is not exactly the highest.
+            assert all(row[noise] < most + 0.01 for row in parts[part].values()), (part, noise)
+
+
+def test_the_rank_in_a_prompts_own_law_is_that_among_many_rewards_of_it():
+    chances = torch.full((1,), 0.3, dtype=torch.float64)
+    truth = (torch.rand(1, 20_000, generator=torch.Generator().manual_seed(0)) < 0.3).double()
+    for noise in ("flip", "student", "heavy"):
+        case = information.case(truth, chances, noise)
+        ordered = case.seen[0].sort().values
+        below, upto = (torch.searchsorted(ordered, case.seen[0], right=right) for right in (False, True))
+        counted = (below + upto) / 2 / len(ordered) - 0.5
+        # A share of 20,000 has a standard error of .0035 at most.
+        torch.testing.assert_close(information.ranked_in_own_law(case)[0], counted.double(), atol=0.015, rtol=0)
