@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import noise_predictions
+import reward_information
 import trials
 from markupsafe import Markup
 from noise_figures import contrasts, curves, differences, learning
@@ -292,8 +293,9 @@ def block(text: str, inner: str) -> str:
 
 def pages() -> dict[Path, str]:
     """What docs/results.md and docs/results_tables.md have to be."""
+    last = (noise_predictions.section(), reward_information.section())
     return {
-        PAGE: block(PAGE.read_text(), "\n".join([verdict(), *map(summary, REPORTING), noise_predictions.section()])),
+        PAGE: block(PAGE.read_text(), "\n".join([verdict(), *map(summary, REPORTING), *last])),
         TABLES: block(TABLES.read_text(), "\n".join(section(part) for part in (*REPORTING, *TUNING))),
     }
 

@@ -208,6 +208,21 @@ def measure() -> dict[str, dict[str, dict[str, float]]]:
     }
 
 
+def section() -> str:
+    """The tables for the results' page, from the committed file."""
+    kept = json.loads(RESULT.read_text())
+    source = f"[`{RESULT.name}`](../benchmarks/results/{RESULT.name}), commit {kept['commit'][:7]}"
+    lines = [
+        "### What a noisy rollout is worth",
+        "",
+        f"In clean ones ({source}, by `python benchmarks/{Path(__file__).name}`).",
+    ]
+    for part, rows in kept["worth"].items():
+        lines += ["", f"**{part}**", "", f"| advantage | {' | '.join(NOISES)} |", "| --- |" + " ---: |" * len(NOISES)]
+        lines += [f"| {name} | {' | '.join(f'{row[n]:.3f}' for n in NOISES)} |" for name, row in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
