@@ -38,9 +38,8 @@ trials = script(ROOT / "benchmarks" / "trials.py")
 information = script(ROOT / "benchmarks" / "reward_information.py")
 predictions = script(ROOT / "benchmarks" / "noise_predictions.py")
 noise_figures = script(ROOT / "benchmarks" / "noise_figures.py")
-with mock.patch.dict(
-    sys.modules, trials=trials, noise_figures=noise_figures, noise_predictions=predictions
-):  # its neighbours
+neighbours = (trials, information, predictions, noise_figures)
+with mock.patch.dict(sys.modules, {module.__name__: module for module in neighbours}):
     noise_results = script(ROOT / "benchmarks" / "noise_results.py")
 
 STUDIES = ROOT / "configs" / "studies"
