@@ -130,7 +130,7 @@ def head(part: Part) -> tuple[str, list[Row]]:
         f"### {part.title}\n\n{len(rows)} of {len(study.cells)} rows are there ({link}, of [`{source}`](../{source}))"
     )
     if not rows:
-        return f"{text}. It has not begun: there is no table.\n", rows
+        return f"{text}. No row is committed here yet: there is no table.\n", rows
     commits = ", ".join(sorted({str(row["commit"])[:7] for row in rows}))
     seconds = sum(row["seconds"] for row in rows)
     text += f". Made at {commits} on {', '.join(sorted({row['machine'] for row in rows}))}, one thread a run, "

@@ -215,7 +215,7 @@ def section() -> str:
     lines = [
         "### What a noisy rollout is worth",
         "",
-        f"In clean ones ({source}, by `python benchmarks/{Path(__file__).name}`).",
+        f"How many clean rollouts one noisy rollout is worth ({source}, by `python benchmarks/{Path(__file__).name}`).",
     ]
     for part, rows in kept["worth"].items():
         lines += ["", f"**{part}**", "", f"| advantage | {' | '.join(NOISES)} |", "| --- |" + " ---: |" * len(NOISES)]

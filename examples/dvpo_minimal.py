@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-# What the method is told. The values are those of the library's row `dvpo`, but for M and the learning rates.
+# What the method is told. The values are those of the library's row `dvpo_paper`, but for M and the learning rates.
 GAMMA, LAM = 1.0, 0.95  # discount and weight of long returns, per policy token
 HEADS, QUANTILES = 3, 16  # N and M
 KAPPA = 0.1  # half-width of the Huber loss's quadratic zone, in units of the reward

@@ -288,6 +288,9 @@ def test_the_own_data_page_runs_as_it_stands(tmp_path: Path, tiny_model: Path, m
         del sys.modules[module]
     Path("my_prompts.jsonl").write_text(fenced(EXAMPLES, "json")[0])
     Path("my.yaml").write_text(fenced(EXAMPLES, "yaml")[0])
+    (study,) = [block for block in fenced(EXAMPLES, "yaml") if block.startswith("# my_study.yaml")]
+    Path("my_study.yaml").write_text(study)
+    assert len(load_study("my_study.yaml").cells) == 15
     own_reward = load_config("my.yaml", TINY)  # from the embedded model, as the page says
     own_task = ["task.name=my_task:make_task", "reward.function=task", "algorithm=my_rows:rank", "output=runs/rank"]
     own_rest = load_config("my.yaml", [*TINY, f"model.path={tiny_model}", *own_task])
