@@ -166,7 +166,11 @@ def lines() -> Iterator[Line]:
     tests: tuple[tuple[str, Callable[[Table], str], Table], ...] = (
         ("1: the rank's gain over `ppo_ensemble` is for outliers", outliers, study),
         ("2: the functional, not the quantiles: `dvpo` less `dvpo_plain`", functional, study),
-        ("3: row or setting, both at policy rate 1.5e-4, lambda 1 (tuning seeds)", setting, table_of("tuning/same_setting.jsonl")),
+        (
+            "3: row or setting, both at policy rate 1.5e-4, lambda 1 (tuning seeds)",
+            setting,
+            table_of("tuning/same_setting.jsonl"),
+        ),
         ("4: any bound will do, `math` x `heavy` (tuning seeds)", bounds, table_of("tuning/bounds.jsonl")),
         ("5: the checker pays the critics, `flip`", checker, study),
         ("6: labels limit everybody: below 60 and 64, less than 4 apart", ceiling, study),

@@ -19,10 +19,10 @@ import trials
 from markupsafe import Markup
 from noise_figures import contrasts, curves, differences, learning
 
-from dvpo.stats import PairedDifference, holm, paired_difference
+from dvpo.stats import Interval, PairedDifference, holm, paired_difference
 from dvpo.study import Study, load_study
 from dvpo.study_results import Row, last_quarter, read_results, row_key
-from dvpo.study_table import NONE, SPLITS, Report, Sheet, make_report, overviews, to_markdown
+from dvpo.study_table import NONE, SPLITS, Report, Sheet, interval_text, make_report, overviews, to_markdown
 
 ROOT = Path(__file__).parents[1]
 STUDIES, ROWS = ROOT / "configs" / "studies", Path(__file__).parent / "results"
@@ -168,11 +168,15 @@ def contrast_sheet(part: Part, study: Study, rows: Sequence[Row]) -> Sheet:
     names = (["all places"] if part.pooled else []) + (noises if len(groups) > 1 or not part.pooled else [])
     lines = []
     for name, split in found[0]:
-        shown = [f"{d.mean:+.1f} [{d.low:+.1f}, {d.high:+.1f}]" for group in found if (d := group[name, split])]
+        shown = [_shown(group[name, split]) for group in found]
         p = [f"{p_values[name, split]:.3f}"] if tested else []
         lines.append((name, split.upper(), *shown[:1], *p, *shown[1:]))
     columns = ("algorithm", "split", *names[:1], *(["p (Holm)"] * tested), *names[1:])
     return Sheet(f"{part.baseline} less each row, points, paired by seed", columns, tuple(lines))
+
+
+def _shown(difference: PairedDifference) -> str:
+    return f"{difference.mean:+.1f} {interval_text(Interval(difference.low, difference.high), '+.1f')}"
 
 
 def rise_sheet(study: Study, rows: Sequence[Row]) -> Sheet:
@@ -180,7 +184,7 @@ def rise_sheet(study: Study, rows: Sequence[Row]) -> Sheet:
     lines = []
     for name in study.names("algorithm"):
         d = rise(study, rows, name)
-        lines.append((name, f"{d.mean:+.1f} [{d.low:+.1f}, {d.high:+.1f}]", "yes" if d.low > 0 else "no"))
+        lines.append((name, _shown(d), _yes(d.low > 0)))
     return Sheet("end less start, both splits", ("algorithm", "end less start [95%]", "rises"), tuple(lines))
 
 
@@ -265,7 +269,7 @@ def _clean_claim() -> Claim:
     found = contrasts(study, rows, CLEAN.baseline)
     below = sum(d.high < 0 for _, _, d in found)
     name, split, d = min(found, key=lambda line: line[2].low)
-    lowest = f"the lowest end, against `{name}`, {split.upper()}: {d.mean:+.1f} [{d.low:+.1f}, {d.high:+.1f}]"
+    lowest = f"the lowest end, against `{name}`, {split.upper()}: {_shown(d)}"
     return claim, _yes(below == 0), f"{below} of {len(found)}; {lowest}"
 
 

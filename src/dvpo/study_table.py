@@ -189,7 +189,7 @@ def _line(
         split.upper(),
         seeds,
         f"{100 * fmean(befores):.1f}" if befores else NONE,
-        f"{iqm(scores):.1f} {_interval(_spread(iqm, scores), '.1f')}",
+        f"{iqm(scores):.1f} {interval_text(_spread(iqm, scores), '.1f')}",
         _chance(data, places, algorithm, split),
         *against,
         f"{100 * fmean(_stability(row, split) for row in rows):+.1f}",
@@ -202,7 +202,7 @@ def _chance(data: _Data, places: Sequence[Place], algorithm: str, split: str) ->
     if algorithm == data.baseline or not x or not y:
         return NONE
     value = probability_of_improvement(x, y)
-    return f"{value:.2f} {_interval(_spread(probability_of_improvement, x, y), '.2f')}"
+    return f"{value:.2f} {interval_text(_spread(probability_of_improvement, x, y), '.2f')}"
 
 
 def _against(compared: PairedDifference | None, corrected: float | None, planned: int) -> tuple[str, str]:
@@ -210,7 +210,7 @@ def _against(compared: PairedDifference | None, corrected: float | None, planned
     if compared is None:
         return NONE, NONE
     short = f" ({compared.pairs} of {planned} pairs{SHORT})" if compared.pairs < planned else ""
-    interval = _interval(Interval(compared.low, compared.high), "+.1f")
+    interval = interval_text(Interval(compared.low, compared.high), "+.1f")
     return f"{compared.mean:+.1f} {interval}{short}", f"{corrected:.3f}"
 
 
@@ -221,7 +221,8 @@ def _spread(statistic: Callable[..., float], *samples: list[float]) -> Interval:
     return bootstrap_interval(statistic, *samples)
 
 
-def _interval(interval: Interval, form: str) -> str:
+def interval_text(interval: Interval, form: str) -> str:
+    """`[1.2, 3.4]`; without ends, as of a single pair, `[-]`."""
     return f"[{interval.low:{form}}, {interval.high:{form}}]" if math.isfinite(interval.low) else f"[{NONE}]"
 
 
