@@ -16,7 +16,7 @@ from dvpo.evaluate import take
 from dvpo.policy import open_policy
 from dvpo.stats import paired_difference
 from dvpo.tasks import make_task
-from dvpo.trainer import starting_model
+from dvpo.warmstart import starting_model
 
 SHOWN = 5
 

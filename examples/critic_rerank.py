@@ -18,7 +18,7 @@ from dvpo.policy import open_policy
 from dvpo.scoring import Scorer
 from dvpo.stats import bootstrap_interval, paired_difference
 from dvpo.tasks import make_task, total
-from dvpo.trainer import starting_model
+from dvpo.warmstart import starting_model
 
 
 def main(run: str, prompts: int = 200, answers: int = 4, split: str = "id") -> None:

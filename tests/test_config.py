@@ -252,6 +252,21 @@ def test_a_setting_that_could_mean_nothing_is_refused(override: str, words: str)
         load_config({"algorithm": "grpo"}, [override])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["policy_optimiser.warmup_steps=5", "update.actor_warmup_steps=5"], "end while the policy still rests"),
+        (["alarms.kl_reference=1"], "watches what is measured only where actor.kl.coef is above 0"),
+        (["alarms.stop=[hacking]", "alarms.window=0"], "alarms.stop names hacking, which is switched off by 0"),
+        (["alarms.stop=[kl]", "alarms.kl=0"], "alarms.stop names kl, which is switched off by 0"),
+        (["advantage.doubt_steps=5"], "lets advantage.reward_trust grow to 1, where it stands"),
+        (["critic.lora.alpha=2"], "critic.lora.alpha is set, but the critic has no adapters"),
+    ],
+)
+def test_settings_that_together_mean_nothing_are_refused(overrides: list[str], words: str):
+    assert words in refusal(None, *overrides)
+
+
 def test_clipped_deltas_are_refused_where_the_advantage_is_a_rank():
     with pytest.raises(InputError, match="clips nothing in a rank"):
         load_config({"algorithm": "dvpo_rank"}, ["advantage.delta_clip=1"])

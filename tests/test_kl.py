@@ -53,6 +53,12 @@ def test_each_step_uses_and_logs_the_coefficient_that_the_steps_before_have_made
     assert logged[-1]["actor/kl_coef"] > logged[1]["actor/kl_coef"]  # by then it has gone too far
 
 
+def test_the_coefficient_waits_for_a_policy_at_rest(tmp_path: Path) -> None:
+    logged = rows(trained(tmp_path / "run", *ADAPTIVE, "steps=4", "update.actor_warmup_steps=2"))
+    assert [row["actor/kl_coef"] for row in logged[:3]] == [0.5, 0.5, 0.5]
+    assert logged[3]["actor/kl_coef"] == pytest.approx(0.4)  # of the third step, whose policy was still the first
+
+
 @pytest.mark.parametrize("place", ["reward", "loss"])
 def test_the_steered_coefficient_is_the_one_that_trains(tmp_path: Path, place: str) -> None:
     settings = ["actor.kl.coef=0.5", f"actor.kl.place={place}", "steps=3", "policy_optimiser.lr=3e-3"]

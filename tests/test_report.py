@@ -16,12 +16,12 @@ from dvpo.cli import main
 from dvpo.errors import InputError
 from dvpo.plain_text import clipped, visible
 from dvpo.report import run_folders, write_report
-from dvpo.report_data import Place, Run, Series, place_of_runs
+from dvpo.report_data import Place, Run, Series, place_of_runs, read_run
 from dvpo.report_panels import fault_lines, learning_panel, over_seeds, smoothed
 from dvpo.report_study import noise_axis
 from dvpo.report_summary import summary_table
 from dvpo.report_texts import page_data, script_json
-from dvpo.report_words import sentences
+from dvpo.report_words import ends, sentences
 from dvpo.study import load_study
 from dvpo.study_results import read_results, row_key
 from report_runs import HOSTILE, write_run
@@ -197,6 +197,29 @@ def test_faults_are_counted_by_kind_with_the_first_message(tmp_path: Path):
     (folder / "faults.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (line,) = fault_lines(place_of_runs([folder]).runs)
     assert line.kinds == [("timeout", 3, "m0")]
+
+
+def test_an_alarm_is_no_fault_and_is_named(tmp_path: Path):
+    folder = write_run(tmp_path / "run", texts={"a": "x"})
+    rows = [{"step": 3, "kind": "timeout", "message": "m"}] + [
+        {"step": step, "kind": "alarm", "alarm": "kl", "message": f"far, {step}"} for step in (5, 9)
+    ]
+    (folder / "faults.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    place = place_of_runs([folder])
+    warnings = [s.text for s in sentences(place, "ppo") if s.kind == "warning"]
+    assert any("1 faults were survived" in text for text in warnings)
+    assert any("the alarm kl rang from step 5 on: far, 5." in text for text in warnings)
+    table = summary_table(place)
+    assert table.lines[0][table.columns.index("faults")] == "1"
+
+
+def test_a_mix_is_shown_by_the_mean_of_its_tasks(tmp_path: Path):
+    folder = write_run(tmp_path / "run", texts={})
+    rows = [{"step": s, "eval/math/id/accuracy": 0.2 + s / 10, "eval/science/id/accuracy": 0.4} for s in (0, 4)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = read_run(folder)
+    assert ends(run, "id") == pytest.approx((0.3, 0.5))
+    assert ends(run, "ood") is None
 
 
 # Words

@@ -12,8 +12,6 @@ from dvpo.stats import (
     holm,
     iqm,
     paired_difference,
-    pass_at_k,
-    pass_hat_k,
     probability_of_improvement,
     sign_flip_test,
     student_quantile,
@@ -46,19 +44,6 @@ def test_wilson_interval_covers_the_truth_as_often_as_it_says(probability: float
     assert 0.86 < covered < 0.95  # a count is discrete: .9 exactly cannot be had
 
 
-def test_pass_at_k_equals_the_share_of_all_k_subsets_that_hold_a_correct_sample() -> None:
-    for correct in range(6):
-        samples = [True] * correct + [False] * (5 - correct)
-        for k in range(1, 6):
-            share = np.mean([any(subset) for subset in itertools.combinations(samples, k)])
-            assert pass_at_k(correct, 5, k) == pytest.approx(share, abs=1e-12)
-
-
-def test_pass_at_k_is_exact_for_many_samples() -> None:
-    # One correct of n: 1 - C(n-1, k)/C(n, k) = k/n, with binomials far beyond float range.
-    assert pass_at_k(1, 5000, 2500) == pytest.approx(0.5, abs=1e-12)
-
-
 @pytest.mark.parametrize("level", [0.9, 0.95])
 @pytest.mark.parametrize("trials", [1, 7, 40, 3000])
 def test_clopper_pearson_equals_scipys_exact_interval(trials: int, level: float) -> None:
@@ -85,25 +70,6 @@ def test_clopper_pearson_without_trials_is_everything_and_refuses_impossible_cou
         clopper_pearson(5, 3)
     with pytest.raises(ValueError, match="level"):
         clopper_pearson(1, 3, 1.0)
-
-
-def test_the_naive_pass_at_k_is_biased_and_would_fail() -> None:
-    # One correct of 5, two tries: 4 of the 10 pairs hold it. The naive 1 - (1 - c/n)^k says .36.
-    naive = 1 - (1 - 1 / 5) ** 2
-    assert pass_at_k(1, 5, 2) == pytest.approx(0.4)
-    assert naive == pytest.approx(0.36)
-
-
-def test_pass_hat_k_equals_the_share_of_all_k_subsets_that_are_all_correct() -> None:
-    for correct in range(6):
-        samples = [True] * correct + [False] * (5 - correct)
-        for k in range(1, 6):
-            share = np.mean([all(subset) for subset in itertools.combinations(samples, k)])
-            assert pass_hat_k(correct, 5, k) == pytest.approx(share, abs=1e-12)
-    # The naive (c/n)^k is biased: 3 of 5, two tries: 3 of the 10 pairs are all correct, it says .36.
-    assert pass_hat_k(3, 5, 2) == pytest.approx(0.3)
-    with pytest.raises(ValueError, match="k = 6 with 5"):
-        pass_hat_k(3, 5, 6)
 
 
 def test_iqm_drops_a_quarter_at_each_end_over_all_rows() -> None:
@@ -167,8 +133,6 @@ def test_bootstrap_interval_takes_statistics_of_two_samples() -> None:
     [
         lambda: wilson_interval(5, 4),
         lambda: wilson_interval(1, 4, level=95),
-        lambda: pass_at_k(3, 2, 1),
-        lambda: pass_at_k(1, 2, 3),
         lambda: iqm([]),
         lambda: iqm([[1.0], []]),
         lambda: probability_of_improvement([[1.0]], [[1.0], [2.0]]),

@@ -16,9 +16,8 @@ from dvpo.interrupt import Interrupted
 from dvpo.lessons import SOURCES, Demonstrated, question_and_answer
 from dvpo.policy import Policy
 from dvpo.tasks.math import ChainArithmetic
-from dvpo.trainer import starting_model
 from dvpo.verdicts import measure, verdict
-from dvpo.warmstart import Recipe, lessons, losses, make_lesson, obtain, warm_start
+from dvpo.warmstart import Recipe, lessons, losses, make_lesson, obtain, starting_model, warm_start
 
 TOKENIZER = make_tokenizer()
 TINY = Recipe(steps=10, batch_size=4)

@@ -12,7 +12,7 @@ from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, begin, fit_p
 from dvpo.scoring import Scorer
 from dvpo.seeding import derive_seed
 from dvpo.tasks import Example, Task, total
-from dvpo.trainer import starting_model
+from dvpo.warmstart import starting_model
 
 
 class Answerer:

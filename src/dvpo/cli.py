@@ -310,7 +310,7 @@ def _study(arguments: argparse.Namespace) -> int:
 
         rows = read_results(results)
         rows = [last_quarter(row) for row in rows] if arguments.last_quarter else rows
-        report = make_report(study, rows, arguments.baseline)
+        report = make_report(study, rows, arguments.baseline, arguments.last_quarter)
         if arguments.markdown:
             sys.stdout.write(to_markdown(report))
         else:

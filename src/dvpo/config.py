@@ -119,6 +119,18 @@ class Config:
                 f"update.actor_warmup_steps = {self.update.actor_warmup_steps} lets the critic learn alone, "
                 f"but algorithm = {self.algorithm} has no critic: set it to 0"
             )
+        rest, rising = self.update.actor_warmup_steps, self.policy_optimiser.warmup_steps
+        if 0 < rising <= rest:
+            raise ValueError(
+                f"policy_optimiser.warmup_steps = {rising} end while the policy still rests "
+                f"(update.actor_warmup_steps = {rest}), and its first step would be a whole one: count them from step "
+                f"1, {rest + rising} say, or set 0"
+            )
+        if self.alarms.kl_reference and not self.actor.kl.coef:
+            raise ValueError(
+                f"alarms.kl_reference = {self.alarms.kl_reference:g} watches what is measured only where "
+                "actor.kl.coef is above 0: set that, to 1e-6 say, or drop the alarm"
+            )
         if self.reward.overlong > self.sampling.max_completion_length:
             raise ValueError(
                 f"reward.overlong = {self.reward.overlong} exceeds sampling.max_completion_length = "
@@ -179,6 +191,12 @@ class Config:
             raise ValueError(
                 f"critic.lora.rank = {rank} adapts a trunk that learns, but critic.trunk = {trunk}: set it to own, or "
                 "drop the rank"
+            )
+        own = [name for name in ("alpha", "targets") if getattr(self.critic.lora, name) is not None]
+        if own and (trunk != "own" or not self.model.lora.rank):
+            raise ValueError(
+                f"critic.lora.{own[0]} is set, but the critic has no adapters: set model.lora.rank and critic.trunk = "
+                "own, or drop it"
             )
         if rank and not self.model.lora.rank:
             raise ValueError(

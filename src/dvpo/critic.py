@@ -336,7 +336,7 @@ def _readable(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
             f"critic folder {folder} cannot be read ({reason}): give the critic/ folder of a checkpoint"
         ) from None

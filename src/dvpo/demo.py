@@ -11,7 +11,8 @@ from dvpo.config import load_config
 from dvpo.evaluate import interval_text
 from dvpo.progress import RunProgress
 from dvpo.report import write_report
-from dvpo.trainer import Trainer, starting_model
+from dvpo.trainer import Trainer
+from dvpo.warmstart import starting_model
 
 ALGORITHMS = ("dvpo", "ppo")
 

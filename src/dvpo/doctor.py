@@ -25,9 +25,13 @@ from dvpo.provenance import machine
 from dvpo.rewards import Fault
 from dvpo.settings_learning import DistributedConfig, LogConfig
 from dvpo.sinks import refuse_unusable
-from dvpo.trainer import Trainer, starting_model
+from dvpo.trainer import Trainer
+from dvpo.warmstart import starting_model
 
-REQUIRED = ("torch", "transformers", "safetensors", "pydantic", "pyyaml", "rich", "cloudpickle")
+REQUIRED = (
+    *("torch", "transformers", "safetensors", "pydantic", "pyyaml", "rich", "cloudpickle"),
+    *("jinja2", "markupsafe", "numba", "plotille"),
+)
 EXTRAS = {
     "peft": "lora",
     "verl": "verl",

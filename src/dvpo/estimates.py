@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dvpo.core import risk
 from dvpo.core.backends import ascending
-from dvpo.core.masks import masked_mean, masked_variance, zero_masked
+from dvpo.core.masks import Reduce, masked_mean, masked_variance, zero_masked
 from dvpo.core.returns import (
     GROUP_STD_EPS,
     distributional_targets,
@@ -23,8 +23,6 @@ if TYPE_CHECKING:  # config.py imports the rows to merge their defaults
     from dvpo.config import Config
     from dvpo.settings import RewardConfig
     from dvpo.settings_learning import AdvantageConfig, LawConfig
-
-Reduce = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from dvpo.checkpoint import checkpoint_step
 from dvpo.config import Config, load_config
 from dvpo.critic import Critic, load_critic
 from dvpo.errors import InputError
-from dvpo.estimates import Signals
+from dvpo.estimates import Signals, reward_trust
 from dvpo.evaluate import sound_checkpoint
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.privilege import Privilege
+from dvpo.rates import Rates
 from dvpo.report import write_page
 from dvpo.report_data import Run
 from dvpo.report_texts import page_data, script_json
@@ -219,6 +220,7 @@ def _estimates(subject: Subject, rollout: Rollout) -> Estimates:
 
 
 def _advantages(subject: Subject, rollout: Rollout, values_BTNM: Tensor) -> tuple[Tensor, Tensor]:
+    rates = subject.config.reward.rates  # estimated ones are not in a checkpoint's reach
     signals = Signals(
         rewards_BT=rollout.rewards_BT,
         mask_BT=rollout.mask_BT,
@@ -228,5 +230,7 @@ def _advantages(subject: Subject, rollout: Rollout, values_BTNM: Tensor) -> tupl
         groups_B=rollout.groups(),
         rewarded_B=rollout.rewarded_B,
         seed=derive_seed(subject.config.seed, "inspect"),
+        rates=Rates(rates.false_positive or 0.0, rates.false_negative or 0.0),
+        reward_trust=reward_trust(subject.config.advantage, max(checkpoint_step(subject.folder), 1)),
     )
     return subject.algorithm.estimate(signals, subject.config)

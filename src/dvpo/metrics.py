@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dvpo.batch import Rollout
 from dvpo.core.backends import ascending
+from dvpo.core.masks import Reduce
 from dvpo.core.quantiles import crossing_share
 
-Reduce = Callable[[Tensor], Tensor]
 CALIBRATION_BINS = 10
 SAME = 1e-6
 """Rewards that differ by less are the same."""

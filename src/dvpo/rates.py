@@ -1,13 +1,14 @@
 """How often a binary reward is wrong: estimated on prompts whose truth is known, or known to the user."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dvpo.core.masks import Reduce
 from dvpo.errors import InputError
 from dvpo.seeding import derive_uniform
 from dvpo.stats import wilson_interval
@@ -16,16 +17,15 @@ from dvpo.tasks import Example, Task
 if TYPE_CHECKING:  # config.py imports the rows, and they what this file defines
     from dvpo.config import Config
 
-Reduce = Callable[[Tensor], Tensor]
 
 ENOUGH = 20
-"""Responses of each kind, truly right and truly wrong, without which nothing is corrected."""
+"""Responses of each kind, truly right and truly wrong, without which both rates count as 0."""
 MOST = 0.8
 """Rates that add up to more are scaled down to it, so that no reward is multiplied by more than 5."""
 
 
 class Rates(NamedTuple):
-    """What a correction takes for the noise of a binary reward; both 0: the reward as it is."""
+    """What a correction takes for the noise of a binary reward; both 0: it is taken for right."""
 
     false_positive: float = 0.0
     """p, probability that a wrong response is taken for a right one."""

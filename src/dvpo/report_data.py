@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from dvpo.errors import InputError
-from dvpo.runlog import TIME_PREFIX, read_rows
+from dvpo.runlog import TIME_PREFIX, is_evaluation, read_rows
 from dvpo.study import Study
-from dvpo.study_results import Row
+from dvpo.study_results import Row, split_accuracy
 
 NO_SAY = ("seed", "output", "device", "log.", "checkpoint.", "evaluation.")
 """Settings in which the runs of one series may differ."""
@@ -49,6 +49,17 @@ class Run:
     @property
     def seconds(self) -> float:
         return sum(row.get(f"{TIME_PREFIX}step") or 0.0 for row in self.steps)
+
+    @property
+    def reward_faults(self) -> list[Row]:
+        """What was survived; an alarm stands in the same file and is none."""
+        return [row for row in self.faults if row.get("kind") != "alarm"]
+
+    @property
+    def alarms(self) -> dict[str, Row]:
+        """Name of an alarm -> the row of its first ringing."""
+        rows = [row for row in self.faults if row.get("kind") == "alarm"]
+        return {str(row.get("alarm")): row for row in reversed(rows)}
 
     def curve(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of a figure, steps at which it is not defined left out."""
@@ -90,13 +101,13 @@ def read_run(folder: Path, name: str = "", place: str = "") -> Run:
             f"{folder} holds no run (config.yaml or manifest.json cannot be read): give a run folder or a study's YAML"
         ) from None
     metrics = _rows(folder, "metrics.jsonl")
-    evaluations = [row for row in metrics if _is_evaluation(row)]
+    evaluations = [_with_means(row) for row in metrics if is_evaluation(row)]
     return Run(
         name=name or str(settings.get("algorithm")),
         seed=int(settings.get("seed", 0)),
         folder=folder,
         settings=settings,
-        steps=[row for row in metrics if not _is_evaluation(row)],
+        steps=[row for row in metrics if not is_evaluation(row)],
         evaluations=evaluations,
         completions=_rows(folder, "completions.jsonl"),
         tokens=_rows(folder, "tokens.jsonl"),
@@ -165,8 +176,10 @@ def _rows(folder: Path, name: str) -> list[Row]:
     return list(read_rows(path)) if path.exists() else []
 
 
-def _is_evaluation(row: Row) -> bool:
-    return any(key.startswith("eval/") for key in row)
+def _with_means(evaluation: Row) -> Row:
+    """An evaluation of several tasks with the means over them, by which it can stand beside others."""
+    means = {f"eval/{split}/accuracy": split_accuracy(evaluation, split) for split in ("id", "ood")}
+    return {name: mean for name, mean in means.items() if mean is not None} | evaluation
 
 
 def _identity(run: Run) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def summary_table(place: Place) -> SummaryTable:
 
 def _line(series: Series) -> list[str]:
     accuracies = [value for run in series.runs for _, value in run.curve("reward/accuracy")]
-    faults = sum(len(run.faults) for run in series.runs)
+    faults = sum(len(run.reward_faults) for run in series.runs)
     trained = any(run.steps for run in series.runs)
     return [
         series.name,

@@ -152,8 +152,12 @@ def _warnings(series: Series) -> list[str]:
             )
         if (missing := _late_of(run, "reward/missing")) is not None and missing == 1:
             found.append(f"{run.label}: at its end no response had a reward, so that nothing was learned from them.")
-        if run.faults:
-            found.append(f"{run.label}: {len(run.faults)} faults were survived; they are listed below.")
+        if run.reward_faults:
+            found.append(f"{run.label}: {len(run.reward_faults)} faults were survived; they are listed below.")
+        found += [
+            f"{run.label}: the alarm {name} rang from step {row.get('step')} on: {row.get('message')}."
+            for name, row in run.alarms.items()
+        ]
     return found
 
 

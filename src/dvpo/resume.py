@@ -11,7 +11,8 @@ from dvpo.errors import InputError
 from dvpo.nested import all_keys
 
 MAY_CHANGE = ("steps", "device", "distributed", "evaluation", "checkpoint", "log", "output")
-"""What a resumed run may set anew: keys and sections that have no say in the steps already done."""
+"""What a resumed run may set anew: they have no say in the steps already done, but for `steps` where a rate falls to 0
+at the last of them, which gives a warning."""
 
 
 def find_checkpoint(config: Config, allow: Iterable[str] = ()) -> Path | None:
@@ -48,9 +49,10 @@ def _refuse_another_run(written: Path, config: Config, allow: list[str]) -> None
     known = tuple(all_keys(Config))
     if unknown := [key for key in allow if not any(_covers(key, name) for name in known)]:
         raise InputError(f"--allow {unknown[0]}: there is no such setting or section; name one, such as update.epochs")
+    differing = differences(load_config(written), config)
     changed = {
         key: f"{key} was {old!r} and is {new!r}"
-        for key, (old, new) in differences(load_config(written), config).items()
+        for key, (old, new) in differing.items()
         if not any(_covers(free, key) for free in MAY_CHANGE)
     }
     refused = [key for key in changed if not any(_covers(allowed, key) for allowed in allow)]
@@ -59,6 +61,18 @@ def _refuse_another_run(written: Path, config: Config, allow: list[str]) -> None
             f"resume: {'; '.join(changed[key] for key in refused)} (see {written}): a resumed run must be the same "
             f"run, so take the old values, start another output folder, or accept the break by --allow "
             f"{','.join(refused)}"
+        )
+    falling = [
+        f"{name}.schedule = {settings.schedule}"
+        for name in ("policy_optimiser", "critic_optimiser")
+        if (settings := getattr(config, name)).schedule != "constant"
+    ]
+    if "steps" in differing and falling:
+        old, new = differing["steps"]
+        warnings.warn(
+            f"resume: steps was {old} and is {new}, and {' and '.join(falling)} falls to 0 at the last: the rate jumps "
+            "to where it would stand in a run of the new length",
+            stacklevel=2,
         )
     for sentence in changed.values():
         warnings.warn(f"resume: {sentence}, as --allow says", stacklevel=2)

@@ -14,7 +14,8 @@ from typing import Self
 
 import torch
 
-from dvpo.metrics import Means, Reduce
+from dvpo.core.masks import Reduce
+from dvpo.metrics import Means
 from dvpo.rewards import Fault, RewardSource, Scores
 from dvpo.tasks import Reward, total
 

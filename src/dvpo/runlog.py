@@ -134,14 +134,19 @@ class RunLog:
                 raise
 
 
-def read_rows(path: Path, up_to_step: int | None = None) -> Iterator[dict[str, Any]]:
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a log, a half-written last line left out.
 
     Raises:
         InputError: if another line is damaged.
     """
-    for _, row in _rows(path, up_to_step):
+    for _, row in _rows(path, None):
         yield row
+
+
+def is_evaluation(row: Mapping[str, Any]) -> bool:
+    """Whether a row of `metrics.jsonl` is an evaluation's and not a step's."""
+    return any(key.startswith("eval/") for key in row)
 
 
 def refuse_used_folder(folder: Path) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dvpo.config import Config
+from dvpo.core.masks import Reduce
 from dvpo.errors import InputError
-from dvpo.metrics import Reduce
 from dvpo.noise import NO_NOISE, Columns, Noise
 from dvpo.policy import choose_device
 from dvpo.reward_mix import Part, RewardMix
@@ -107,11 +107,14 @@ class Scorer:
         return Scored(fields, faults, believed)
 
     def judge(self, episodes: Sequence[Episode]) -> list[Reward]:
-        """Rewards for an evaluation: the truth; where nothing is known of it, the reward function without noise."""
+        """Rewards for an evaluation: the truth; where nothing is known of it, the reward function without noise.
+
+        A task that says it knows the truth is never judged by anything else, even if all of it has failed.
+        """
         columns = self._columns(episodes)
         truth = self.true_rewards(episodes, columns)
-        unknown = all(math.isnan(total(reward)) for reward in truth)
-        if not unknown or self.reward is None:
+        known = getattr(self.task, "knows_truth", None) or not all(math.isnan(total(reward)) for reward in truth)
+        if known or self.reward is None:
             return truth
         if isinstance(self.reward, RewardMix):
             return self.reward(self._parts(self.reward, episodes, truth, columns)).rewards

@@ -125,8 +125,8 @@ class VllmConfig:
     concurrency: Count = 256
     """Responses asked for side by side."""
     folder: str | None = None
-    """Where the policy's weights are laid for the server to read, under the same name on its machine; None: a temporary
-    folder of this machine."""
+    """Where the policy's weights are laid for the server to read, under the same name on its machine; None:
+    `vllm-weights` in the run's output."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"https?://[^/\s?#]+(/[^\s?#]*)?", self.address):

@@ -65,6 +65,13 @@ class AdvantageConfig:
     missing_reward: Literal["mask", "bootstrap"] = "mask"
     """A response without a reward leaves the step, or the critic's opinion of it stands. It never counts as 0."""
 
+    def __post_init__(self) -> None:
+        if self.doubt_steps is not None and self.reward_trust == 1:
+            raise ValueError(
+                f"advantage.doubt_steps = {self.doubt_steps} lets advantage.reward_trust grow to 1, where it stands: "
+                "lower reward_trust, or drop doubt_steps"
+            )
+
 
 @section
 class TermWeights:
@@ -311,6 +318,15 @@ class AlarmsConfig:
     """These end the run, after a checkpoint."""
 
     def __post_init__(self) -> None:
+        off = {
+            "entropy": not (self.entropy and self.window),
+            "kl": not (self.kl or self.kl_reference),
+            "value": not self.value,
+            "mismatch": not self.mismatch,
+            "hacking": not self.window,
+        }
+        if silent := [name for name in self.stop if off[name]]:
+            raise ValueError(f"alarms.stop names {silent[0]}, which is switched off by 0: set its bound, or drop it")
         if self.window == 1:
             raise ValueError("alarms.window = 1 shows no spread to hold a change against: take 2 or more, or 0 for off")
 

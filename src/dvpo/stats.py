@@ -1,8 +1,7 @@
 """The few statistics that a fair comparison of noisy runs needs.
 
 Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice": interquartile
-mean, stratified bootstrap intervals, probability of improvement. Chen et al. 2021, "Evaluating Large Language
-Models Trained on Code": pass@k. Yao et al. 2024, "tau-bench": pass^k. Wilson 1927, and Clopper and Pearson 1934: the
+mean, stratified bootstrap intervals, probability of improvement. Wilson 1927, and Clopper and Pearson 1934: the
 interval of a proportion, in the mean as long as its level says, and never shorter.
 Fisher 1935, "The Design of Experiments": the sign-flip test of paired runs. Holm 1979: many comparisons at once.
 
@@ -111,40 +110,6 @@ def _share_reaching(successes: int, trials: int, chance: float) -> float:
         reached = float(np.exp(log_ways + hits * math.log(p) + (trials - hits) * math.log1p(-p)).sum())
         low, high = (p, high) if reached < chance else (low, p)
     return (low + high) / 2
-
-
-def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
-    """The chance that k samples hold a correct one, unbiased from n >= k samples (Chen et al. 2021).
-
-        pass@k = 1 - C(n - c, k) / C(n, k)
-
-    Args:
-        num_correct: correct samples c of one prompt.
-        num_samples: samples n of that prompt.
-        k: samples allowed, 1..n.
-
-    Raises:
-        ValueError: if a count is out of range.
-    """
-    _check_counts(num_correct, num_samples, k)
-    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
-
-
-def pass_hat_k(num_correct: int, num_samples: int, k: int) -> float:
-    """The chance that k samples are *all* correct, unbiased from n >= k samples (Yao et al. 2024, tau-bench).
-
-        pass^k = C(c, k) / C(n, k)
-
-    Args:
-        num_correct: correct samples c of one prompt.
-        num_samples: samples n of that prompt.
-        k: samples that have to succeed, 1..n.
-
-    Raises:
-        ValueError: if a count is out of range.
-    """
-    _check_counts(num_correct, num_samples, k)
-    return math.comb(num_correct, k) / math.comb(num_samples, k)
 
 
 def iqm(scores: Scores) -> float:
@@ -348,13 +313,6 @@ def _rows(scores: Scores) -> list[NDArray]:
     if not rows or any(row.ndim != 1 or row.size == 0 for row in rows):
         raise ValueError(f"scores must be rows of at least one number each, got {scores!r}")
     return rows
-
-
-def _check_counts(num_correct: int, num_samples: int, k: int) -> None:
-    if not 0 <= num_correct <= num_samples:
-        raise ValueError(f"num_correct must lie in 0..num_samples, got {num_correct} of {num_samples}")
-    if not 1 <= k <= num_samples:
-        raise ValueError(f"k must lie in 1..num_samples, got k = {k} with {num_samples} samples")
 
 
 def _check_level(level: float) -> None:

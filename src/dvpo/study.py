@@ -31,7 +31,6 @@ from dvpo.provenance import config_hash
 from dvpo.safe_yaml import parse_yaml, problem
 from dvpo.settings_learning import CheckpointConfig, LogConfig
 
-AXES = ("task", "noise", "algorithm", "seed")
 KEYS = ("output", "config", "tasks", "noises", "algorithms", "seeds")
 ENTRY_KEYS = ("name", "algorithm", "overrides", "like")
 SET_BY_GRID = ("seed", "algorithm", "output")

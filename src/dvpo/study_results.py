@@ -29,7 +29,7 @@ from typing import Any
 
 from dvpo.durable import disk_full_named, flush_folder
 from dvpo.errors import InputError
-from dvpo.runlog import TIME_PREFIX, read_rows
+from dvpo.runlog import TIME_PREFIX, is_evaluation, read_rows
 from dvpo.study import Cell, CellKey, Study, cell_id
 
 Row = dict[str, Any]
@@ -49,9 +49,9 @@ def result_row(cell: Cell) -> Row:
     steps: dict[int, Row] = {}
     evaluations: dict[int, Row] = {}
     for row in read_rows(cell.folder / "metrics.jsonl"):
-        kind = evaluations if any(name.startswith("eval/") for name in row) else steps
+        kind = evaluations if is_evaluation(row) else steps
         kind[row["step"]] = row
-    curve = [[step, _accuracy(row, "id"), _accuracy(row, "ood")] for step, row in sorted(evaluations.items())]
+    curve = [[step, split_accuracy(row, "id"), split_accuracy(row, "ood")] for step, row in sorted(evaluations.items())]
     if not curve or curve[0][0] != 0 or curve[-1][0] != cell.config.steps:
         raise InputError(f"{cell.folder} lacks an evaluation at its start or end: remove it and run the cell again")
     machine, commit = _machine_and_commit(cell.folder)
@@ -74,7 +74,7 @@ def result_row(cell: Cell) -> Row:
     }
 
 
-def _accuracy(evaluation: Row, split: str) -> float | None:
+def split_accuracy(evaluation: Row, split: str) -> float | None:
     """Of the split of that name, or the mean over those of a mix's tasks."""
     ending = f"/{split}/accuracy"
     known = [value for name, value in evaluation.items() if name.endswith(ending) and value is not None]

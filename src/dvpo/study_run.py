@@ -160,7 +160,8 @@ def _train(config: Config) -> None:
     # A process whose parent was killed may still be about to die: two must never write one run.
     with locked(folder / LOCK), handled():
         try:
-            from dvpo.trainer import Trainer, starting_model
+            from dvpo.trainer import Trainer
+            from dvpo.warmstart import starting_model
 
             with locked(folder.parent / LOCK):  # one makes the embedded model, the others find it made
                 starting_model(config)

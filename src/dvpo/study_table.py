@@ -53,13 +53,14 @@ class Report:
     notes: tuple[str, ...]
 
 
-def make_report(study: Study, rows: Sequence[Row], baseline: str = "ppo") -> Report:
+def make_report(study: Study, rows: Sequence[Row], baseline: str = "ppo", averaged: bool = False) -> Report:
     """The tables of the study's cells.
 
     Args:
         study: which cells there should be.
         rows: of the results file; those of other cells are counted and left out.
         baseline: the algorithm that the others are compared with.
+        averaged: the ends are means over the last quarter's evaluations (`last_quarter`), and are called so.
 
     Raises:
         InputError: the baseline is no algorithm of the study, or none of the cells has a row.
@@ -76,7 +77,7 @@ def make_report(study: Study, rows: Sequence[Row], baseline: str = "ppo") -> Rep
     sheets = _family(data, [[place] for place in places])
     if len(places) > 1:
         sheets += [*_family(data, [places]), *overviews(study, list(kept.values()))]
-    return Report(tuple(sheets), _notes(data, len(rows) - len(kept)))
+    return Report(tuple(sheets), _notes(data, len(rows) - len(kept), averaged))
 
 
 def compare(study: Study, rows: Sequence[Row], x: str, y: str, split: str) -> PairedDifference | None:
@@ -279,16 +280,17 @@ def _title(data: _Data, places: Sequence[Place]) -> str:
     return f"{where}; {', '.join(sorted(starts))}"
 
 
-def _notes(data: _Data, foreign: int) -> tuple[str, ...]:
+def _notes(data: _Data, foreign: int, averaged: bool) -> tuple[str, ...]:
+    end = "mean over the evaluations of the last quarter" if averaged else "last evaluation"
     notes = [
         "True greedy accuracy on held-out prompts in %; over all places a seed's mean. before: mean over runs. end: "
-        "interquartile mean over seeds with its bootstrap interval. beats: chance that a seed beats one of "
+        f"the {end}; interquartile mean over seeds with its bootstrap interval. beats: chance that a seed beats one of "
         f"{data.baseline}.",
         "paired: mean difference by seed with Student's interval, not corrected for many comparisons. p: sign-flip "
         "test, exact for up to 16 seeds, corrected by Holm over all lines of the tables of one task and noise, and "
         "over all lines of the pooled table by itself.",
         "*: the highest of its place in the tables of all places.",
-        "end less peak: mean over runs of the last evaluation less the highest, the one before training included.",
+        f"end less peak: mean over runs of the {end} less the highest evaluation, the one before training included.",
     ]
     if any(cell.config.model.path == "embedded" for cell in data.study.cells):
         notes.append(

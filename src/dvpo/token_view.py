@@ -33,8 +33,6 @@ DIGITS = 4
 LONGEST_CHARACTER = 4
 """Bytes of UTF-8, hence the most tokens that one character can need."""
 
-FIGURES = ("value", "width", "lower", "upper")
-
 
 def is_shown(step: int, steps: int) -> bool:
     """Whether a step's tokens are kept: steps 1, 2, 4, 8, ... and the last, so that a long run costs little more."""

@@ -38,7 +38,6 @@ from dvpo.distributed import (
     before_me,
     gather_rows,
     init_from_env,
-    main_first,
     on_main,
     spread_from_main,
     together,
@@ -75,7 +74,7 @@ from dvpo.tasks.mixture import COLUMN, Mixture, held_out
 from dvpo.token_view import token_rows
 from dvpo.update import Learner
 from dvpo.vllm_sampler import VllmSampler, open_sampler, refuse_absent_server
-from dvpo.warmstart import start_for, warm_start
+from dvpo.warmstart import starting_model
 
 REPLAY_FIGURES = ("loss", "skipped_updates")
 """Of the critic's update, logged for the replay apart: under `critic/` stands the step's own batch."""
@@ -259,7 +258,8 @@ class Trainer(Learner):
         figures |= self.scorer.figures(all_reduce_sum)
         with deferred():  # weights change: a signal waits for the end of the step
             figures |= self.update(rollout, estimates) | self.update_from_replay()
-            self.kl.observe(figures.get("actor/kl_sampled", math.nan), self.config.sampling.responses_per_step)
+            if self.step > self.config.update.actor_warmup_steps:  # a policy at rest says nothing of the coefficient
+                self.kl.observe(figures.get("actor/kl_sampled", math.nan), self.config.sampling.responses_per_step)
             self.replay.add(rollout)
             ended = time.perf_counter()
             figures |= rollout_figures(rollout, len(collected.sampled), all_reduce_sum)
@@ -487,11 +487,3 @@ class Trainer(Learner):
         # What is to be sharded is opened in host memory: whole, it may not fit the device.
         device = torch.device("cpu") if self.config.distributed.strategy == "fsdp" else self.device
         return open_policy(source, device, model.dtype, model.gradient_checkpointing, weights)
-
-
-def starting_model(config: Config) -> str | Path:
-    """Folder or hub name of the policy before training; makes or fetches the embedded model if that is asked for."""
-    if config.model.path == "embedded":
-        with main_first():
-            return warm_start(start_for(config.task.name), config.model.checker)
-    return config.model.path

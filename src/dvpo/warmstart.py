@@ -31,7 +31,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from rich.console import Console
@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from dvpo.distributed import main_first
 from dvpo.durable import disk_full_named, flush_file
 from dvpo.embedded import ROLES, make_model, make_tokenizer
 from dvpo.errors import InputError
@@ -47,6 +48,9 @@ from dvpo.interrupt import handled
 from dvpo.lessons import SOURCES, Demonstrated
 from dvpo.policy import Policy
 from dvpo.verdicts import measure, verdict
+
+if TYPE_CHECKING:
+    from dvpo.config import Config
 
 RECIPE_VERSION = 1
 """Raised whenever this file or `embedded.py` changes what a recipe yields."""
@@ -145,6 +149,14 @@ def start_for(task: str) -> str:
         stacklevel=2,
     )
     return "math"
+
+
+def starting_model(config: "Config") -> str | Path:
+    """Folder or hub name of the policy before training; makes or fetches the embedded model if that is asked for."""
+    if config.model.path == "embedded":
+        with main_first():
+            return warm_start(start_for(config.task.name), config.model.checker)
+    return config.model.path
 
 
 def obtain(recipe: Recipe, *, rebuild: bool = False, cache: Path | None = None, progress: bool = True) -> Path:

@@ -9,7 +9,7 @@ import os
 import posixpath
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,6 +25,7 @@ from dvpo.charts import Chart, Line, Point
 from dvpo.errors import InputError
 from dvpo.interrupt import Interrupted
 from dvpo.plain_text import visible
+from dvpo.runlog import is_evaluation
 from dvpo.terminal_charts import COLOURS, FRAME, MARK, draw
 
 NARROWEST, GAP = 36, 3
@@ -297,10 +298,6 @@ def _short(keys: Sequence[str]) -> list[str]:
     while all(part[-1:] == parts[0][-1:] and len(part) > 1 for part in parts):
         parts = [part[:-1] for part in parts]
     return ["/".join(part) for part in parts]
-
-
-def is_evaluation(row: Mapping[str, Any]) -> bool:
-    return any(key.startswith("eval/") for key in row)
 
 
 def _steps(folder: Path) -> int | None:

@@ -123,6 +123,12 @@ def test_huber_value_loss_worked_example():
     torch.testing.assert_close(loss, torch.tensor([0.04, 0.25, 1.75]))
     values = torch.tensor([0.2, -2.0], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda v: huber_value_loss(v, torch.zeros(2).double(), 0.5), (values,))
+    # Without a quadratic zone it is the absolute error.
+    torch.testing.assert_close(
+        huber_value_loss(torch.tensor([0.2, -2.0]), torch.zeros(2), 0.0), torch.tensor([0.2, 2.0])
+    )
+    with pytest.raises(ValueError, match="kappa must be at least 0, got -1"):
+        huber_value_loss(values, values, -1)
     # Wide enough, it is the squared error over kappa.
     errors = torch.linspace(-3, 3, 7)
     torch.testing.assert_close(
@@ -282,7 +288,7 @@ def test_bf16_inputs_are_computed_in_float32():
         lambda: clipped_surrogate(torch.zeros(2), torch.zeros(2), torch.zeros(2), 0.2, float("nan")),
         lambda: value_loss(torch.zeros(2), torch.zeros(1), torch.zeros(2), None),
         lambda: value_loss(torch.zeros(2), torch.zeros(2), torch.zeros(2), 0.0),
-        lambda: huber_value_loss(torch.zeros(2), torch.zeros(2), 0.0),
+        lambda: huber_value_loss(torch.zeros(2), torch.zeros(2), -0.1),
         lambda: kl_estimate(torch.zeros(2), torch.zeros(2), "k4"),
         lambda: aggregation_weights(torch.ones(2), "token_mean"),
         lambda: aggregation_weights(torch.ones(2, 2), "mean"),

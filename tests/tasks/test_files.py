@@ -66,9 +66,8 @@ def test_parquet_and_datasets_folders_give_the_same_examples_as_jsonl(write: Wri
     assert jsonl[1].prompt == named
 
 
-def test_named_columns_are_found_and_the_answer_gets_its_usual_name(write: Write) -> None:
-    path = write([{"question": "2+2?", "solution": "4"}])
-    task = FilesTask(path, prompt_column="question", answer_column="solution", held_out=0)
+def test_a_named_prompt_column_is_found(write: Write) -> None:
+    task = FilesTask(write([{"question": "2+2?", "answer": "4"}]), prompt_column="question", held_out=0)
     assert task.split("train")[0].columns == {"answer": "4"}
 
 
@@ -121,7 +120,9 @@ def test_the_truth_is_unknown_unless_a_function_is_given_and_that_is_guarded(wri
         return [float(int(c) == int(a)) for c, a in zip(completions, answer, strict=True)]
 
     task = FilesTask(path, held_out=0, truth=truth)
-    assert task.true_reward(*arguments, answer=["4"] * 3) == [1.0, 0.0, None]
+    with pytest.warns(UserWarning, match=r"task.truth failed for 1 of 3 responses.*ValueError.*Said once"):
+        assert task.true_reward(*arguments, answer=["4"] * 3) == [1.0, 0.0, None]
+    assert task.true_reward(*arguments, answer=["4"] * 3) == [1.0, 0.0, None]  # and says nothing
     with pytest.raises(InputError, match=r"^task.truth: 'no_such:truth' could not be imported"):
         FilesTask(path, held_out=0, truth="no_such:truth")
 
@@ -165,18 +166,6 @@ def test_a_bad_row_is_one_sentence_with_file_line_value_and_remedy(write: Write,
     with pytest.raises(InputError, match=r"^task.path: .*train.jsonl.*" + message) as caught:
         FilesTask(path)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({"solutions": 1}, r"line 1 has no column 'solution' .*did you mean 'solutions'\? set task.answer_column$"),
-        ({"solution": 1, "answer": 2}, r"line 1 has a column 'answer' besides 'solution'.*rename one of them$"),
-    ],
-)
-def test_an_answer_column_that_is_missing_or_ambiguous(write: Write, columns: dict[str, int], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        FilesTask(write([{"prompt": "a", **columns}]), answer_column="solution")
 
 
 def test_a_path_that_leads_nowhere_or_to_something_else(write: Write, tmp_path: Path) -> None:

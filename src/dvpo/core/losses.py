@@ -120,24 +120,26 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, value_clip: 
 def huber_value_loss(values: Tensor, returns: Tensor, kappa: float) -> Tensor:
     """The Huber function of a scalar critic's error.
 
-        H(u) = u^2 / (2 kappa) if |u| <= kappa else |u| - kappa / 2,   u = v - R
+        H(u) = u^2 / (2 kappa) if |u| <= kappa else |u| - kappa / 2,   u = v - R;   kappa = 0: |u|
 
     Args:
         values: any shape, the predictions (the gradient flows here only), in units of the reward.
         returns: the regression targets, broadcast to that shape (one target for several heads: [..., 1]).
-        kappa: > 0, half the width of the quadratic zone, in units of the reward.
+        kappa: >= 0, half the width of the quadratic zone, in units of the reward.
 
     Returns:
         The loss of each value, of the shape of `values`.
 
     Raises:
-        ValueError: the shapes do not fit, or kappa is not positive.
+        ValueError: the shapes do not fit, or kappa is negative.
 
     Source: Huber 1964.
     """
-    if kappa <= 0:
-        raise ValueError(f"kappa must be positive, got {kappa}")
+    if not kappa >= 0:
+        raise ValueError(f"kappa must be at least 0, got {kappa}")
     error = (at_least_float32(values) - _broadcast(returns, values)).abs()
+    if kappa == 0:
+        return error
     return torch.where(error <= kappa, error.square() / (2.0 * kappa), error - kappa / 2.0)
 
 

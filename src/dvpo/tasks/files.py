@@ -8,12 +8,14 @@ import difflib
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dvpo.errors import InputError
+from dvpo.faults import headline
 from dvpo.jsonl import json_objects
 from dvpo.rewards import STANDARD_ARGUMENTS, GuardedReward
 from dvpo.seeding import derive_uniform
@@ -37,7 +39,6 @@ class FilesTask:
         id_path: the held-out examples of the same distribution.
         ood_path: held-out examples of another distribution.
         prompt_column: holds a string, or a list of messages with `role` and `content`.
-        answer_column: this column is handed to reward functions as `answer`.
         held_out: the share of prompts held out when there is no `id_path`, in [0, 1); 0 holds nothing out.
         truth: the verified reward, a function as in `dvpo.rewards` or its name `module:function`.
         answer_pattern: a regular expression of the final answer in a response; None: the whole response.
@@ -53,7 +54,6 @@ class FilesTask:
         id_path: str | Path | None = None,
         ood_path: str | Path | None = None,
         prompt_column: str = "prompt",
-        answer_column: str | None = None,
         held_out: float = 0.05,
         truth: str | Callable[..., Any] | None = None,
         answer_pattern: str | None = None,
@@ -68,7 +68,7 @@ class FilesTask:
             "ood": ("task.ood_path", ood_path),
         }
         self._splits = {
-            split: _examples(_rows(Path(source), field), field, prompt_column, answer_column)
+            split: _examples(_rows(Path(source), field), field, prompt_column)
             for split, (field, source) in sources.items()
             if source is not None
         }
@@ -77,6 +77,7 @@ class FilesTask:
         self._splits = _with_the_same_columns(self._splits)
         self.columns = list(self._splits["train"][0].columns)
         self.knows_truth = truth is not None
+        self._warned = False
         self._truth = None if truth is None else GuardedReward(truth, columns=self.columns, field="task.truth")
 
     def split(self, name: str) -> Sequence[Example]:
@@ -101,7 +102,16 @@ class FilesTask:
     ) -> list[Reward]:
         if self._truth is None:
             return [None] * len(prompts)
-        return self._truth(prompts, completions, completion_ids, columns).rewards
+        judged = self._truth(prompts, completions, completion_ids, columns)
+        lost = [fault for fault in judged.faults if not fault.cured]
+        if lost and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"task.truth failed for {len({fault.index for fault in lost})} of {len(prompts)} responses, whose "
+                f"truth counts as unknown; first: {headline(lost[0])}. Said once",
+                stacklevel=2,
+            )
+        return judged.rewards
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
@@ -141,7 +151,7 @@ def _with_the_same_columns(splits: Mapping[str, list[Example]]) -> dict[str, lis
 # From rows to examples.
 
 
-def _examples(rows: Iterable[Row], field: str, prompt_column: str, answer_column: str | None) -> list[Example]:
+def _examples(rows: Iterable[Row], field: str, prompt_column: str) -> list[Example]:
     examples: list[Example] = []
     places: dict[str, str] = {}
     repetitions: dict[str, int] = {}
@@ -162,23 +172,14 @@ def _examples(rows: Iterable[Row], field: str, prompt_column: str, answer_column
                 f"column to have them made from the prompts"
             )
         places[name] = place
-        examples.append(Example(name, prompt, _columns(row, prompt_column, answer_column, f"{field}: {place}")))
+        examples.append(Example(name, prompt, _columns(row, prompt_column, f"{field}: {place}")))
     return examples
 
 
-def _columns(row: Mapping[str, Any], prompt_column: str, answer_column: str | None, where: str) -> dict[str, Any]:
+def _columns(row: Mapping[str, Any], prompt_column: str, where: str) -> dict[str, Any]:
     columns = {name: value for name, value in row.items() if name != prompt_column}
     if taken := [name for name in STANDARD_ARGUMENTS if name in columns]:
         raise InputError(f"{where} has a column {taken[0]!r}, an argument of every reward function; rename it")
-    if answer_column is not None:
-        if answer_column not in columns:
-            raise InputError(_no_column(where, answer_column, columns, "task.answer_column"))
-        if answer_column != "answer" and "answer" in columns:
-            raise InputError(
-                f"{where} has a column 'answer' besides {answer_column!r}, which task.answer_column says is "
-                f"to be called so; rename one of them"
-            )
-        columns["answer"] = columns.pop(answer_column)
     return columns
 
 
