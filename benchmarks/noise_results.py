@@ -71,6 +71,7 @@ REPORTING = [
     NINE,
     reporting("Nine cells, checker dial 0", "noise_dial0", figures={"noise_dial0": differences}),
     reporting("Flips, checker dial one half", "noise_dial_half"),
+    reporting("Nine cells at one setting", "noise_one_setting", figures={"noise_one_setting": differences}),
     reporting("One sample a prompt", "noise_one_sample", figures={"noise_one_sample": differences}),
     CLEAN,
     RANDOM,
