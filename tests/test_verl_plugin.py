@@ -148,7 +148,7 @@ def test_the_package_has_the_entry_point_that_verl_looks_for():
         ({"advantage": {"lam": 0.5}}, "differ from algorithm.gamma, lam = 0.9, 0.8"),
         ({"advantage": {"law": {"functional": "rank"}}}, "dvpo.advantage.law.functional = rank cannot be followed"),
         ({"critic": {"replay": 1}}, "dvpo.critic.replay = 1 cannot be followed"),
-        ({"critic": {"lora": {"alpha": 8}}}, "dvpo.critic.lora = .* cannot be followed"),
+        ({"critic": {"lora": {"rank": 0}}}, "dvpo.critic.lora = .* cannot be followed"),
         ({"critic": {"trunk": "shared"}}, "dvpo.critic.trunk = shared cannot be followed"),
         ({"critic": {"num_quantile": 8}}, "did you mean critic.num_quantiles"),
     ],
