@@ -79,8 +79,7 @@ def learning(split: str) -> Callable[[Study, Sequence[Row]], Markup | None]:
     """A drawing of the mean accuracy over the steps, a chart a place, three in a line."""
 
     def drawn(study: Study, rows: Sequence[Row]) -> Markup | None:
-        places = list(dict.fromkeys((cell.task, cell.noise) for cell in study.cells))
-        charts = [_course(study, [r for r in rows if (r["task"], r["noise"]) == p], p, split) for p in places]
+        charts = [_course(study, [r for r in rows if (r["task"], r["noise"]) == p], p, split) for p in study.places]
         return _sheet([chart for chart in charts if not chart.empty])
 
     return drawn

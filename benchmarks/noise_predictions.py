@@ -39,28 +39,6 @@ def cells(noise: str, tasks: Iterable[str] = TASKS, suffix: str = "") -> Cells:
     return [(task + suffix, noise) for task in tasks]
 
 
-class Table:
-    """Rows by cell, algorithm and seed."""
-
-    def __init__(self, rows: Iterable[Row]) -> None:
-        self.rows: Scores = {(row["task"], row["noise"], row["algorithm"], row["seed"]): row for row in rows}
-
-    def row(self, cell: tuple[str, str], name: str, seed: int) -> Row:
-        if (*cell, name, seed) not in self.rows:
-            raise MissingRowError
-        return self.rows[*cell, name, seed]
-
-    def score(self, where: Cells, name: str, seed: int, of: Callable[[Row], float] | None = None) -> float:
-        """The mean over the cells of one seed."""
-        return statistics.fmean((of or both)(self.row(cell, name, seed)) for cell in where)
-
-    def lead(
-        self, where: Cells, x: str, y: str, seeds: Iterable[int], of: Callable[[Row], float] | None = None
-    ) -> list[float]:
-        """x less y, seed by seed."""
-        return [self.score(where, x, seed, of) - self.score(where, y, seed, of) for seed in seeds]
-
-
 def both(row: Row) -> float:
     """Mean of ID and OOD over the last quarter, in points."""
     return 50 * (row["id_true"] + row["ood_true"])
@@ -74,6 +52,28 @@ def at_step(step: int) -> Callable[[Row], float]:
         return 50 * (in_domain + out)
 
     return score
+
+
+class Table:
+    """Rows by cell, algorithm and seed."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows: Scores = {(row["task"], row["noise"], row["algorithm"], row["seed"]): row for row in rows}
+
+    def row(self, cell: tuple[str, str], name: str, seed: int) -> Row:
+        if (*cell, name, seed) not in self.rows:
+            raise MissingRowError
+        return self.rows[*cell, name, seed]
+
+    def score(self, where: Cells, name: str, seed: int, of: Callable[[Row], float] = both) -> float:
+        """The mean over the cells of one seed."""
+        return statistics.fmean(of(self.row(cell, name, seed)) for cell in where)
+
+    def lead(
+        self, where: Cells, x: str, y: str, seeds: Iterable[int], of: Callable[[Row], float] = both
+    ) -> list[float]:
+        """x less y, seed by seed."""
+        return [self.score(where, x, seed, of) - self.score(where, y, seed, of) for seed in seeds]
 
 
 def said(values: Sequence[float]) -> str:

@@ -19,10 +19,10 @@ import trials
 from markupsafe import Markup
 from noise_figures import contrasts, curves, differences, learning
 
-from dvpo.stats import Interval, PairedDifference, holm, paired_difference
+from dvpo.stats import PairedDifference, holm, paired_difference
 from dvpo.study import Study, load_study
 from dvpo.study_results import Row, last_quarter, read_results, row_key
-from dvpo.study_table import NONE, SPLITS, Report, Sheet, interval_text, make_report, overviews, to_markdown
+from dvpo.study_table import NONE, SPLITS, Report, Sheet, difference_text, make_report, overviews, to_markdown
 
 ROOT = Path(__file__).parents[1]
 STUDIES, ROWS = ROOT / "configs" / "studies", Path(__file__).parent / "results"
@@ -119,6 +119,13 @@ def of_complete_seeds(study: Study, rows: Sequence[Row]) -> Study:
     return replace(study, cells=tuple(cell for cell in study.cells if cell.seed in seeds))
 
 
+def whole_seeds(part: Part) -> tuple[Study, list[Row]]:
+    """Study and rows of the seeds that have every cell."""
+    study, rows = rows_of(part)
+    rows = complete(study, rows)
+    return of_complete_seeds(study, rows), rows
+
+
 # What a part shows
 
 
@@ -138,46 +145,44 @@ def head(part: Part) -> tuple[str, list[Row]]:
     return f"{text}{seconds / 3600:.1f} hours in all.\n\n", rows
 
 
+def figures(part: Part) -> dict[Path, Markup]:
+    """File -> picture, of what can be drawn."""
+    study, rows = whole_seeds(part)
+    return {IMAGES / f"{name}.svg": drawn for name, draw in part.figures.items() if (drawn := draw(study, rows))}
+
+
 def summary(part: Part) -> str:
     """Who ended above whom, all its places side by side: of the seeds that have every cell."""
-    text, rows = head(part)
-    planned = study_at(part.study, part.only)
-    whole = complete(planned, rows)
-    if not rows or not whole:
-        return text + ("No seed has every cell yet.\n" if rows else "")
-    study = of_complete_seeds(planned, whole)
-    text += f"Seeds that have every cell: {len(study.names('seed'))} of {len(planned.names('seed'))}.\n\n"
-    for name, draw in part.figures.items():
-        if draw(study, whole):
-            text += f"![{part.title}]({(IMAGES / name).relative_to(DOCS)}.svg)\n\n"
-    sheets = [contrast_sheet(part, study, whole), *overviews(study, whole)]
+    text, there = head(part)
+    study, rows = whole_seeds(part)
+    if not rows:
+        return text + ("No seed has every cell yet.\n" if there else "")
+    planned = study_at(part.study, part.only).names("seed")
+    text += f"Seeds that have every cell: {len(study.names('seed'))} of {len(planned)}.\n\n"
+    for path in figures(part):
+        text += f"![{part.title}]({path.relative_to(DOCS)})\n\n"
+    sheets = [contrast_sheet(part, study, rows), *overviews(study, rows)]
     if part is RANDOM:
-        sheets.append(rise_sheet(study, whole))
+        sheets.append(rise_sheet(study, rows))
     return text + to_markdown(Report(tuple(sheets), ()))
 
 
 def contrast_sheet(part: Part, study: Study, rows: Sequence[Row]) -> Sheet:
     """The baseline less each other row, paired by seed: over all places with Holm's p, and for each noise without."""
-    noises = study.names("noise")
-    single = [replace(study, cells=tuple(cell for cell in study.cells if cell.noise == noise)) for noise in noises]
-    groups = ([study] if part.pooled else []) + (single if len(noises) > 1 else [])
-    if not groups:
-        groups = single
-    found = [{(name, split): d for name, split, d in contrasts(group, rows, part.baseline)} for group in groups]
+    groups = {"all places": study} if part.pooled else {}
+    if len(noises := study.names("noise")) > 1:
+        groups |= {n: replace(study, cells=tuple(cell for cell in study.cells if cell.noise == n)) for n in noises}
+    found = [{(name, split): d for name, split, d in contrasts(of, rows, part.baseline)} for of in groups.values()]
     tested = part.pooled and len(study.names("seed")) >= FEWEST_TESTED
     p_values = dict(zip(found[0], holm([d.p for d in found[0].values()]), strict=True)) if tested else {}
-    names = (["all places"] if part.pooled else []) + (noises if len(groups) > 1 or not part.pooled else [])
     lines = []
     for name, split in found[0]:
-        shown = [_shown(group[name, split]) for group in found]
+        shown = [difference_text(of[name, split]) for of in found]
         p = [f"{p_values[name, split]:.3f}"] if tested else []
         lines.append((name, split.upper(), *shown[:1], *p, *shown[1:]))
-    columns = ("algorithm", "split", *names[:1], *(["p (Holm)"] * tested), *names[1:])
+    first, *rest = groups
+    columns = ("algorithm", "split", first, *(["p (Holm)"] * tested), *rest)
     return Sheet(f"{part.baseline} less each row, points, paired by seed", columns, tuple(lines))
-
-
-def _shown(difference: PairedDifference) -> str:
-    return f"{difference.mean:+.1f} {interval_text(Interval(difference.low, difference.high), '+.1f')}"
 
 
 def rise_sheet(study: Study, rows: Sequence[Row]) -> Sheet:
@@ -185,14 +190,14 @@ def rise_sheet(study: Study, rows: Sequence[Row]) -> Sheet:
     lines = []
     for name in study.names("algorithm"):
         d = rise(study, rows, name)
-        lines.append((name, _shown(d), _yes(d.low > 0)))
+        lines.append((name, difference_text(d), _yes(d.low > 0)))
     return Sheet("end less start, both splits", ("algorithm", "end less start [95%]", "rises"), tuple(lines))
 
 
 def rise(study: Study, rows: Sequence[Row], name: str) -> PairedDifference:
     seeds = study.names("seed")
     mine = [[row for row in rows if (row["algorithm"], row["seed"]) == (name, seed)] for seed in seeds]
-    ends = [fmean(50 * (row["id_true"] + row["ood_true"]) for row in of_seed) for of_seed in mine]
+    ends = [fmean(map(noise_predictions.both, of_seed)) for of_seed in mine]
     starts = [fmean(50 * (row["id_before"] + row["ood_before"]) for row in of_seed) for of_seed in mine]
     return paired_difference(ends, starts)
 
@@ -207,7 +212,7 @@ def section(part: Part) -> str:
         text += "ID / OOD of each task, means over the seeds; `dvpo` is the mean of the law here.\n\n"
         return text + "\n".join(trials.summary(study, rows)) + "\n"
     report = make_report(study, rows, part.baseline or study.names("algorithm")[0])
-    places = len({(cell.task, cell.noise) for cell in study.cells})
+    places = len(study.places)
     pooled = report.sheets[places : places + 1] if len(complete(study, rows)) == len(rows) and part.pooled else ()
     sheets = [_with_rows(sheet) for sheet in (*report.sheets[:places], *pooled)]
     return text + to_markdown(Report(tuple(sheet for sheet in sheets if sheet.lines), ()))
@@ -222,12 +227,10 @@ def _with_rows(sheet: Sheet) -> Sheet:
 
 def verdict() -> str:
     """The protocol's claims, each with what the rows say: of complete seeds, and final only with all of them."""
-    study, rows = rows_of(NINE)
-    rows = complete(study, rows)
+    study, rows = whole_seeds(NINE)
     if not rows:
         return ""
-    planned, study = len(study.names("seed")), of_complete_seeds(study, rows)
-    seeds = len(study.names("seed"))
+    seeds, planned = len(study.names("seed")), len(study_at(NINE.study).names("seed"))
     when = "final" if seeds == planned else f"interim: {seeds} of {planned} seeds, nothing is concluded"
     claims = [*_cell_claims(study, rows), _contrast_claim(study, rows), _clean_claim(), _random_claim()]
     fails = next((claim for claim, holds, _ in claims if holds == "no"), None)
@@ -270,7 +273,7 @@ def _clean_claim() -> Claim:
     found = contrasts(study, rows, CLEAN.baseline)
     below = sum(d.high < 0 for _, _, d in found)
     name, split, d = min(found, key=lambda line: line[2].low)
-    lowest = f"the lowest end, against `{name}`, {split.upper()}: {_shown(d)}"
+    lowest = f"the lowest end, against `{name}`, {split.upper()}: {difference_text(d)}"
     return claim, _yes(below == 0), f"{below} of {len(found)}; {lowest}"
 
 
@@ -297,11 +300,12 @@ def block(text: str, inner: str) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """What docs/results.md and docs/results_tables.md have to be."""
+    """What docs/results.md, docs/results_tables.md and their figures have to be."""
     last = (noise_predictions.section(), reward_information.section())
     return {
         PAGE: block(PAGE.read_text(), "\n".join([verdict(), *map(summary, REPORTING), *last])),
         TABLES: block(TABLES.read_text(), "\n".join(section(part) for part in (*REPORTING, *TUNING))),
+        **{path: str(drawn) for part in REPORTING for path, drawn in figures(part).items()},
     }
 
 
@@ -310,11 +314,6 @@ def main() -> None:
     parser.parse_args()
     for path, text in pages().items():
         path.write_text(text)
-    for part in REPORTING:
-        study, rows = rows_of(part)
-        for name, draw in part.figures.items():
-            drawn, path = draw(study, complete(study, rows)), IMAGES / f"{name}.svg"
-            path.write_text(drawn) if drawn else path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

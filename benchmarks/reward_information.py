@@ -28,7 +28,8 @@ from rich.table import Table
 from torch import Tensor
 
 from dvpo import provenance
-from dvpo.core.returns import group_location_scale, group_rank
+from dvpo.core.quantiles import quantile_levels
+from dvpo.core.returns import GROUP_STD_EPS, group_location_scale, group_rank
 from dvpo.core.risk import rank_advantage
 from dvpo.noise import make_noise
 from dvpo.settings import NoiseConfig
@@ -85,14 +86,13 @@ def observed(truth: Tensor, noise: dict) -> Tensor:
 
 def law(values: Tensor) -> Tensor:
     """The quantiles [ATOMS] of all values: what a critic says that cannot tell two prompts apart."""
-    levels = (torch.arange(ATOMS, dtype=torch.float64) + 0.5) / ATOMS
-    return torch.tensor(np.quantile(values.numpy(), levels.numpy()))
+    return torch.tensor(np.quantile(values.numpy(), quantile_levels(ATOMS, dtype=torch.float64).numpy()))
 
 
 def by_group(seen: Tensor, robust: bool) -> Tensor:
     flat, groups = seen.flatten(), torch.arange(len(seen)).repeat_interleave(seen.shape[1])
     location, scale = group_location_scale(flat, groups, torch.ones_like(flat, dtype=torch.bool), robust)
-    return ((flat - location) / (scale + 1e-4)).view_as(seen)
+    return ((flat - location) / (scale + GROUP_STD_EPS)).view_as(seen)
 
 
 def ranked_by_group(seen: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ cells. Two seeds give one degree of freedom; it is pooled over all pairs of rows
 """
 
 import itertools
-import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -25,9 +24,10 @@ Place = tuple[str, int]
 def main() -> None:
     from noise_results import TRIALS, rows_of  # which shows these lines on its page
 
-    *lines, in_domain, out = summary(*rows_of(TRIALS))
-    print("\n".join([*lines, in_domain, out]))
-    spread = [float(re.search(r"in one cell ([0-9.]+)", line)[1]) for line in (in_domain, out)]
+    study, rows = rows_of(TRIALS)
+    print("\n".join(summary(study, rows)))
+    best, seeds = best_trials(study, scores_of(rows)), study.names("seed")
+    spread = [deviations(best, seeds, which)[0] for which in (0, 1)]
     for lead in (2.0, 3.0):
         share = highest(lead, spread)
         print(f"{lead:g} points ahead in every cell: highest in 8 of 9, ID and OOD, in {share:.0%} of studies")
@@ -35,22 +35,39 @@ def main() -> None:
 
 def summary(study: Study, rows: Sequence[Row]) -> Iterator[str]:
     """A table of every trial that has all its runs, the best of a row first, and the deviations, line by line."""
-    names, tasks, seeds = (study.names(axis) for axis in ("algorithm", "task", "seed"))
-    scores: dict[str, dict[Place, tuple[float, float]]] = defaultdict(dict)
-    for row in rows:
-        scores[row["algorithm"]][row["task"], row["seed"]] = (100 * row["id_true"], 100 * row["ood_true"])
+    tasks, scores = study.names("task"), scores_of(rows)
     yield f"| row | trial | {' | '.join(tasks)} | mean |"
     yield "|---|---|" + "---|" * (len(tasks) + 1)
-    best = []
-    for family, trials in itertools.groupby(names, key=family_of):
-        done = {name: mean_of(scores[name]) for name in trials if len(scores[name]) == len(tasks) * len(seeds)}
-        best += [max(done, key=done.__getitem__)] if done else []
-        for name, score in sorted(done.items(), key=lambda item: -item[1]):
+    for family, done in ranked(study, scores):
+        for name, score in done:
             cells = [" / ".join(f"{mean:.1f}" for mean in means) for means in by_task(scores[name])]
             yield f"| {family} | {name.rpartition('_')[2]} | {' | '.join(cells)} | {score:.1f} |"
     for split, which in (("ID", 0), ("OOD", 1)):
-        in_cell, of_seed = deviations({name: scores[name] for name in best}, seeds, which)
+        in_cell, of_seed = deviations(best_trials(study, scores), study.names("seed"), which)
         yield f"\n{split}: paired deviation in one cell {in_cell:.1f}, of a seed's mean over the cells {of_seed:.1f}"
+
+
+Scores = dict[str, dict[Place, tuple[float, float]]]
+"""Trial -> task and seed -> ID and OOD in %."""
+
+
+def scores_of(rows: Sequence[Row]) -> Scores:
+    scores: Scores = defaultdict(dict)
+    for row in rows:
+        scores[row["algorithm"]][row["task"], row["seed"]] = (100 * row["id_true"], 100 * row["ood_true"])
+    return scores
+
+
+def ranked(study: Study, scores: Scores) -> Iterator[tuple[str, list[tuple[str, float]]]]:
+    """Of each row its trials that have all their runs with their scores, the best first."""
+    runs = len(study.names("task")) * len(study.names("seed"))
+    for family, trials in itertools.groupby(study.names("algorithm"), key=family_of):
+        done = [(name, mean_of(scores[name])) for name in trials if len(scores[name]) == runs]
+        yield family, sorted(done, key=lambda item: -item[1])
+
+
+def best_trials(study: Study, scores: Scores) -> Scores:
+    return {done[0][0]: scores[done[0][0]] for _, done in ranked(study, scores) if done}
 
 
 def family_of(name: str) -> str:

@@ -145,7 +145,7 @@ def places_of_study(study: Study, rows: Sequence[Row]) -> list[Place]:
     """
     found = {(row["task"], row["noise"], row["algorithm"], row["seed"]): row for row in rows}
     places = []
-    for task, noise in dict.fromkeys((cell.task, cell.noise) for cell in study.cells):
+    for task, noise in study.places:
         title = f"{task}, {noise}"
         series: dict[str, list[Run]] = {}
         for cell in study.cells:

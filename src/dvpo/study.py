@@ -79,6 +79,11 @@ class Study:
         """Where the rows go unless another file is named."""
         return self.output / "results.jsonl"
 
+    @property
+    def places(self) -> list[tuple[str, str]]:
+        """(task, noise) of its cells, each once, in the file's order."""
+        return list(dict.fromkeys((cell.task, cell.noise) for cell in self.cells))
+
     def names(self, axis: str) -> list[Any]:
         """The values that cells have on an axis, each once, in the file's order."""
         return list(dict.fromkeys(getattr(cell, axis) for cell in self.cells))

@@ -68,24 +68,19 @@ def make_report(study: Study, rows: Sequence[Row], baseline: str = "ppo", averag
     algorithms = study.names("algorithm")
     if baseline not in algorithms:
         raise InputError(f"--baseline = {baseline} is no algorithm of these cells: take one of {', '.join(algorithms)}")
-    wanted = {cell.key for cell in study.cells}
-    kept = {row_key(row): row for row in rows if row_key(row) in wanted}
-    if not kept:
+    data = _Data(study, rows, baseline)
+    if not data.rows:
         raise InputError("the results file holds no row of these cells: run the study first")
-    data = _Data(study, kept, baseline)
-    places = list(dict.fromkeys((cell.task, cell.noise) for cell in study.cells))
-    sheets = _family(data, [[place] for place in places])
-    if len(places) > 1:
-        sheets += [*_family(data, [places]), *overviews(study, list(kept.values()))]
-    return Report(tuple(sheets), _notes(data, len(rows) - len(kept), averaged))
+    sheets = _family(data, [[place] for place in study.places])
+    if len(study.places) > 1:
+        sheets += [*_family(data, [study.places]), *overviews(study, rows)]
+    return Report(tuple(sheets), _notes(data, len(rows) - len(data.rows), averaged))
 
 
 def compare(study: Study, rows: Sequence[Row], x: str, y: str, split: str) -> PairedDifference | None:
     """Accuracy of `x` less that of `y` in points, paired by the seeds that both have in all places of the study."""
-    wanted = {cell.key for cell in study.cells}
-    data = _Data(study, {row_key(row): row for row in rows if row_key(row) in wanted}, y)
-    places = list(dict.fromkeys((cell.task, cell.noise) for cell in study.cells))
-    return _compare(data, data.with_split(places, split), x, split)
+    data = _Data(study, rows, y)
+    return _compare(data, data.with_split(study.places, split), x, split)
 
 
 def overviews(study: Study, rows: Sequence[Row]) -> list[Sheet]:
@@ -94,21 +89,19 @@ def overviews(study: Study, rows: Sequence[Row]) -> list[Sheet]:
     Of the ends the interquartile means, `*` beside the highest of a place and a count of them at the line's end; a tie
     marks nobody. Rows of other cells are left out.
     """
-    wanted = {cell.key for cell in study.cells}
-    data = _Data(study, {row_key(row): row for row in rows if row_key(row) in wanted}, "")
-    places = list(dict.fromkeys((cell.task, cell.noise) for cell in study.cells))
-    sheets = [_ends(data, there, split) for split in SPLITS if (there := data.with_split(places, split))]
-    known = [_correlations(data, places)]
-    return sheets + [sheet for sheet in known if sheet.lines]
+    data = _Data(study, rows)
+    ends = [_ends(data, there, split) for split in SPLITS if (there := data.with_split(study.places, split))]
+    known = _correlations(data)
+    return [*ends, known] if known.lines else ends
 
 
-@dataclass(frozen=True)
 class _Data:
-    """The rows, and the scores in them."""
+    """Those of the rows that are of the study's cells, and the scores in them."""
 
-    study: Study
-    rows: dict[CellKey, Row]
-    baseline: str
+    def __init__(self, study: Study, rows: Sequence[Row], baseline: str = "") -> None:
+        self.study, self.baseline = study, baseline
+        wanted = {cell.key for cell in study.cells}
+        self.rows: dict[CellKey, Row] = {row_key(row): row for row in rows if row_key(row) in wanted}
 
     def of(self, place: Place, algorithm: str, split: str) -> dict[int, Row]:
         """Seed -> row with a known accuracy at its end."""
@@ -190,7 +183,7 @@ def _line(
         split.upper(),
         seeds,
         f"{100 * fmean(befores):.1f}" if befores else NONE,
-        f"{iqm(scores):.1f} {interval_text(_spread(iqm, scores), '.1f')}",
+        f"{iqm(scores):.1f} {_interval(_spread(iqm, scores), '.1f')}",
         _chance(data, places, algorithm, split),
         *against,
         f"{100 * fmean(_stability(row, split) for row in rows):+.1f}",
@@ -203,7 +196,7 @@ def _chance(data: _Data, places: Sequence[Place], algorithm: str, split: str) ->
     if algorithm == data.baseline or not x or not y:
         return NONE
     value = probability_of_improvement(x, y)
-    return f"{value:.2f} {interval_text(_spread(probability_of_improvement, x, y), '.2f')}"
+    return f"{value:.2f} {_interval(_spread(probability_of_improvement, x, y), '.2f')}"
 
 
 def _against(compared: PairedDifference | None, corrected: float | None, planned: int) -> tuple[str, str]:
@@ -211,8 +204,12 @@ def _against(compared: PairedDifference | None, corrected: float | None, planned
     if compared is None:
         return NONE, NONE
     short = f" ({compared.pairs} of {planned} pairs{SHORT})" if compared.pairs < planned else ""
-    interval = interval_text(Interval(compared.low, compared.high), "+.1f")
-    return f"{compared.mean:+.1f} {interval}{short}", f"{corrected:.3f}"
+    return f"{difference_text(compared)}{short}", f"{corrected:.3f}"
+
+
+def difference_text(difference: PairedDifference) -> str:
+    """`+1.2 [-0.4, +2.8]`."""
+    return f"{difference.mean:+.1f} {_interval(Interval(difference.low, difference.high), '+.1f')}"
 
 
 def _spread(statistic: Callable[..., float], *samples: list[float]) -> Interval:
@@ -222,7 +219,7 @@ def _spread(statistic: Callable[..., float], *samples: list[float]) -> Interval:
     return bootstrap_interval(statistic, *samples)
 
 
-def interval_text(interval: Interval, form: str) -> str:
+def _interval(interval: Interval, form: str) -> str:
     """`[1.2, 3.4]`; without ends, as of a single pair, `[-]`."""
     return f"[{interval.low:{form}}, {interval.high:{form}}]" if math.isfinite(interval.low) else f"[{NONE}]"
 
@@ -255,8 +252,8 @@ def _ends(data: _Data, places: Sequence[Place], split: str) -> Sheet:
     return Sheet(f"end, IQM in %: {split.upper()}", columns, tuple(lines))
 
 
-def _correlations(data: _Data, places: Sequence[Place]) -> Sheet:
-    lines = []
+def _correlations(data: _Data) -> Sheet:
+    places, lines = data.study.places, []
     for name in data.study.names("algorithm"):
         cells = []
         for place in places:
