@@ -270,3 +270,11 @@ def test_settings_that_together_mean_nothing_are_refused(overrides: list[str], w
 def test_clipped_deltas_are_refused_where_the_advantage_is_a_rank():
     with pytest.raises(InputError, match="clips nothing in a rank"):
         load_config({"algorithm": "dvpo_rank"}, ["advantage.delta_clip=1"])
+
+
+@pytest.mark.parametrize("setting", ["advantage.law.functional=cvar", "advantage.target=mixture"])
+def test_a_setting_of_the_law_is_refused_where_there_is_no_law(setting: str):
+    assert load_config({"algorithm": "ppo_hl_gauss"}, [setting])
+    for row in ("ppo", "grpo"):
+        with pytest.raises(InputError, match=f"reads a law of returns, which algorithm = {row} does not learn"):
+            load_config({"algorithm": row}, [setting])

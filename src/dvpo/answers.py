@@ -8,7 +8,7 @@ from transformers import set_seed
 from dvpo.config import Config
 from dvpo.errors import InputError
 from dvpo.policy import choose_device, open_policy
-from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, begin, fit_prompts, play
+from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, fit_prompts, play_draws
 from dvpo.scoring import Scorer
 from dvpo.seeding import derive_seed
 from dvpo.tasks import Example, Task, total
@@ -44,13 +44,10 @@ class Answerer:
 
     def answer(self, examples: Sequence[Example], samples: int, visit: int = 0) -> list[list[Episode]]:
         """`samples` finished episodes an example; keyed by (seed, example, visit, sample), whoever is beside it."""
-        episodes, environments = [], []
-        for example in examples:
-            for sample in range(samples):
-                episode, environment = begin(self.task, example, visit, sample, self.prompt_tokens, self.encoder)
-                episodes.append(episode)
-                environments.append(environment)
-        play(episodes, environments, self._sampler, self.encoder, self.settings, self._seed)
+        draws = [(example, visit) for example in examples]
+        episodes = play_draws(
+            self.task, draws, samples, self.prompt_tokens, self.encoder, self._sampler, self.settings, self._seed
+        )
         return [episodes[i : i + samples] for i in range(0, len(episodes), samples)]
 
     def true_returns(self, episodes: Sequence[Episode]) -> list[float]:

@@ -16,7 +16,7 @@ from dvpo.data import MixedPrompts, PromptStream
 from dvpo.distributed import gather_objects, gather_rows, share
 from dvpo.metrics import SAME
 from dvpo.rewards import Fault
-from dvpo.sampling import ChatEncoder, Episode, Sampler, begin, play
+from dvpo.sampling import ChatEncoder, Episode, Sampler, play_draws
 from dvpo.scoring import Scored, Scorer, join
 from dvpo.seeding import derive_seed
 from dvpo.settings import SamplingConfig
@@ -131,14 +131,16 @@ class Collector:
 
     def sample(self, draws: Sequence[tuple[Example, int]]) -> list[Episode]:
         """Play `samples_per_prompt` episodes of each of these prompts, given with their visits."""
-        episodes, environments = [], []
-        for example, visit in draws:
-            for sample in range(self.settings.samples_per_prompt):
-                episode, environment = begin(self.task, example, visit, sample, self.prompt_tokens, self.encoder)
-                episodes.append(episode)
-                environments.append(environment)
-        play(episodes, environments, self.sampler, self.encoder, self.settings, self.seed)
-        return episodes
+        return play_draws(
+            self.task,
+            draws,
+            self.settings.samples_per_prompt,
+            self.prompt_tokens,
+            self.encoder,
+            self.sampler,
+            self.settings,
+            self.seed,
+        )
 
 
 def has_signal(observed_B: Tensor) -> bool:

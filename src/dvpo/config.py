@@ -156,6 +156,22 @@ class Config:
                 "set it to null, or take another advantage.law.functional"
             )
 
+        if not row.has_law:
+            self._check_no_law()
+
+    def _check_no_law(self) -> None:
+        """A row whose critic gives numbers has no law to make one of; `denoised` takes a number too."""
+        law, default = self.advantage.law, AdvantageConfig()
+        unread = {
+            f"advantage.law.functional = {law.functional}": law.functional not in ("mean", "denoised"),
+            f"advantage.target = {self.advantage.target}": self.advantage.target != default.target,
+        }
+        if asked := [setting for setting, on in unread.items() if on]:
+            raise ValueError(
+                f"{asked[0]} reads a law of returns, which algorithm = {self.algorithm} does not learn: drop it, or "
+                "take a row with quantiles, such as dvpo"
+            )
+
     def _check_tasks(self) -> None:
         """A task of files has a file, and a mix is a list of tasks."""
         name, mix = self.task.name, self.task.mix

@@ -21,6 +21,8 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from dvpo.batch import Rollout
+from dvpo.core.masks import rows_where
 from dvpo.errors import InputError
 from dvpo.lora import merged, without_adapters
 from dvpo.parallel import inside, whole_state
@@ -143,6 +145,16 @@ class Policy:
 
         logprobs_K, entropies_K = in_chunks(one, self.vocabulary, hidden_KD, tokens_K)
         return logprobs_K, entropies_K
+
+    def response_logprobs(
+        self, rollout: Rollout, mask_BT: Tensor, temperature: float, entropy: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """`token_logprobs` of the masked tokens of a rollout's responses; on a sharded model `parallel.inside` it."""
+        # The last token's own state predicts nothing.
+        states_BTD = self.hidden_states(
+            rollout.tokens_BS[:, :-1], rollout.attention_BS[:, :-1], rollout.prompt_length - 1
+        )
+        return self.token_logprobs(rows_where(states_BTD, mask_BT), rollout.response_BT[mask_BT], temperature, entropy)
 
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face folder, with adapters added to the weights."""

@@ -213,6 +213,27 @@ def play(
         turn += 1
 
 
+def play_draws(
+    task: Task,
+    draws: Sequence[tuple[Example, int]],
+    samples: int,
+    prompt_tokens: Mapping[str, list[int]],
+    encoder: ChatEncoder,
+    sampler: Sampler,
+    settings: SamplingConfig,
+    seed: int,
+) -> list[Episode]:
+    """`samples` finished episodes of each example, given with its visit: one draw's after the other's."""
+    begun = [
+        begin(task, example, visit, sample, prompt_tokens, encoder)
+        for example, visit in draws
+        for sample in range(samples)
+    ]
+    episodes = [episode for episode, _ in begun]
+    play(episodes, [environment for _, environment in begun], sampler, encoder, settings, seed)
+    return episodes
+
+
 def _take_turn(
     episode: Episode,
     environment: Environment,

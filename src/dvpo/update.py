@@ -14,7 +14,7 @@ from dvpo.algorithms import Algorithm
 from dvpo.batch import Estimates, Rollout, cut
 from dvpo.config import Config
 from dvpo.core.losses import aggregation_weights, kl_estimate, truncated_ratio
-from dvpo.core.masks import rows_where, token_count
+from dvpo.core.masks import token_count
 from dvpo.critic import Critic
 from dvpo.critic_pass import CriticPass
 from dvpo.distributed import agreed, all_reduce_sum, gather_objects, rank
@@ -171,17 +171,8 @@ class Learner:
     def _logprobs(
         self, policy: Policy, micro: Rollout, mask_BT: Tensor, entropy: bool = False
     ) -> tuple[Tensor, Tensor]:
-        return inside(policy.model, partial(self._logprobs_inside, policy, micro, mask_BT, entropy))
-
-    def _logprobs_inside(self, policy: Policy, micro: Rollout, mask_BT: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
-        # The last token's own state predicts nothing.
-        states_BTD = policy.hidden_states(micro.tokens_BS[:, :-1], micro.attention_BS[:, :-1], micro.prompt_length - 1)
-        return policy.token_logprobs(
-            rows_where(states_BTD, mask_BT),
-            micro.response_BT[mask_BT],
-            self.config.sampling.temperature,
-            entropy,
-        )
+        temperature = self.config.sampling.temperature
+        return inside(policy.model, partial(policy.response_logprobs, micro, mask_BT, temperature, entropy))
 
     def _step(self, optimiser: Optimiser, name: str, loss: Tensor, means: Means) -> bool:
         norm, moved = optimiser.update(self.step, float(all_reduce_sum(loss)))

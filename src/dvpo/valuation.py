@@ -189,12 +189,8 @@ def load_critic(source: str | Path, device: str | None = None) -> TrainedCritic:
 @torch.no_grad()
 def with_features(rollout: Rollout, policy: Policy, temperature: float) -> Rollout:
     """The rollout with log-probs and entropies of its tokens under the policy: a given response was never drawn."""
-    hidden_BSD = policy.hidden_states(rollout.tokens_BS, rollout.attention_BS)
-    states_BTD = hidden_BSD[:, rollout.prompt_length - 1 : -1]
     mask_BT = rollout.mask_BT
     figures = torch.zeros(2, *mask_BT.shape, device=policy.device)
     if mask_BT.any():
-        figures[:, mask_BT] = torch.stack(
-            policy.token_logprobs(states_BTD[mask_BT], rollout.response_BT[mask_BT], temperature)
-        )
+        figures[:, mask_BT] = torch.stack(policy.response_logprobs(rollout, mask_BT, temperature))
     return replace(rollout, sampler_logprobs_BT=figures[0], entropies_BT=figures[1])
