@@ -1,7 +1,6 @@
-"""The dialogue task: the user, the metrics, the agents, and whole episodes between a model and the user."""
+"""The dialogue task: the user, the metrics and the agents."""
 
 import random
-import re
 from collections import Counter
 from types import SimpleNamespace
 
@@ -9,13 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dvpo.embedded import make_config, make_model, make_tokenizer
+from dvpo.embedded import make_tokenizer
 from dvpo.errors import InputError
-from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Turn, collate, play
-from dvpo.scoring import Scorer
-from dvpo.settings import SamplingConfig
+from dvpo.sampling import ChatEncoder
 from dvpo.tasks import Task, make_task
-from dvpo.tasks.dialogue import MOST_TURNS, Conversation, Metrics, SlotFilling, parse_turn, replay
+from dvpo.tasks.dialogue import MOST_TURNS, Conversation, SlotFilling, parse_turn, replay
 from dvpo.tasks.dialogue_agents import (
     Slip,
     converse,
@@ -28,7 +25,6 @@ from dvpo.tasks.dialogue_agents import (
     slip_probability,
 )
 from dvpo.tasks.dialogue_goals import SEEN, UNSEEN, Goal, draw_goal
-from tiny_models import AsciiPolicy
 
 TASK = SlotFilling(train=300, id=60, ood=60)
 SPLITS = ("train", "id", "ood")
@@ -449,102 +445,6 @@ def test_payment_by_turns_adds_up_to_the_mean_unless_a_right_record_was_spoilt(g
     assert sum(paid) >= conversation.metrics.mean - 1e-9
     assert (sum(paid) > 1 - 1e-9) == (conversation.metrics == (1, 1, 1))
     assert sum(rewards(goal, turns_of(played(goal, expert)[0]), "turns")) == pytest.approx(1)
-
-
-# Episodes between a model and the user
-
-
-class Script:
-    """A sampler that writes given turns, whatever it reads, each ended or cut as the budget says."""
-
-    def __init__(self, turns):
-        self.turns = iter(turns)
-
-    def sample(self, contexts, budgets, seeds):
-        (budget,) = budgets
-        tokens = [*ENCODER.tokenizer(next(self.turns)).input_ids, ENCODER.tokenizer.eos_token_id]
-        return [Turn(tokens[:budget], [-1.0] * len(tokens[:budget]), len(tokens) <= budget)]
-
-
-def episode_of(task, example, sampler, room=SlotFilling.max_completion_length):
-    """One episode of the sampler with the task's environment."""
-    environment = task.environment(example)
-    episode = Episode(example, visit=0, sample=0, prompt_tokens=ENCODER.prompt(environment.reset()))
-    play([episode], [environment], sampler, ENCODER, SamplingConfig(max_completion_length=room), seed=0)
-    return episode
-
-
-def rollout_of(task, *episodes):
-    scored = Scorer(task, None)(episodes)
-    assert scored.faults == []
-    return collate(episodes, scored.fields, pad_id=0, policy_version=0)
-
-
-@pytest.mark.parametrize("payment", ["mean", "turns"])
-def test_the_oracles_episode_reads_as_the_chat_does_and_its_reward_lands_on_the_policys_last_token(payment):
-    task = SlotFilling(train=20, id=0, ood=0, payment=payment)
-    for example in task.split("train"):
-        messages = converse(task.environment(example), expert)
-        episode = episode_of(task, example, Script(turns_of(messages)))
-        # Token for token what the chat template makes of the conversation, less the header of a next turn.
-        assert [*episode.prompt_tokens, *episode.tokens] == ENCODER.prompt(messages)[:-1]
-        rollout = rollout_of(task, episode)
-        written = [t for t, mask in zip(episode.tokens, rollout.mask_BT[0].tolist(), strict=True) if mask]
-        assert ENCODER.tokenizer.decode(written) == "".join(f"{turn}<|end|>" for turn in turns_of(messages))
-        rewards_T = rollout.rewards_BT[0]
-        assert bool(rollout.terminated_B[0])
-        assert float(rollout.true_B[0]) == pytest.approx(1)
-        assert (rewards_T[~rollout.mask_BT[0]] == 0).all()
-        places = rewards_T.nonzero().flatten().tolist()
-        assert places[-1] == len(episode.tokens) - 1
-        ends = [
-            i for i, t in enumerate(episode.tokens) if rollout.mask_BT[0][i] and t == ENCODER.tokenizer.eos_token_id
-        ]
-        assert places == ends[-1:] if payment == "mean" else set(places) <= set(ends)
-        assert len(places) == (1 if payment == "mean" else 1 + len(task.goal(example).missing))
-        assert task.metrics(example, turns_of(episode.messages)) == {"tcr": 1, "acr": 1, "gcr": 1}
-
-
-def test_the_environment_tells_an_evaluation_its_figures():
-    goal = TASK.goal(TASK.split("id")[0])
-    conversation = Conversation(goal)
-    assert conversation.figures() == {"tcr": 0, "acr": 0, "gcr": 0}
-    converse(conversation, expert)
-    assert conversation.figures() == {"tcr": 1, "acr": 1, "gcr": 1}
-
-
-def test_an_episode_that_is_cut_has_earned_what_its_steps_paid_and_a_known_zero_otherwise():
-    for payment in ("mean", "gcr", "turns"):
-        task = SlotFilling(train=20, id=0, ood=0, payment=payment)
-        example = next(e for e in task.split("train") if len(task.goal(e).missing) == 2)
-        script = turns_of(converse(task.environment(example), expert))
-        whole = episode_of(task, example, Script(script))
-        in_last_turn = episode_of(task, example, Script(script), room=len(whole.tokens) - 3)
-        no_room_for_a_reply = episode_of(task, example, Script(script), room=whole.turns.index(1))
-        rollout = rollout_of(task, whole, in_last_turn, no_room_for_a_reply)
-        assert rollout.truncated_B.tolist() == [False, True, True]
-        assert rollout.rewarded_B.tolist() == [True, True, True]  # not withheld from learning
-        assert rollout.true_B.tolist() == pytest.approx([1, 1 / 3 if payment == "turns" else 0, 0])
-
-
-def test_a_random_model_talks_with_the_user_in_several_turns_whose_tokens_are_masked():
-    policy = AsciiPolicy(make_model(make_config(32, 1, 64)).eval(), ENCODER.tokenizer)
-    sampling = SamplingConfig(max_completion_length=SlotFilling.max_completion_length)
-    examples = TASK.split("train")[:8]
-    environments = [TASK.environment(example) for example in examples]
-    episodes = [
-        Episode(e, 0, 0, ENCODER.prompt(environment.reset()))
-        for e, environment in zip(examples, environments, strict=True)
-    ]
-    play(episodes, environments, HuggingFaceSampler(policy, sampling), ENCODER, sampling, seed=0)
-    rollout = rollout_of(TASK, *episodes)
-    assert max(rollout.turns_BT.amax(1).tolist()) > 2
-    for episode, mask_T, rewards_T in zip(episodes, rollout.mask_BT, rollout.rewards_BT, strict=True):
-        heard = [t for t, masked in zip(episode.tokens, (~mask_T).tolist(), strict=False) if masked]
-        replies = "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in episode.messages if m["role"] != "assistant")
-        assert re.sub(r"<\|assistant\|>", "", ENCODER.tokenizer.decode(heard)) == replies
-        assert (rewards_T == 0).all()  # babble earns nothing
-        assert TASK.metrics(episode.example, turns_of(episode.messages)) == Metrics(0, 0, 0)._asdict()
 
 
 def test_the_task_is_made_by_its_name_and_knows_the_truth():

@@ -1,0 +1,101 @@
+"""Shaped rewards: normalised by group or batch, robustly, clipped last, penalised where they are overlong."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dvpo.core.masks import identity
+from dvpo.core.returns import group_location_scale
+from dvpo.estimates import overlong_penalties, shape_rewards
+from dvpo.settings import RewardConfig
+from dvpo.trainer import Trainer
+from responses import NOISE, shape, signals
+from runs import Parity, run_config
+
+
+def test_group_normalised_returns_have_mean_0_and_deviation_1_in_each_group() -> None:
+    returns_B = shape("group").sum(dim=-1)
+    torch.testing.assert_close(returns_B[:3].mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(returns_B[:3].std(), torch.tensor(1.0), atol=1e-3, rtol=0)
+    assert returns_B[5] == 0  # missing, and in nobody's mean
+    torch.testing.assert_close(returns_B[3], -returns_B[4])
+
+
+def test_batch_normalised_returns_use_every_reward_there_is() -> None:
+    returns_B = shape("batch").sum(dim=-1)[:5]
+    # 1, 0, 0, 2, 1: mean 4/5, population variance 6/5 - 16/25 = 14/25
+    expected = (torch.tensor([1.0, 0, 0, 2, 1]) - 0.8) / ((14 / 25) ** 0.5 + 1e-4)
+    torch.testing.assert_close(returns_B, expected)
+
+
+def test_the_robust_form_is_not_moved_by_one_outlier() -> None:
+    rewards = torch.tensor([0.0, 1, 2, 3, 1000])
+    location, scale = group_location_scale(rewards, torch.zeros(5).long(), torch.ones(5), robust=True)
+    # median 2; deviations 2, 1, 0, 1, 998 with median 1
+    torch.testing.assert_close(location, torch.full((5,), 2.0))
+    torch.testing.assert_close(scale, torch.full((5,), 1.4826))
+    plain = group_location_scale(rewards, torch.zeros(5).long(), torch.ones(5))
+    assert plain[0][0] > 200
+
+
+def test_many_rewards_of_one_response_are_normalised_as_its_return_is() -> None:
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    rewards = torch.tensor([[1.0, 0, 2], [0, 0, 1]])
+    arguments = (mask, torch.tensor([0, 0]), torch.tensor([True, True]))
+    shaped = shape_rewards(rewards, *arguments, RewardConfig(norm="group"), identity)
+    # returns 3 and 1: mean 2, sample std sqrt 2
+    scale = 2**0.5 + 1e-4
+    torch.testing.assert_close(shaped.sum(dim=-1), torch.tensor([1.0, -1]) / scale)
+    torch.testing.assert_close(shaped[0, 0], torch.tensor(1 / scale))
+
+
+def test_the_last_tokens_below_the_limit_cost_in_proportion() -> None:
+    # Limit 10, margin 4: free up to 6 tokens, then a quarter each.
+    lengths_B = torch.tensor([0, 6, 7, 9, 10])
+    torch.testing.assert_close(overlong_penalties(lengths_B, 10, 4), torch.tensor([0, 0, 0.25, 0.75, 1]))
+
+
+def test_a_penalty_lowers_what_is_corrected_and_is_normalised_with_it() -> None:
+    given = signals()
+    penalties_B = torch.tensor([0.5, 0, 0.25, 0, 0, 1.0])
+    fixed = (given.mask_BT, given.groups_B, given.rewarded_B)
+
+    def returns(reward: RewardConfig, penalties_B: Tensor | None) -> Tensor:
+        return shape_rewards(given.rewards_BT, *fixed, reward, identity, NOISE, penalties_B).sum(dim=-1)
+
+    corrected = returns(RewardConfig(correction="backward"), None)
+    lowered = returns(RewardConfig(correction="backward"), penalties_B)
+    torch.testing.assert_close(lowered, corrected - penalties_B * given.rewarded_B)  # a missing reward stays 0
+    normalised = returns(RewardConfig(correction="backward", norm="group"), penalties_B)[:3]
+    torch.testing.assert_close(normalised, (lowered[:3] - lowered[:3].mean()) / (lowered[:3].std() + 1e-4))
+
+
+def test_a_run_takes_the_penalty_from_what_is_learnt_and_not_from_what_was_observed(tmp_path: Path) -> None:
+    figures = {}
+    for margin in (0, 12):
+        folder = tmp_path / str(margin)
+        trainer = Trainer(run_config(folder, "algorithm=ppo", f"reward.overlong={margin}"), task=Parity())
+        rollout, collected = trainer.collect()
+        _, figures[margin] = trainer.estimate(rollout)
+        trainer.close()
+    # Of 12 tokens at most the penalty is length / 12.
+    lengths_B = torch.tensor([len(episode.tokens) for episode in collected.episodes]).float()
+    assert figures[12]["reward/overlong"] == pytest.approx(float(lengths_B.mean() / 12))
+    assert figures[12]["reward/observed"] == figures[0]["reward/observed"]
+    weighted = float((lengths_B * lengths_B / 12).sum() / lengths_B.sum())  # every token of a response has its return
+    lost = figures[0]["critic/return_mean"] - figures[12]["critic/return_mean"]
+    assert lost == pytest.approx(weighted, abs=1e-5)
+
+
+def test_clipping_comes_last() -> None:
+    assert shape("none", clip=0.5).max() == 0.5
+    assert shape("group", clip=0.5).abs().max() == 0.5
+
+
+def test_the_robust_form_falls_back_where_most_of_a_group_agrees() -> None:
+    # Binary rewards, two of eight right: the median deviation is 0, the sample std sqrt(8/8 * 3/16 * 8/7) = .463.
+    rewards = torch.tensor([0.0, 0, 0, 1, 0, 0, 1, 0])
+    _, scale = group_location_scale(rewards, torch.zeros(8).long(), torch.ones(8), robust=True)
+    torch.testing.assert_close(scale, torch.full((8,), (3 / 14) ** 0.5))
