@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import noise_predictions
@@ -19,7 +19,7 @@ import trials
 from markupsafe import Markup
 from noise_figures import contrasts, curves, differences, learning
 
-from dvpo.stats import PairedDifference, holm, paired_difference
+from dvpo.stats import PairedDifference, holm, paired_difference, student_quantile
 from dvpo.study import Study, load_study
 from dvpo.study_results import Row, last_quarter, read_results, row_key
 from dvpo.study_table import NONE, SPLITS, Report, Sheet, difference_text, make_report, overviews, to_markdown
@@ -49,6 +49,8 @@ class Part(NamedTuple):
     """The cells that are meant, as `dvpo study --only` takes them; None: all."""
     pooled: bool = True
     """Its noises may be averaged."""
+    by_task: bool = False
+    """Shown task by task as well."""
     figures: Mapping[str, Draw] = {}
     """Name of a file -> what is in it."""
 
@@ -63,15 +65,18 @@ def reporting(title: str, name: str, **rest: Any) -> Part:
 NINE = reporting(
     "Nine cells, checker dial 1",
     "noise",
+    by_task=True,
     figures={"noise": differences, "noise_curves_id": learning("id"), "noise_curves_ood": learning("ood")},
 )
 CLEAN = reporting("Control: clean rewards", "noise_controls", only="noise=clean")
 RANDOM = reporting("Control: a fair coin for a reward", "noise_controls", only="noise=random")
 REPORTING = [
     NINE,
-    reporting("Nine cells, checker dial 0", "noise_dial0", figures={"noise_dial0": differences}),
+    reporting("Nine cells, checker dial 0", "noise_dial0", by_task=True, figures={"noise_dial0": differences}),
     reporting("Flips, checker dial one half", "noise_dial_half"),
-    reporting("Nine cells at one setting", "noise_one_setting", figures={"noise_one_setting": differences}),
+    reporting(
+        "Nine cells at one setting", "noise_one_setting", by_task=True, figures={"noise_one_setting": differences}
+    ),
     reporting("One sample a prompt", "noise_one_sample", figures={"noise_one_sample": differences}),
     CLEAN,
     RANDOM,
@@ -162,16 +167,18 @@ def summary(part: Part) -> str:
     for path in figures(part):
         text += f"![{part.title}]({path.relative_to(DOCS)})\n\n"
     sheets = [contrast_sheet(part, study, rows), *overviews(study, rows)]
+    if part.by_task and len(study.names("seed")) > 1:
+        sheets[1:1] = task_sheets(part, study, rows)
     if part is RANDOM:
         sheets.append(rise_sheet(study, rows))
+    if part.pooled and len(study.names("seed")) > 1:
+        text += resolution([d for _, _, d in contrasts(study, rows, part.baseline)])
     return text + to_markdown(Report(tuple(sheets), ()))
 
 
 def contrast_sheet(part: Part, study: Study, rows: Sequence[Row]) -> Sheet:
     """The baseline less each other row, paired by seed: over all places with Holm's p, and for each noise without."""
-    groups = {"all places": study} if part.pooled else {}
-    if len(noises := study.names("noise")) > 1:
-        groups |= {n: replace(study, cells=tuple(cell for cell in study.cells if cell.noise == n)) for n in noises}
+    groups = ({"all places": study} if part.pooled else {}) | apart(study, "noise")
     found = [{(name, split): d for name, split, d in contrasts(of, rows, part.baseline)} for of in groups.values()]
     tested = part.pooled and len(study.names("seed")) >= FEWEST_TESTED
     p_values = dict(zip(found[0], holm([d.p for d in found[0].values()]), strict=True)) if tested else {}
@@ -183,6 +190,57 @@ def contrast_sheet(part: Part, study: Study, rows: Sequence[Row]) -> Sheet:
     first, *rest = groups
     columns = ("algorithm", "split", first, *(["p (Holm)"] * tested), *rest)
     return Sheet(f"{part.baseline} less each row, points, paired by seed", columns, tuple(lines))
+
+
+def apart(study: Study, axis: str) -> dict[str, Study]:
+    """The study of each noise, or of each task, by itself; none where there is but one."""
+    names = study.names(axis)
+    cells = {name: tuple(cell for cell in study.cells if getattr(cell, axis) == name) for name in names}
+    return {name: replace(study, cells=of) for name, of in cells.items()} if len(names) > 1 else {}
+
+
+def task_sheets(part: Part, study: Study, rows: Sequence[Row]) -> list[Sheet]:
+    """The same differences task by task, and how far a row's end scatters between seeds in each."""
+    tasks = apart(study, "task")
+    found = [contrasts(of, rows, part.baseline) for of in tasks.values()]
+    less = [
+        (name, split.upper(), *(difference_text(of[line][2]) for of in found))
+        for line, (name, split, _) in enumerate(found[0])
+    ]
+    scatter = [
+        (name, *(f"{scatter_of(study, rows, task, name, split):.1f}" for task in tasks for split in SPLITS))
+        for name in study.names("algorithm")
+    ]
+    columns = [f"{task} {split.upper()}" for task in tasks for split in SPLITS]
+    return [
+        Sheet(f"{part.baseline} less each row, task by task", ("algorithm", "split", *tasks), tuple(less)),
+        Sheet("deviation of an end between seeds, mean over the noises", ("algorithm", *columns), tuple(scatter)),
+    ]
+
+
+def scatter_of(study: Study, rows: Sequence[Row], task: str, algorithm: str, split: str) -> float:
+    """Points by which the end of a row deviates from seed to seed in one place: the mean over the task's noises."""
+    ends = [
+        [100 * row[f"{split}_true"] for row in rows if (row["task"], row["noise"], row["algorithm"]) == at]
+        for at in ((task, noise, algorithm) for noise in study.names("noise"))
+    ]
+    return fmean(stdev(of) for of in ends)
+
+
+def resolution(found: Sequence[PairedDifference]) -> str:
+    """What these seeds can show: the difference that Student's test at .05 finds in four studies of five.
+
+    (t(.975) + t(.8)) sd / sqrt(n),  t of n - 1 degrees of freedom, sd of a seed's difference as it was measured
+    """
+    halves, pairs = [(d.high - d.low) / 2 for d in found], found[0].pairs
+    at_level, at_power = (student_quantile(pairs - 1, level) for level in (0.95, 0.6))
+    deviations = [half * pairs**0.5 / at_level for half in halves]
+    least = [half * (1 + at_power / at_level) for half in halves]
+    return (
+        f"A seed's difference over all places deviates by {min(deviations):.1f} to {max(deviations):.1f} points: "
+        f"{pairs} seeds show a true difference of about {min(least):.1f} to {max(least):.1f} points in four studies of "
+        "five, before correction.\n\n"
+    )
 
 
 def rise_sheet(study: Study, rows: Sequence[Row]) -> Sheet:

@@ -1,5 +1,6 @@
 """The noise study keeps what its protocol promises: seeds apart, rows made again bit for bit, a page from rows."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -15,6 +16,7 @@ import torch
 
 from dvpo.cli import main
 from dvpo.noise import read_labels
+from dvpo.stats import paired_difference
 from dvpo.study import Study, load_study, read_study
 from dvpo.study_results import read_results
 from dvpo.study_table import make_report
@@ -202,6 +204,27 @@ def test_the_deviation_of_paired_differences_equals_hand_arithmetic():
     assert trials.deviations({"one": one, "other": other}, [1, 2], 0) == pytest.approx((5**0.5, 0.5**0.5))
     assert trials.deviations({"one": one, "other": other}, [1, 2], 1) == (0.0, 0.0)
     assert trials.mean_of(one) == (11 + 13 + 25 + 21) / 8
+
+
+def test_what_two_seeds_can_show_equals_hand_arithmetic():
+    # Differences 1 and 3: sd 1.41; (t(.975) + t(.8)) sd / sqrt(2) = 12.706 + 1.376 with one degree of freedom.
+    said = noise_results.resolution([paired_difference([1, 3], [0, 0])])
+    assert "deviates by 1.4 to 1.4 points: 2 seeds" in said
+    assert "of about 14.1 to 14.1 points" in said
+
+
+def test_the_scatter_of_a_row_is_that_between_seeds_and_not_between_noises():
+    # flip: 10, 20 -> 7.07; heavy: 50, 50 -> 0; the mean of both.
+    ends = {"flip": (0.1, 0.2), "heavy": (0.5, 0.5)}
+    rows = [
+        {"task": "math", "noise": noise, "algorithm": "dvpo", "id_true": end}
+        for noise, both in ends.items()
+        for end in both
+    ]
+    study = noise_results.study_at(STUDIES / "noise.yaml", "task=math,noise=flip,algorithm=dvpo")
+    other = noise_results.study_at(STUDIES / "noise.yaml", "task=math,noise=heavy,algorithm=dvpo")
+    both = dataclasses.replace(study, cells=(*study.cells, *other.cells))
+    assert noise_results.scatter_of(both, rows, "math", "dvpo", "id") == pytest.approx(7.071 / 2, abs=1e-3)
 
 
 def test_the_figure_shows_each_contrast_where_its_mean_is():
