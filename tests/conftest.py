@@ -11,10 +11,6 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is first 
 # A shell starts what runs in the background with SIGINT ignored, and runs respect that; the tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Fixtures of several files; down here, since their modules import torch.
-from guards import guard  # noqa: E402, F401
-from study_files import place  # noqa: E402, F401
-
 EXPECTED_SKIPS: tuple[str, ...] = ()
 """Reasons for which a test may be skipped, word for word. Empty: everything runs everywhere, GPU or not."""
 

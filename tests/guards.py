@@ -6,15 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from dvpo.rewards import GuardedReward, Scores
 
 Guard = Callable[..., GuardedReward]
 
 
-@pytest.fixture
-def guard(tmp_path: Path) -> Iterator[Guard]:
+def guards_in(tmp_path: Path) -> Iterator[Guard]:
     """Make a guarded reward from the source of a function named `reward`, and close it after the test."""
     made: list[GuardedReward] = []
 

@@ -58,8 +58,7 @@ def study_values(**changes: Any) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder of a user with own code."""
     (tmp_path / "own.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)

@@ -7,11 +7,18 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from guards import Guard, gone, kinds, score
+from guards import Guard, gone, guards_in, kinds, score
+
+
+@pytest.fixture
+def guard(tmp_path: Path) -> Iterator[Guard]:
+    yield from guards_in(tmp_path)
+
 
 # Faults: only the guilty sample loses its reward.
 

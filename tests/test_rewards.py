@@ -4,6 +4,7 @@ import asyncio
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,13 @@ import pytest
 
 from dvpo.errors import InputError
 from dvpo.rewards import GuardedReward, Scores, _cuts
-from guards import Guard, kinds, score
+from guards import Guard, guards_in, kinds, score
+
+
+@pytest.fixture
+def guard(tmp_path: Path) -> Iterator[Guard]:
+    yield from guards_in(tmp_path)
+
 
 # What a function gets and gives.
 

@@ -20,12 +20,17 @@ from dvpo.cli import main
 from dvpo.errors import InputError
 from dvpo.study import load_study
 from dvpo.study_results import FIELDS, read_results
-from study_files import ROOT, study_values, write
+from study_files import ROOT, study_values, workplace, write
 
 STUDIES = sorted((ROOT / "configs" / "studies").rglob("*.yaml"))
 
 WHERE_AND_WHEN = ("seconds", "machine", "commit")
 """Fields that two equal runs may differ in."""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return workplace(tmp_path, monkeypatch)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,12 @@ from dvpo.cli import main
 from dvpo.errors import InputError
 from dvpo.study import load_study
 from dvpo.study_results import ResultsFile, last_quarter, read_results, result_row
-from study_files import a_row, write
+from study_files import a_row, workplace, write
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return workplace(tmp_path, monkeypatch)
 
 
 def test_a_row_of_other_settings_is_refused_with_what_to_do_and_nothing_runs(

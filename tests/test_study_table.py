@@ -4,9 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dvpo.study import load_study
 from dvpo.study_table import make_report, to_markdown
-from study_files import a_row, study_values, write
+from study_files import a_row, study_values, workplace, write
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return workplace(tmp_path, monkeypatch)
 
 
 def scored(noise: str, algorithm: str, scores: Sequence[float | None]) -> list[dict[str, Any]]:
