@@ -161,10 +161,10 @@ class Config:
 
     def _check_no_law(self) -> None:
         """A row whose critic gives numbers has no law to make one of; `denoised` takes a number too."""
-        law, default = self.advantage.law, AdvantageConfig()
+        functional = self.advantage.law.functional
         unread = {
-            f"advantage.law.functional = {law.functional}": law.functional not in ("mean", "denoised"),
-            f"advantage.target = {self.advantage.target}": self.advantage.target != default.target,
+            f"advantage.law.functional = {functional}": functional not in ("mean", "denoised"),
+            "advantage.target = mixture": self.advantage.target == "mixture",
         }
         if asked := [setting for setting, on in unread.items() if on]:
             raise ValueError(

@@ -1,7 +1,8 @@
 """Sampling: episodes between a policy and an environment, with token ids, masks and log-probs as they were drawn.
 
-    play       episodes of any number of turns, on any `Sampler`
-    collate    finished episodes -> a `Rollout`
+    play_draws    so many episodes of each prompt, begun and played
+    play          episodes of any number of turns, on any `Sampler`
+    collate       finished episodes -> a `Rollout`
 
 The Hugging Face sampler below draws every token with a uniform number of its own (keyed by prompt, visit, sample and
 turn), so that a row's draw does not depend on the rows beside it, on the batch size or on a resume.
