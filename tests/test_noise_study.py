@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,24 @@ def same(row: dict[str, Any]) -> dict[str, Any]:
 def test_the_results_pages_are_what_the_committed_rows_say():
     for path, text in noise_results.pages().items():
         assert path.read_text() == text, path
+
+
+INTERVAL = re.compile(r"[-+]?\d*\.\d \[[-+]\d*\.\d, [-+]\d*\.\d\]")
+
+
+def test_every_difference_that_is_quoted_stands_in_the_tables():
+    page = noise_results.PAGE.read_text()
+    begin, end = (page.index(mark) for mark in (noise_results.BEGIN, noise_results.END))
+    made = {plainly(found) for found in INTERVAL.findall(page[begin:end])}
+    others = [(ROOT / name).read_text() for name in ("README.md", "docs/choosing.md")]
+    quoted = {plainly(found) for text in (page[:begin], page[end:], *others) for found in INTERVAL.findall(text)}
+    assert quoted
+    assert quoted <= made
+
+
+def plainly(difference: str) -> str:
+    """As prose has it: no 0 before the point, no plus before the mean."""
+    return re.sub(r"(?<!\d)0\.", ".", difference).removeprefix("+")
 
 
 def test_before_its_end_a_study_is_pooled_over_the_seeds_that_have_every_cell():

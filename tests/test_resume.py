@@ -214,9 +214,12 @@ def test_more_steps_other_evaluations_and_logs_are_the_same_run(finished: Path):
     assert [path.name for path in finished.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
-def test_fewer_steps_than_were_done_are_refused(finished: Path):
+def test_fewer_steps_than_were_done_are_refused_without_a_warning_of_what_would_follow(
+    finished: Path, recwarn: pytest.WarningsRecorder
+):
     with pytest.raises(InputError, match=r"steps = 2 lies before .*checkpoint-4: raise it"):
         Trainer(run_config(finished, *SETTINGS, "steps=2"), task=Parity(), resume=True)
+    assert not [warning for warning in recwarn if "resume" in str(warning.message)]
 
 
 def test_a_finished_run_that_is_resumed_does_nothing(finished: Path):

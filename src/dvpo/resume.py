@@ -1,8 +1,9 @@
 """From where a run goes on: the newest sound checkpoint of the same run."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from dvpo.checkpoint import Checkpointer, checkpoint_step, latest_checkpoint
 from dvpo.config import Config, differences, load_config
@@ -13,6 +14,7 @@ from dvpo.nested import all_keys
 MAY_CHANGE = ("steps", "device", "distributed", "evaluation", "checkpoint", "log", "output")
 """What a resumed run may set anew: they have no say in the steps already done, but for `steps` where a rate falls to 0
 at the last of them, which gives a warning."""
+Differences = Mapping[str, tuple[Any, Any]]
 
 
 def find_checkpoint(config: Config, allow: Iterable[str] = ()) -> Path | None:
@@ -30,7 +32,7 @@ def find_checkpoint(config: Config, allow: Iterable[str] = ()) -> Path | None:
     written = folder / "config.yaml"
     if not written.exists():
         raise InputError(f"output = {folder} holds no run to resume: check the path, or start without --resume")
-    _refuse_another_run(written, config, list(allow))
+    differing = _refuse_another_run(written, config, list(allow))
     with main_first():
         if is_main():
             Checkpointer(folder, config.checkpoint.keep)  # mends what a kill left half-done
@@ -42,40 +44,47 @@ def find_checkpoint(config: Config, allow: Iterable[str] = ()) -> Path | None:
         )
     if checkpoint is not None and checkpoint_step(checkpoint) > config.steps:
         raise InputError(f"steps = {config.steps} lies before {checkpoint}: raise it")
+    for sentence in _breaks(config, differing):
+        warnings.warn(f"resume: {sentence}", stacklevel=2)
     return checkpoint
 
 
-def _refuse_another_run(written: Path, config: Config, allow: list[str]) -> None:
+def _refuse_another_run(written: Path, config: Config, allow: list[str]) -> Differences:
+    """Key -> its value in the run and now, of all that may differ."""
     known = tuple(all_keys(Config))
     if unknown := [key for key in allow if not any(_covers(key, name) for name in known)]:
         raise InputError(f"--allow {unknown[0]}: there is no such setting or section; name one, such as update.epochs")
     differing = differences(load_config(written), config)
-    changed = {
-        key: f"{key} was {old!r} and is {new!r}"
-        for key, (old, new) in differing.items()
-        if not any(_covers(free, key) for free in MAY_CHANGE)
-    }
-    refused = [key for key in changed if not any(_covers(allowed, key) for allowed in allow)]
+    refused = [key for key in differing if not any(_covers(free, key) for free in (*MAY_CHANGE, *allow))]
     if refused:
         raise InputError(
-            f"resume: {'; '.join(changed[key] for key in refused)} (see {written}): a resumed run must be the same "
-            f"run, so take the old values, start another output folder, or accept the break by --allow "
+            f"resume: {'; '.join(_change(key, differing) for key in refused)} (see {written}): a resumed run must be "
+            f"the same run, so take the old values, start another output folder, or accept the break by --allow "
             f"{','.join(refused)}"
         )
+    return differing
+
+
+def _breaks(config: Config, differing: Differences) -> Iterator[str]:
+    """What makes the run another one than it would have been."""
     falling = [
         f"{name}.schedule = {settings.schedule}"
         for name in ("policy_optimiser", "critic_optimiser")
         if (settings := getattr(config, name)).schedule != "constant"
     ]
     if "steps" in differing and falling:
-        old, new = differing["steps"]
-        warnings.warn(
-            f"resume: steps was {old} and is {new}, and {' and '.join(falling)} falls to 0 at the last: the rate jumps "
-            "to where it would stand in a run of the new length",
-            stacklevel=2,
+        yield (
+            f"{_change('steps', differing)}, and {' and '.join(falling)} falls to 0 at the last: the rate jumps to "
+            "where it would stand in a run of the new length"
         )
-    for sentence in changed.values():
-        warnings.warn(f"resume: {sentence}, as --allow says", stacklevel=2)
+    for key in differing:
+        if not any(_covers(free, key) for free in MAY_CHANGE):
+            yield f"{_change(key, differing)}, as --allow says"
+
+
+def _change(key: str, differing: Differences) -> str:
+    old, new = differing[key]
+    return f"{key} was {old!r} and is {new!r}"
 
 
 def _covers(name: str, key: str) -> bool:
