@@ -31,8 +31,8 @@ class FilesTask:
     - An example's id is its `id` column if there is one. Else it is a hash of the prompt, followed by `-2`,
       `-3`, ... when the prompt is repeated: adding or removing other rows does not change it.
     - Without `id_path` a prompt is held out for the split `id` when a hash of it falls below `held_out`, or,
-      if none does, the prompt with the lowest hash. All repetitions of a prompt are thus on one side, and no
-      row changes sides because others come or go.
+      if none does, the prompt with the lowest hash. All repetitions of a prompt are thus on one side, and once
+      a hash falls below, no row changes sides because others come or go.
 
     Args:
         path: a `.jsonl` file (or `.json`, one object a line), a `.parquet` file, or a `save_to_disk` folder.
