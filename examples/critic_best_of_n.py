@@ -25,7 +25,7 @@ def main(run: str, prompts: int = 200, most: int = 8, split: str = "id") -> None
     task = make_task(critic.config.task)
     examples = task.split(split)[:prompts]
     episodes, _ = take(critic.policy, task, examples, critic.config.sampling, most, seed=0)
-    right = np.array([total(reward) for reward in Scorer(task, None).judge(episodes)]).reshape(-1, most)
+    right = np.array([total(reward) for reward in Scorer(task, None).judge(episodes).rewards]).reshape(-1, most)
     texts = np.array([episode.text for episode in episodes], dtype=object).reshape(-1, most)
 
     # All that the critic is asked: how much it expects of each answer.

@@ -27,7 +27,7 @@ def main(run: str, prompts: int = 200, answers: int = 4, split: str = "id") -> N
     examples = task.split(split)[:prompts]
     writer = open_policy(starting_model(critic.config), critic.policy.device, critic.config.model.dtype)
     episodes, _ = take(writer, task, examples, critic.config.sampling, answers, seed=0)
-    right = np.array([total(reward) for reward in Scorer(task, None).judge(episodes)]).reshape(-1, answers)
+    right = np.array([total(reward) for reward in Scorer(task, None).judge(episodes).rewards]).reshape(-1, answers)
 
     # All that the critic is asked: how much it expects of each answer.
     scores = critic.scores([episode.example.prompt for episode in episodes], [episode.text for episode in episodes])

@@ -133,13 +133,20 @@ def test_a_reward_function_whose_every_answer_has_the_wrong_form_ends_the_first_
     assert not list((here / function).glob("checkpoint-*"))
 
 
-def test_a_reward_function_that_always_raises_is_counted_and_never_ends_a_run(here: Path):
+def test_a_reward_function_that_always_raises_is_counted_and_never_ends_a_run(
+    here: Path, capsys: pytest.CaptureFixture[str]
+):
     (here / "raising.py").write_text("def reward(prompts, completions, completion_ids, **columns):\n    return 1 / 0\n")
     assert main(["train", "good.yaml", "output=raised", "reward.function=raising:reward"]) == 0
     [row] = [row for row in read_rows(here / "raised" / "metrics.jsonl") if "reward/missing" in row]
     assert row["reward/missing"] == 1.0
     assert row["reward/observed"] is None
     assert {fault["kind"] for fault in read_rows(here / "raised" / "faults.jsonl")} == {"exception"}
+    capsys.readouterr()
+    assert main(["eval", "raised"]) == 0
+    assert (
+        "the reward failed once, and what it failed on counts in no figure; the first: Zero" in capsys.readouterr().out
+    )
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> None:

@@ -120,6 +120,7 @@ def test_parts_of_a_mix_and_further_rewards_are_compared(own: list[str]):
         (Effort(samples=1), None, "--samples = 1 is too few: take at least 2"),
         (Effort(repeats=0), None, "--repeats = 0 is too few: take at least 1"),
         (Effort(), "none/found.json", "there is no folder"),
+        (Effort(), ".", "--json = . is a folder"),
     ],
 )
 def test_a_mistake_ends_in_one_sentence(effort: Effort, output: Any, words: str):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dvpo.durable import DiskFullError, disk_full_named, write_atomically
+from dvpo.durable import DiskFullError, disk_full_named, output_file, write_atomically
 from dvpo.errors import InputError
 
 
@@ -32,6 +32,26 @@ def test_the_new_contents_are_on_the_disk_before_they_take_the_name(tmp_path: Pa
     write_atomically(tmp_path / "file", [b"a", b"b"])
     assert events == ["flush", "rename", "flush"]  # the contents; the name; the folder's list of names
     assert (tmp_path / "file").read_bytes() == b"ab"
+
+
+def test_what_cannot_be_written_at_the_end_is_refused_at_the_beginning(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name, words in (
+        ("none/x", "there is no folder"),
+        ("folder", "is a folder"),
+        ("pipe", "is no file that can be"),
+    ):
+        with pytest.raises(InputError, match=f"--output = {tmp_path / name}.*{words}"):
+            output_file(tmp_path / name, "--output")
+
+
+def test_a_link_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    write_atomically(output_file(tmp_path / "link"), [b"new"])
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "new"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ import pytest
 from scipy.stats import binomtest
 
 from dvpo import evaluate as evaluate_module
-from dvpo.evaluate import Evaluation, evaluate, interval_text
+from dvpo.evaluate import Evaluation, Judge, evaluate, interval_text
+from dvpo.faults import lost_in_evaluation
+from dvpo.rewards import Fault, Scores
 from dvpo.sampling import Episode, Turn
 from dvpo.settings import SamplingConfig
 from dvpo.tasks import Example, Reward, SingleTurn
@@ -46,8 +48,13 @@ class RiggedSampler:
         return [Turn([self.CODES[x], END_ID], [0.0, 0.0], finished=x != "t") for x in letters]
 
 
-def judge(episodes: Sequence[Episode]) -> list[Reward]:
-    return [{RIGHT: 1.0, WRONG: 0.25}.get(e.tokens[0]) for e in episodes]
+def judge(episodes: Sequence[Episode]) -> Scores:
+    rewards: list[Reward] = [{RIGHT: 1.0, WRONG: 0.25}.get(e.tokens[0]) for e in episodes]
+    return Scores(rewards, [Fault("exception", i, "KeyError") for i, r in enumerate(rewards) if r is None])
+
+
+def all_of(reward: Reward) -> Judge:
+    return lambda episodes: Scores([reward] * len(episodes), [])
 
 
 @pytest.fixture
@@ -103,7 +110,7 @@ def test_what_environments_know_of_their_episode_is_averaged_over_the_greedy_one
 def test_the_interval_of_pass_at_k_is_wilsons_and_no_point_where_none_or_all_succeed(monkeypatch, reward):
     # None of 5: Wilson's interval is [0, z^2 / (n + z^2)] = [0, 3.8415 / 8.8415]; a bootstrap would say [0, 0].
     monkeypatch.setattr(evaluate_module, "HuggingFaceSampler", RiggedSampler)
-    given = evaluate(tiny_policy(), Task(), ITEMS, lambda e: [reward] * len(e), SamplingConfig(), samples=3, seed=0)
+    given = evaluate(tiny_policy(), Task(), ITEMS, all_of(reward), SamplingConfig(), samples=3, seed=0)
     for name in ("pass@3", "pass^3"):
         low, high = given.summary[f"{name}_low"], given.summary[f"{name}_high"]
         assert given.summary[name] == reward
@@ -118,9 +125,18 @@ def test_rows_hold_each_items_own_answers_and_rewards(rigged):
     ]  # fmt: skip
 
 
+def test_a_fault_of_the_reward_is_kept_with_its_sample(rigged):
+    (fault,) = rigged.faults  # the first draw of the last item
+    assert (fault["kind"], fault["prompt_id"], fault["sample"]) == ("exception", ITEMS[-1].id, 0)
+    assert lost_in_evaluation(rigged.faults) == (
+        "the reward failed once, and what it failed on counts in no figure; the first: KeyError"
+    )
+    assert lost_in_evaluation([{**fault, "cured": True}]) == ""
+
+
 def test_unknown_rewards_count_in_no_figure(monkeypatch):
     monkeypatch.setattr(evaluate_module, "HuggingFaceSampler", RiggedSampler)
-    nothing = evaluate(tiny_policy(), Task(), ITEMS, lambda e: [None] * len(e), SamplingConfig(), samples=3, seed=0)
+    nothing = evaluate(tiny_policy(), Task(), ITEMS, all_of(None), SamplingConfig(), samples=3, seed=0)
     assert nothing.summary["items"] == 0
     assert math.isnan(nothing.summary["accuracy"])
     assert "mean@3" not in nothing.summary
@@ -133,10 +149,10 @@ def answers(
     """Tokens of the greedy answer and of the draws, by item."""
     seen: dict[str, list[list[int]]] = {item.id: [] for item in items}
 
-    def remember(episodes: Sequence[Episode]) -> list[Reward]:
+    def remember(episodes: Sequence[Episode]) -> Scores:
         for e in episodes:
             seen[e.example.id].append(e.tokens)
-        return [1.0] * len(episodes)
+        return Scores([1.0] * len(episodes), [])
 
     chosen = SamplingConfig(**{"max_completion_length": 12, **settings})
     result = evaluate(policy, Task(), items, remember, chosen, samples, seed)

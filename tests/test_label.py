@@ -213,6 +213,7 @@ def test_a_kill_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.Mo
         ([], 0, 2, "l.jsonl", "--samples = 0 is too few: take at least 1"),
         ([], 2, 0, "l.jsonl", "--prompts = 0 is too few: take at least 1"),
         ([], 2, 2, "none/l.jsonl", "there is no folder"),
+        ([], 2, 2, ".", "--output = . is a folder"),
         (["task.name=files", "task.path=p.jsonl", "task.answer_pattern=(a"], 2, 2, "l.jsonl", "no regular expression"),
     ],
 )

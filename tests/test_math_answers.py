@@ -77,6 +77,15 @@ def test_two_numbers_side_by_side_are_no_product() -> None:
     assert score(r"\boxed{2 \cdot 3}", "6") == 1
 
 
+@pytest.mark.parametrize("relation", [r"\iff", r"\implies", r"\rightarrow", r"\Leftrightarrow", r"\lor", r"\cup", "&"])
+def test_a_choice_of_two_answers_is_none(relation: str) -> None:
+    assert score(rf"\boxed{{2 {relation} 3}}", "3") == 0
+
+
+def test_a_missing_reference_answer_leaves_the_response_unjudged() -> None:
+    assert math_verify([r"\boxed{7}", r"\boxed{None}", r"\boxed{nan}"], [None, None, float("nan")]) == [None] * 3
+
+
 def test_a_reference_answer_that_says_nothing_leaves_the_response_unjudged() -> None:
     assert score(r"\boxed{3}", "") is None
     assert score("no box at all", " ") is None

@@ -99,6 +99,12 @@ def test_lists_of_two_lengths_are_a_fault_that_names_both_parts() -> None:
     assert scores.faults == [Fault("wrong_length", 0, "the parts part0 (2) and part1 (7) give unequal lists")]
 
 
+def test_an_empty_list_is_a_fault_beside_a_number_too() -> None:
+    scores = mixed([1.0, 1.0], [[], [1.0]], [2.0, 3.0])
+    assert scores.rewards == [None, [4.0]]
+    assert scores.faults == [Fault("wrong_length", 0, "the parts part0 give an empty list")]
+
+
 def test_a_fault_keeps_kind_and_sample_and_says_whose_it_is() -> None:
     mix = RewardMix([Part("quick", 1, None), Part("slow", 1, None)])
     scores = mix([Scores([1.0, 1.0], []), Scores([1.0, None], [Fault("timeout", 1, "no answer within 1 s")])])

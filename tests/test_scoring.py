@@ -184,15 +184,18 @@ def test_the_reward_function_gets_prompts_completions_tokens_and_columns():
 
 
 def test_an_evaluation_asks_the_truth_and_the_reward_function_only_where_no_truth_is_known():
-    reward = Asked([7.0, 8.0])
-    assert Scorer(Known({"a": 1.0}), reward, ALL_WRONG).judge([episode([0], "a"), episode([0], "b")]) == [1.0, None]
+    reward, both = Asked([7.0, 8.0]), [episode([0], "a"), episode([0], "b")]
+    assert Scorer(Known({"a": 1.0}), reward, ALL_WRONG).judge(both).rewards == [
+        1.0,
+        None,
+    ]
     assert reward.arguments == ()
-    assert Scorer(Known({}), reward, ALL_WRONG).judge([episode([0], "a"), episode([0], "b")]) == [7.0, 8.0]
-    assert Scorer(Known({}), None, ALL_WRONG).judge([episode([0], "a")]) == [None]
+    assert Scorer(Known({}), reward, ALL_WRONG).judge(both).rewards == [7.0, 8.0]
+    assert Scorer(Known({}), None, ALL_WRONG).judge([episode([0], "a")]).rewards == [None]
     # Who says that it knows the truth is not replaced where all of it has failed.
     sure = Known({})
     sure.knows_truth = True
-    assert Scorer(sure, reward, ALL_WRONG).judge([episode([0], "a"), episode([0], "b")]) == [None, None]
+    assert Scorer(sure, reward, ALL_WRONG).judge(both).rewards == [None, None]
 
 
 def test_a_run_without_anyone_who_knows_a_reward_and_one_without_prompts_do_not_start():

@@ -56,6 +56,31 @@ def test_without_a_coefficient_no_reference_model_is_loaded(tmp_path: Path):
     trainer.close()
 
 
+# Evaluations
+
+
+def test_a_reward_that_fails_in_an_evaluation_is_logged_with_its_split_and_said(tmp_path: Path):
+    class Unknown(Parity):
+        knows_truth = False
+
+        def true_reward(self, prompts: Any, *rest: Any, **columns: Any) -> list[None]:
+            return [None] * len(prompts)
+
+    def reward(completions: Any, answer: Any, **columns: Any) -> list[float]:
+        return [1 / (not text.startswith("ood")) for text in answer]
+
+    trainer = Trainer(run_config(tmp_path / "run"), task=Unknown(), reward=reward)
+    with pytest.warns(UserWarning, match="evaluation at step 0: the reward failed 2 times.*ZeroDivisionError"):
+        figures = trainer.evaluate()
+    assert (figures["eval/id/items"], figures["eval/ood/items"]) == (2, 0)
+    faults = rows(trainer, "faults")
+    assert [(f["step"], f["split"], f["kind"], f["prompt_id"]) for f in faults] == [
+        (0, "ood", "exception", "ood 0"),
+        (0, "ood", "exception", "ood word 1"),
+    ]
+    trainer.close()
+
+
 # Truncated responses and missing rewards
 
 

@@ -187,6 +187,9 @@ def test_troubles_and_the_time_left_stand_beside_the_run(tmp_path: Path) -> None
     assert "step 10/100  2.00 s a step  about 3 min left" in shown
     assert "20 faults  ALARM entropy" in shown
     assert "ALARM kl" not in shown
+    with (tmp_path / "mine" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 10, "eval/id/accuracy": 0.5}\n')
+    assert "20 faults  ALARM entropy" in seen(tmp_path / "mine", width=160)  # an evaluation says nothing of alarms
     assert [duration(x) for x in (3, 200, 12000)] == ["3 s", "3 min", "3 h 20 min"]
 
 

@@ -52,4 +52,4 @@ class Answerer:
 
     def true_returns(self, episodes: Sequence[Episode]) -> list[float]:
         """What the task says each episode is worth; NaN where it does not know."""
-        return [total(reward) for reward in self._scorer.judge(episodes)]
+        return [total(reward) for reward in self._scorer.judge(episodes).rewards]

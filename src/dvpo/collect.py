@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dvpo.data import MixedPrompts, PromptStream
 from dvpo.distributed import gather_objects, gather_rows, share
+from dvpo.faults import fault_rows
 from dvpo.metrics import SAME
 from dvpo.rewards import Fault
 from dvpo.sampling import ChatEncoder, Episode, Sampler, play_draws
@@ -44,7 +45,7 @@ class Collected:
         """The first responses of the step, of all processes, as the log shows them."""
         observed, true = self.scored.fields["observed_B"], self.scored.fields["true_B"]
         rows = [
-            {**_record(self.sampled[row]), "observed": float(observed[row]), "true": float(true[row])}
+            {**self.sampled[row].record(), "observed": float(observed[row]), "true": float(true[row])}
             for row in self.kept[:count]
         ]
         return gather_rows(rows)[:count]
@@ -62,16 +63,7 @@ class Collected:
 
     def fault_records(self) -> list[dict[str, Any]]:
         """What went wrong with the rewards of anything that any process sampled, as the log shows it."""
-        rows = [
-            {
-                "kind": f.kind,
-                "message": f.message,
-                "cured": f.cured,
-                **({} if f.index is None else _record(self.sampled[f.index])),
-            }
-            for f in self.scored.faults
-        ]
-        return gather_rows(rows)
+        return gather_rows(fault_rows(self.scored.faults, self.sampled))
 
 
 class Collector:
@@ -147,14 +139,3 @@ def has_signal(observed_B: Tensor) -> bool:
     """Whether the observed returns of a group, NaN where missing, tell one response from another."""
     seen_B = observed_B[observed_B.isfinite()]
     return len(seen_B) > 1 and float(seen_B.max() - seen_B.min()) >= SAME
-
-
-def _record(episode: Episode) -> dict[str, Any]:
-    """A sample as the log shows it."""
-    return {
-        "prompt_id": episode.example.id,
-        "visit": episode.visit,
-        "sample": episode.sample,
-        "prompt": episode.example.prompt,
-        "completion": episode.text,
-    }

@@ -19,7 +19,7 @@ from dvpo.answers import Answerer
 from dvpo.config import Config
 from dvpo.data import PromptStream
 from dvpo.diagnosis import Agreement, ErrorRate, Findings, Sheet, find
-from dvpo.durable import write_atomically
+from dvpo.durable import output_file, write_atomically
 from dvpo.errors import InputError
 from dvpo.faults import headline
 from dvpo.noise import make_noise
@@ -60,9 +60,7 @@ def diagnose_file(
     for name, least in (("prompts", 1), ("samples", 2), ("repeats", 1)):
         if (number := getattr(effort, name)) < least:
             raise InputError(f"--{name} = {number} is too few: take at least {least}")
-    file = None if output is None else Path(output)
-    if file is not None and not file.parent.is_dir():
-        raise InputError(f"--json = {file}: there is no folder {file.parent}; make it, or name another file")
+    file = None if output is None else output_file(output, "--json")
     findings = find(fill_sheet(config, effort, others, console))
     advice = advise(findings, config)
     print_findings(findings, console)

@@ -37,6 +37,25 @@ def _is_disk_full(error: Exception) -> bool:
     return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
+def output_file(name: str | Path, option: str = "") -> Path:
+    """The file that a command writes at its end, looked at before its work begins; a link's is what it leads to.
+
+    Raises:
+        InputError: there is no such folder, it cannot be written to, or what has the name is a folder or a pipe.
+    """
+    file = Path(name)
+    said = f"{option} = {file}" if option else str(file)
+    if file.is_symlink():
+        file = file.resolve()
+    if not file.parent.is_dir():
+        raise InputError(f"{said}: there is no folder {file.parent}; make it, or name another file")
+    if file.exists() and not file.is_file():
+        raise InputError(f"{said} is {'a folder' if file.is_dir() else 'no file that can be replaced'}: name a file")
+    if not os.access(file.parent, os.W_OK):
+        raise InputError(f"{said}: the folder {file.parent} cannot be written to; name a file elsewhere")
+    return file
+
+
 def flush_file(path: Path) -> None:
     """Return only when the file's contents are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

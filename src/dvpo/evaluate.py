@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,20 @@ from rich.table import Table
 from dvpo.checkpoint import checkpoint_step, find_fault, latest_checkpoint
 from dvpo.config import load_config
 from dvpo.distributed import gather_rows, share
-from dvpo.durable import write_atomically
+from dvpo.durable import output_file, write_atomically
 from dvpo.errors import InputError
+from dvpo.faults import fault_rows, lost_in_evaluation
 from dvpo.policy import Policy, choose_device, open_policy
+from dvpo.rewards import Scores
 from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Sampler, play
 from dvpo.scoring import Scorer, open_reward
 from dvpo.seeding import derive_seed
 from dvpo.settings import SamplingConfig
 from dvpo.stats import bootstrap_interval, wilson_interval
-from dvpo.tasks import Environment, Example, Reward, Task, make_task, total
-from dvpo.tasks.mixture import held_out
+from dvpo.tasks import Environment, Example, Task, make_task, total
+from dvpo.tasks.mixture import each_of_its_tasks, held_out
 
-Judge = Callable[[Sequence[Episode]], list[Reward]]
+Judge = Callable[[Sequence[Episode]], Scores]
 CORRECT = 1 - 1e-6
 """A reward from here on counts as a solved item (the verifiers give 0 or 1)."""
 
@@ -42,6 +44,8 @@ class Evaluation:
     `mean@k`, with bootstrap intervals over prompts; `pass@k` and `pass^k` with Wilson's."""
     rows: list[dict[str, Any]]
     """One an item: id, prompt, greedy completion and reward, rewards of the draws."""
+    faults: list[dict[str, Any]] = field(default_factory=list)
+    """One a fault of the reward, as `faults.jsonl` shows it."""
 
 
 def evaluate(
@@ -60,7 +64,7 @@ def evaluate(
         policy: the one that answers.
         task: makes the environments.
         examples: the items; draws are keyed by (seed, item, draw), so an item's do not depend on the others.
-        judge: rewards of finished episodes, None where unknown; an unknown reward counts in no figure.
+        judge: rewards of finished episodes, None where unknown, and faults; an unknown reward counts in no figure.
         settings: lengths, temperature and stops as in training; over-long prompts keep their last tokens.
         samples: k; 0 = greedy only.
         seed: of the draws.
@@ -68,12 +72,13 @@ def evaluate(
     """
 
     own = [examples[place] for place in share(len(examples))]
-    items = gather_rows(_answers(policy, task, own, judge, settings, samples, seed, drawer) if own else [])
+    mine, faults = _answers(policy, task, own, judge, settings, samples, seed, drawer) if own else ([], [])
+    items = gather_rows(mine)
     summary = _greedy_summary(items)
     summary |= _with_intervals({name: np.array([item.own[name] for item in items]) for name in items[0].own})
     if samples:
         summary |= _sampled_summary(np.array([item.drawn for item in items]))
-    return Evaluation(summary, [_row(item, samples) for item in items])
+    return Evaluation(summary, [_row(item, samples) for item in items], gather_rows(faults))
 
 
 @dataclass(frozen=True)
@@ -100,19 +105,25 @@ def _answers(
     samples: int,
     seed: int,
     drawer: Callable[[bool], Sampler] | None,
-) -> list[_Item]:
+) -> tuple[list[_Item], list[dict[str, Any]]]:
+    """How the examples were answered, and the faults of their rewards."""
+    faults: list[dict[str, Any]] = []
+
     def rewards_of(episodes: Sequence[Episode]) -> np.ndarray:
-        return np.array([total(r) for r in judge(episodes)]).reshape(len(examples), -1)
+        scores = judge(episodes)
+        faults.extend(fault_rows(scores.faults, episodes))
+        return np.array([total(reward) for reward in scores.rewards]).reshape(len(examples), -1)
 
     greedy, environments = take(policy, task, examples, settings, 1, seed, greedy=True, drawer=drawer)
     rewards, figures = rewards_of(greedy)[:, 0], own_figures(environments)
     drawn: list[list[float]] = [[] for _ in examples]
     if samples:
         drawn = rewards_of(take(policy, task, examples, settings, samples, seed, drawer=drawer)[0]).tolist()
-    return [
+    items = [
         _Item(e.example, e.text, e.terminated, float(reward), own, of_draws)
         for e, reward, own, of_draws in zip(greedy, rewards, figures, drawn, strict=True)
     ]
+    return items, faults
 
 
 def _row(item: _Item, samples: int) -> dict[str, Any]:
@@ -237,7 +248,7 @@ def evaluate_checkpoint(
     if samples < 0:
         raise InputError(f"--samples = {samples} is negative: take 0 for greedy only")
     task = make_task(config.task)
-    splits = held_out(task) if splits is None else splits
+    splits = held_out(task) if splits is None else [own for name in splits for own in each_of_its_tasks(task, name)]
     missing = [split for split in splits if not task.split(split)]
     if missing or not splits:
         raise InputError(
@@ -245,11 +256,9 @@ def evaluate_checkpoint(
             f"{', '.join(['train', *held_out(task)])}"
         )
     policy = open_policy(checkpoint / "policy", torch.device(choose_device(config.device)), config.model.dtype)
-    file = Path(output) if output else checkpoint.parent / f"evaluation-{checkpoint_step(checkpoint)}.jsonl"
+    file = output_file(output or checkpoint.parent / f"evaluation-{checkpoint_step(checkpoint)}.jsonl", "--output")
     if file.exists() and not file.name.startswith("evaluation-"):
         raise InputError(f"--output = {file} exists: name a new file")
-    if not file.parent.is_dir():
-        raise InputError(f"--output = {file}: there is no folder {file.parent}; make it, or name another file")
     rows, results = [], {}
     with open_reward(config, task) or nullcontext() as reward:
         judge = Scorer(task, reward).judge
@@ -260,6 +269,8 @@ def evaluate_checkpoint(
     write_atomically(file, [(json.dumps(row) + "\n").encode() for row in rows])
     console = Console()
     console.print(_table(results, f"{checkpoint}: % of held-out items solved, 95% intervals in brackets"))
+    if said := lost_in_evaluation([row for result in results.values() for row in result.faults]):
+        console.print(said, style="bold red", markup=False, highlight=False, soft_wrap=True)
     console.print(f"items: {file}", soft_wrap=True)
     return file
 

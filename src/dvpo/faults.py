@@ -1,11 +1,12 @@
 """What a run does about the faults of its rewards: it counts them by kind, and stops where told to."""
 
-from collections.abc import Sequence
-from typing import get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 from dvpo.errors import InputError, RunStoppedError
 from dvpo.reward_lane import FaultKind
 from dvpo.rewards import Fault
+from dvpo.sampling import Episode
 from dvpo.settings import RewardConfig
 
 KINDS: tuple[str, ...] = get_args(FaultKind)
@@ -31,6 +32,29 @@ class FaultTally:
 
     def __str__(self) -> str:
         return f"reward: {self.lost:,} of {self.answers:,} answers failed, first: {self.first}"
+
+
+def fault_rows(faults: Sequence[Fault], episodes: Sequence[Episode]) -> list[dict[str, Any]]:
+    """Each fault as `faults.jsonl` shows it, with the sample that it struck: index i is that of episode i."""
+    return [
+        {
+            "kind": fault.kind,
+            "message": fault.message,
+            "cured": fault.cured,
+            **({} if fault.index is None else episodes[fault.index].record()),
+        }
+        for fault in faults
+    ]
+
+
+def lost_in_evaluation(faults: Sequence[Mapping[str, Any]]) -> str:
+    """What is to be said of an evaluation's faults, rows as above; nothing if no answer lost its reward."""
+    lost = [row for row in faults if not row["cured"]]
+    if not lost:
+        return ""
+    first = headline(Fault(lost[0]["kind"], None, lost[0]["message"]))
+    times = "once" if len(lost) == 1 else f"{len(lost):,} times"
+    return f"the reward failed {times}, and what it failed on counts in no figure; the first: {first}"
 
 
 def headline(fault: Fault) -> str:

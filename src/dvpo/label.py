@@ -19,7 +19,7 @@ from rich.table import Table
 
 from dvpo.answers import Answerer
 from dvpo.config import Config
-from dvpo.durable import write_atomically
+from dvpo.durable import output_file, write_atomically
 from dvpo.errors import InputError
 from dvpo.evaluate import CORRECT
 from dvpo.sampling import Episode
@@ -118,9 +118,7 @@ def label_file(config: Config, samples: int, prompts: int | None, output: str | 
     for option, number in (("--samples", samples), ("--prompts", prompts)):
         if number is not None and number < 1:
             raise InputError(f"{option} = {number} is too few: take at least 1")
-    file = Path(output)
-    if not file.parent.is_dir():
-        raise InputError(f"--output = {file}: there is no folder {file.parent}; make it, or name another file")
+    file = output_file(output, "--output")
     labeller = Labeller(config, samples)
     count = len(labeller.examples) if prompts is None else min(prompts, len(labeller.examples))
     step = max(1, config.sampling.batch_size // samples)

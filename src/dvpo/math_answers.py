@@ -6,6 +6,7 @@ the rules below come first. What it then compares is values: `7 \times 8` is as 
 its answer as an expression should not be used with it.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -18,8 +19,11 @@ SECONDS = 5
 LONGEST = 400
 """Characters of an answer: no reference answer is longer, and the time to read one grows with it."""
 BOX = re.compile(r"\\(?:boxed|fbox)\b\s*(?=\{)")
-RELATION = re.compile(r"[<>=≤≥≠≈|~]|\\\\|\\(?:[lgn]eq?(?:slant)?|lt|gt|approx|sim|equiv|cong|propto|mid|to|in)\b")
-"""What makes a statement of an answer, of which either side might be taken for it; a line break too."""
+RELATION = re.compile(
+    r"[<>=≤≥≠≈|~&]|\\\\|\\(?:[lgn]eq?(?:slant)?|lt|gt|approx|sim|equiv|cong|propto|mid|to|in|implies|iff|lor|land|vee|wedge|"
+    r"cup|cap|(?:[Ll]ong)?(?:[Ll]eft|[Rr]ight)(?:right)?arrow)\b"
+)
+"""What makes a statement or a choice of an answer, of which either side might be taken for it; a line break too."""
 NAMED = re.compile(r"\\?[A-Za-z]\w*(?:\([A-Za-z]\))?")
 """What may stand before an equals sign: x, \theta, f(x)."""
 
@@ -28,13 +32,13 @@ def math_verify(completions: Sequence[Any], answer: Sequence[Any], **columns: An
     r"""1 where the only `\boxed{...}` of a completion equals the column `answer`, else 0.
 
     Returns:
-        None where the reference answer cannot be read: nobody can then judge the response.
+        None where the reference answer is missing (None, NaN) or cannot be read: nobody can then judge the response.
 
     Raises:
         TimeoutException: math-verify's own limit has passed; the caller tries the samples one by one.
     """
     del columns
-    return [_judged(_text(completion), str(right)) for completion, right in zip(completions, answer, strict=True)]
+    return [_judged(_text(completion), right) for completion, right in zip(completions, answer, strict=True)]
 
 
 def boxed_answer(text: str) -> str | None:
@@ -59,8 +63,10 @@ def one_answer(text: str) -> bool:
     return not RELATION.search(right) and (not left or NAMED.fullmatch(left.strip()) is not None)
 
 
-def _judged(text: str, right: str) -> float | None:
-    right = boxed_answer(right) or right.strip().strip("$")
+def _judged(text: str, answer: Any) -> float | None:
+    if answer is None or (isinstance(answer, float) and math.isnan(answer)):
+        return None
+    right = boxed_answer(str(answer)) or str(answer).strip().strip("$")
     gold = _parsed(right)
     if not gold:
         return None

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from dvpo.answers import Answerer
 from dvpo.config import Config
 from dvpo.data import PromptStream
-from dvpo.durable import write_atomically
+from dvpo.durable import output_file, write_atomically
 from dvpo.errors import InputError
 from dvpo.jsonl import json_objects
 from dvpo.sampling import Episode
@@ -149,8 +149,7 @@ def pairs_file(config: Config, count: int, wrong: float, output: str | Path, con
     file = Path(output)
     if file.exists():
         raise InputError(f"{file} is there already: name another file, or train on it without --from-task")
-    if not file.parent.is_dir():
-        raise InputError(f"{file}: there is no folder {file.parent}; make it, or name another file")
+    file = output_file(file)
     pairs = make_pairs(config, count, wrong, console)
     write_atomically(file, [(json.dumps(pair.row()) + "\n").encode() for pair in pairs])
     turned = sum(bool(pair.swapped) for pair in pairs)

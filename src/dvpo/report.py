@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from dvpo import __version__
-from dvpo.durable import write_atomically
+from dvpo.durable import output_file, write_atomically
 from dvpo.errors import InputError
 from dvpo.report_data import Place, Run, place_of_runs, places_of_study
 from dvpo.report_panels import critic_panel, fault_lines, learning_panel, policy_panel
@@ -159,9 +159,7 @@ def write_page(path: Path, template: str, content: dict[str, Any]) -> Path:
     """
     if path.suffix != ".html":
         raise InputError(f"{path} is no name for a page: let it end in .html")
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: there is no folder {path.parent}; make it, or name another file")
-    write_atomically(path, [render(template, content).encode()])
+    write_atomically(output_file(path), [render(template, content).encode()])
     return path
 
 

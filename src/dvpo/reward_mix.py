@@ -99,6 +99,8 @@ class RewardMix:
             return None
         lists = {part.name: value for part, value in zip(self.parts, values, strict=True) if isinstance(value, list)}
         lengths = {len(value) for value in lists.values()}
+        if 0 in lengths:
+            return "the parts " + " and ".join(n for n, v in lists.items() if not v) + " give an empty list"
         if len(lengths) > 1:
             return "the parts " + " and ".join(f"{n} ({len(v)})" for n, v in lists.items()) + " give unequal lists"
         mixed = [0.0] * max(lengths, default=1)

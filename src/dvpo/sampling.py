@@ -67,6 +67,16 @@ class Episode:
         """The policy's own words, all turns."""
         return "\n".join(m["content"] for m in self.messages if m["role"] == "assistant")
 
+    def record(self) -> dict[str, Any]:
+        """The sample as logs show it."""
+        return {
+            "prompt_id": self.example.id,
+            "visit": self.visit,
+            "sample": self.sample,
+            "prompt": self.example.prompt,
+            "completion": self.text,
+        }
+
 
 class ChatEncoder:
     """Prompts and environment turns as token ids, through the tokenizer's chat template."""

@@ -106,7 +106,7 @@ class Scorer:
         }
         return Scored(fields, faults, believed)
 
-    def judge(self, episodes: Sequence[Episode]) -> list[Reward]:
+    def judge(self, episodes: Sequence[Episode]) -> Scores:
         """Rewards for an evaluation: the truth; where nothing is known of it, the reward function without noise.
 
         A task that says it knows the truth is never judged by anything else, even if all of it has failed.
@@ -115,10 +115,10 @@ class Scorer:
         truth = self.true_rewards(episodes, columns)
         known = getattr(self.task, "knows_truth", None) or not all(math.isnan(total(reward)) for reward in truth)
         if known or self.reward is None:
-            return truth
+            return Scores(truth, [])
         if isinstance(self.reward, RewardMix):
-            return self.reward(self._parts(self.reward, episodes, truth, columns)).rewards
-        return self._ask(self.reward, episodes, columns).rewards
+            return self.reward(self._parts(self.reward, episodes, truth, columns))
+        return self._ask(self.reward, episodes, columns)
 
     def _columns(self, episodes: Sequence[Episode]) -> dict[str, list[Any]]:
         """The data set's further columns, as one list each; None where an example lacks one."""

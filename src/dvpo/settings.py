@@ -71,6 +71,9 @@ class MixedTaskConfig(OneTaskConfig):
 
     weight: Positive = 1.0
     """Prompts are drawn in proportion."""
+    label: str = ""
+    """What the mix calls it, in ids, in the column `task` and in the log; empty: the task's own name, which is a file's
+    without its ending."""
 
 
 @section

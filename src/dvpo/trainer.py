@@ -6,6 +6,7 @@ the losses are.
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -38,6 +39,7 @@ from dvpo.distributed import (
     before_me,
     gather_rows,
     init_from_env,
+    is_main,
     on_main,
     spread_from_main,
     together,
@@ -46,7 +48,7 @@ from dvpo.distributed import (
 from dvpo.errors import RunStoppedError
 from dvpo.estimates import Signals, end_error, overlong_penalties, reward_trust, shape_rewards
 from dvpo.evaluate import Evaluation, evaluate
-from dvpo.faults import fault_figures, refuse_broken_reward, stop_at_faults
+from dvpo.faults import fault_figures, lost_in_evaluation, refuse_broken_reward, stop_at_faults
 from dvpo.heap import keep_freed_memory
 from dvpo.interrupt import Interrupted, check, deferred
 from dvpo.keeper import Keeper, refuse_without_judge
@@ -420,11 +422,16 @@ class Trainer(Learner):
     def evaluate(self) -> dict[str, float]:
         """Evaluate on the held-out splits; logs and returns `eval/<split>/<figure>`."""
         figures: dict[str, float] = {}
+        faults: list[dict[str, Any]] = []
         for split in held_out(self.task):
-            summary = self.evaluate_split(split).summary
-            figures |= {f"eval/{split}/{name}": value for name, value in summary.items()}
+            result = self.evaluate_split(split)
+            figures |= {f"eval/{split}/{name}": value for name, value in result.summary.items()}
+            faults += [{"split": split, **row} for row in result.faults]
+        if is_main() and (said := lost_in_evaluation(faults)):
+            warnings.warn(f"evaluation at step {self.step}: {said}; all of them: faults.jsonl", stacklevel=2)
         with deferred():
             self.log.metrics(self.step, figures)
+            self.log.faults(self.step, faults)
             self.alarms.on_evaluation(self.step, figures, self.log.faults)
             self.keeper.judge_evaluation(self.step, figures)
             self.keeper.mark()

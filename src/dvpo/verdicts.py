@@ -46,7 +46,7 @@ def measure(policy: Policy, task: Task, samples: int = 8) -> dict[str, dict[str,
         sampled, environments = take(policy, task, examples, settings, samples, SEED)
         own = own_figures(environments)
         right_B, correct_B = (
-            torch.tensor([float(total(reward) >= CORRECT) for reward in judge(episodes)])
+            torch.tensor([float(total(reward) >= CORRECT) for reward in judge(episodes).rewards])
             for episodes in (greedy, sampled)
         )
         results[split] = {

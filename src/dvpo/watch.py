@@ -229,7 +229,8 @@ def _facts(run: Follower) -> list[Text]:
     seconds = sum(pace) / len(pace) if pace else 0.0
     age = time.time() - (run.folder / "metrics.jsonl").stat().st_mtime
     faults = sum(y for _, y in run.curve("reward/faults"))
-    alarms = sorted(key.removeprefix("alarm/") for key, value in last.items() if key.startswith("alarm/") and value)
+    trained: dict[str, Any] = next((row for row in reversed(run.rows) if not is_evaluation(row)), {})
+    alarms = sorted(key.removeprefix("alarm/") for key, value in trained.items() if key.startswith("alarm/") and value)
     words = [
         f"step {step}" + (f"/{steps}" if steps else ""),
         f"{seconds:.2f} s a step" if pace else "",

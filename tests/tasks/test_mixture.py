@@ -19,8 +19,9 @@ from dvpo.runlog import read_rows
 from dvpo.study_results import result_row
 from dvpo.tasks import Example, Reward, make_task
 from dvpo.tasks.dialogue import SlotFilling
+from dvpo.tasks.files import FilesTask
 from dvpo.tasks.math import ChainArithmetic
-from dvpo.tasks.mixture import Mixture, held_out
+from dvpo.tasks.mixture import Mixture, each_of_its_tasks, held_out
 from dvpo.trainer import Trainer
 from runs import Parity, farthest, rows, run_config, trained, weights
 
@@ -73,6 +74,43 @@ def test_the_environment_is_that_of_the_original_example() -> None:
     conversation = mixed.environment(example)
     assert conversation.reset() == dialogue.split("train")[0].prompt
     assert not conversation.step("nonsense").done
+
+
+def files(folder: Path, name: str = "mine") -> FilesTask:
+    """A task whose splits count their own examples from 0."""
+    for split in ("train", "id", "ood"):
+        lines = [{"id": i, "prompt": f"{name} {split} {i}"} for i in range(2)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return FilesTask(folder / "train.jsonl", id_path=folder / "id.jsonl", ood_path=folder / "ood.jsonl")
+
+
+def test_examples_of_one_id_in_several_splits_keep_their_own_prompts(tmp_path: Path) -> None:
+    mixed = Mixture([math(), files(tmp_path)], [1, 1])
+    for split in ("train", "id", "ood"):
+        for place, example in enumerate(mixed.split(f"train/{split}")):
+            assert example.id == f"train/{place}"
+            assert mixed.environment(example).reset() == example.prompt == f"mine {split} {place}"
+
+
+def test_two_files_of_one_name_are_told_apart_by_a_label(tmp_path: Path) -> None:
+    tasks = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        tasks.append(files(tmp_path / name, name))
+    with pytest.raises(InputError, match="two tasks are called train: give each a label of its own"):
+        Mixture(tasks, [1, 1])
+    mixed = Mixture(tasks, [1, 1], ["", "second"])
+    assert held_out(mixed) == ["train/id", "train/ood", "second/id", "second/ood"]
+    example = mixed.split("second/id")[1]
+    assert (example.id, example.columns["task"]) == ("second/1", "second")
+    assert mixed.environment(example).reset() == "other id 1"
+
+
+def test_a_split_of_a_mixture_is_that_of_each_task_where_it_has_one() -> None:
+    assert each_of_its_tasks(mixture(), "id") == ["math/id", "strict/id"]
+    assert each_of_its_tasks(mixture(), "math/id") == ["math/id"]
+    assert each_of_its_tasks(mixture(), "nothing") == ["nothing"]
+    assert each_of_its_tasks(math(), "id") == ["id"]
 
 
 def order(prompts: MixedPrompts, count: int) -> list[tuple[str, int]]:
@@ -182,7 +220,7 @@ class Empty(Parity):
 
 def test_tasks_that_do_not_mix_are_refused_in_one_sentence(tmp_path: Path) -> None:
     for tasks, sentence in (
-        ([math(), math()], "math stands there twice"),
+        ([math(), math()], "two tasks are called math"),
         ([math(), Columned()], "parity has a column `task`, which a mix needs for itself: rename it"),
         ([math(), Empty()], "parity has no training example"),
     ):

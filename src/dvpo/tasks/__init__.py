@@ -139,7 +139,8 @@ def make_task(settings: Any) -> Task:
     if settings.name == "mix":
         from dvpo.tasks.mixture import Mixture
 
-        return Mixture([make_task(part) for part in settings.mix], [part.weight for part in settings.mix])
+        tasks, parts = [make_task(part) for part in settings.mix], settings.mix
+        return Mixture(tasks, [part.weight for part in parts], [part.label for part in parts])
     if settings.name == "reasoning_gym":
         from dvpo.tasks.gym import ReasoningGym
 

@@ -5,6 +5,7 @@ An example's id is `<task>/<its own id>`, so ids stay unique, and its column `ta
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 from dvpo.errors import InputError
@@ -23,6 +24,7 @@ class Mixture:
     Args:
         tasks: with different names.
         weights: how often a prompt of each is drawn, in proportion; positive.
+        labels: what the mixture calls each of them; none, or "": its own name.
 
     Raises:
         InputError: two tasks of one name, a task without training examples or with a column `task`.
@@ -30,15 +32,17 @@ class Mixture:
 
     name = "mix"
 
-    def __init__(self, tasks: Sequence[Task], weights: Sequence[float]) -> None:
-        self.parts: Mapping[str, Task] = {task.name: task for task in tasks}
+    def __init__(self, tasks: Sequence[Task], weights: Sequence[float], labels: Sequence[str] = ()) -> None:
+        names = [label or task.name for task, label in zip_longest(tasks, labels)]
+        self.parts: Mapping[str, Task] = dict(zip(names, tasks, strict=True))
         if len(self.parts) < len(tasks):
-            names = [task.name for task in tasks]
             double = next(name for name in names if names.count(name) > 1)
-            raise InputError(f"task.mix: {double} stands there twice: give each task once, with the sum of the weights")
+            raise InputError(
+                f"task.mix: two tasks are called {double}: give each a label of its own, or the same task once, with "
+                "the sum of the weights"
+            )
         self.weights: Mapping[str, float] = dict(zip(self.parts, weights, strict=True))
         self.knows_truth = all(getattr(task, "knows_truth", True) for task in tasks)
-        self._originals: dict[str, tuple[Task, Example]] = {}
         self._splits: dict[str, Sequence[Example]] = dict.fromkeys(SPLITS, ())
         self._columns: dict[str, set[str]] = {}
         for name, task in self.parts.items():
@@ -55,7 +59,6 @@ class Mixture:
                 raise InputError(f"task.mix: {name} has a column `task`, which a mix needs for itself: rename it")
             self._columns[name] |= columns
             renamed = tuple(replace(e, id=f"{name}/{e.id}", columns={**e.columns, COLUMN: name}) for e in examples)
-            self._originals |= {new.id: (task, old) for new, old in zip(renamed, examples, strict=True)}
             self._splits[f"{name}/{split}"] = renamed
             self._splits[split] = (*self._splits[split], *renamed)
 
@@ -63,8 +66,9 @@ class Mixture:
         return self._splits.get(name, ())
 
     def environment(self, example: Example) -> Environment:
-        task, original = self._originals[example.id]
-        return task.environment(original)
+        name = example.columns[COLUMN]
+        own = {column: value for column, value in example.columns.items() if column != COLUMN}
+        return self.parts[name].environment(replace(example, id=example.id.removeprefix(f"{name}/"), columns=own))
 
     def true_reward(
         self,
@@ -86,6 +90,13 @@ class Mixture:
             for i, reward in zip(rows, judged, strict=True):
                 rewards[i] = reward
         return rewards
+
+
+def each_of_its_tasks(task: Task, split: str) -> list[str]:
+    """Of a mixture's `train`, `id` or `ood` those of each task, where it has them; any other split as it is."""
+    if not isinstance(task, Mixture) or split not in SPLITS:
+        return [split]
+    return [name for name in (f"{part}/{split}" for part in task.parts) if task.split(name)] or [split]
 
 
 def held_out(task: Task) -> list[str]:
