@@ -65,6 +65,23 @@ def test_both_rows_share_every_setting_but_their_critic_and_what_is_read_off_its
     assert load_config(None, ["algorithm=ppo"]).critic.num_heads == 1
 
 
+def test_a_setting_of_a_section_moves_no_other():
+    sections = [field.default for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default)]
+    assert len(sections) > 10
+    for section in sections:
+        assert section == type(section)()
+    assert load_config({"critic_optimiser": {"warmup_steps": 10}}).critic_optimiser.lr == 1e-3
+    assert load_config({"critic_optimiser": None}).critic_optimiser.lr == 1e-3
+
+
+def test_yamls_word_for_off_is_taken_where_a_setting_has_it(tmp_path: Path):
+    (tmp_path / "c.yaml").write_text("sampling: {correction: {kind: off}}\n")
+    assert load_config(tmp_path / "c.yaml").sampling.correction.kind == "off"
+    assert load_config(overrides=["sampling.correction.kind=off"]).sampling.correction.kind == "off"
+    with pytest.raises(InputError, match=r"sampling\.correction\.kind = True is not valid: it is no yes-or-no setting"):
+        load_config(overrides=["sampling.correction.kind=on"])
+
+
 def test_the_row_wins_over_the_defaults_the_file_over_the_row_and_the_override_over_the_file(tmp_path: Path):
     file = written(tmp_path, "algorithm: dvpo_paper\ncritic: {weights: {cvar: 0.5, gain: 0.6}}")
     config = load_config(file, ["critic.weights.gain=0.7"])

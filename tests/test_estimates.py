@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from dvpo.algorithms import ALGORITHMS
 from dvpo.config import Config, load_config
@@ -13,7 +14,15 @@ from dvpo.core.backends import ascending
 from dvpo.core.masks import identity
 from dvpo.core.returns import gae, group_rank
 from dvpo.core.risk import cvar, rank_advantage, tv_worst_case
-from dvpo.estimates import Signals, end_error, last_token, reward_trust
+from dvpo.estimates import (
+    Signals,
+    last_token,
+    law_value,
+    least_head_value,
+    mean_value,
+    recentred,
+    reward_trust,
+)
 from dvpo.trainer import Trainer
 from responses import estimate, signals
 from runs import Parity, run_config
@@ -36,29 +45,55 @@ def test_robust_ppo_takes_the_least_head_as_baseline_and_as_bootstrap_of_its_tar
     torch.testing.assert_close(targets.squeeze(-1), returns_BT)
 
 
-@pytest.mark.parametrize("name", ["ppo", "dvpo_paper", "dvpo", "ppo_ensemble"])
+NOBODY = torch.zeros(6, dtype=torch.bool)
+VALUES = {"ppo": mean_value, "ppo_ensemble": mean_value, "dvpo": law_value, "dvpo_paper": law_value}
+VALUES |= {"robust_ppo": least_head_value, "rfqi_ppo": law_value}
+
+
+def recentre(name: str, given: Signals, cut_B: Tensor = NOBODY, gamma: float = 1.0) -> Signals:
+    settings = load_config(overrides=[f"algorithm={name}", f"advantage.gamma={gamma}"]).advantage
+    return recentred(given, ALGORITHMS[name].value, cut_B, settings, identity)
+
+
+def ends(name: str, given: Signals) -> Tensor:
+    """r_T - V(s_T) of the responses that have a reward."""
+    values_BT = VALUES[name](given.values_BTNM, load_config(overrides=[f"algorithm={name}"]).advantage)
+    return torch.stack([given.rewards_BT[at] - values_BT[at] for at in [(0, 3), (1, 3), (2, 2), (3, 1), (4, 3)]])
+
+
+@pytest.mark.parametrize("name", VALUES)
 def test_recentred_values_make_the_end_cost_nothing_and_no_constant_of_the_critic_matters(name: str) -> None:
-    given = signals(num_quantiles=1 if name.startswith("ppo") else 5)
+    given = signals(num_quantiles=1 if "ppo" in name and name != "rfqi_ppo" else 5)
+    moved = dataclasses.replace(given, values_BTNM=given.values_BTNM + 3.0)
+    at_rest = recentre(name, given)
+    torch.testing.assert_close(recentre(name, moved).values_BTNM, at_rest.values_BTNM, atol=1e-5, rtol=1e-5)
+    assert abs(float(ends(name, at_rest).mean())) < 1e-6
+    assert abs(float(ends(name, given).mean())) > 0.01
+    shift = ends(name, given).mean().expand_as(given.values_BTNM)
+    torch.testing.assert_close(at_rest.values_BTNM - given.values_BTNM, shift)
+    torch.testing.assert_close(at_rest.bootstrap_BNM, given.bootstrap_BNM)
 
-    def recentred(offset: float) -> Signals:
-        moved = dataclasses.replace(given, values_BTNM=given.values_BTNM + offset)
-        return dataclasses.replace(moved, values_BTNM=moved.values_BTNM + end_error(moved, 1.0, identity))
 
-    torch.testing.assert_close(end_error(recentred(3.0), 1.0, identity), torch.tensor(0.0), atol=1e-6, rtol=0)
-    for ours, theirs in zip(estimate(name, recentred(0.0)), estimate(name, recentred(3.0)), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    # By hand: the ends of the five responses that have a reward, less the value there.
-    places = [(0, 3), (1, 3), (2, 2), (3, 1), (4, 3)]
-    errors = [given.rewards_BT[at] - given.values_BTNM[at].mean() for at in places]
-    torch.testing.assert_close(end_error(given, 1.0, identity), torch.stack(errors).mean())
-    # A value of 2 after the cut of one of them, discounted by .5: an error of 2 * .5 more, over five.
-    cut = dataclasses.replace(given, bootstrap_BNM=given.bootstrap_BNM.clone().index_fill_(0, torch.tensor(0), 2.0))
-    torch.testing.assert_close(end_error(cut, 0.5, identity), torch.stack(errors).mean() + 0.2)
-    # As it stands, the last step of a response is paid that error.
-    raw, fixed = (estimate(name, s)[0] for s in (dataclasses.replace(given), recentred(0.0)))
-    if name == "ppo":
-        ends = torch.tensor([raw[at] - fixed[at] for at in places])
-        torch.testing.assert_close(ends, end_error(given, 1.0, identity).expand(5))
+def test_recentring_moves_the_value_after_a_cut_with_the_others() -> None:
+    # V = 1 everywhere but for an error of -1, so 0; two of four responses are cut, and worth 1 - 1 = 0 after it. The
+    # ended two are 1 above what was expected, the cut ones as expected: c = (1 + 1) / 2 ended = 1.
+    given = dataclasses.replace(
+        signals(num_quantiles=1),
+        rewards_BT=torch.tensor([[0.0, 0, 0, 1]] * 2 + [[0.0, 0, 0, 0]] * 4),
+        mask_BT=torch.ones(6, 4, dtype=torch.bool),
+        values_BTNM=torch.zeros(6, 4, 1, 1),
+        bootstrap_BNM=torch.zeros(6, 1, 1),
+        rewarded_B=torch.tensor([True] * 4 + [False] * 2),
+    )
+    cut_B = torch.tensor([False, False, True, True, False, False])
+    fixed = recentre("ppo", given, cut_B)
+    assert (fixed.values_BTNM == 1).all()
+    assert fixed.bootstrap_BNM.flatten().tolist() == [0, 0, 1, 1, 0, 0]
+    assert (estimate("ppo", fixed)[0][:4] == 0).all()  # whichever way a response ends, it is what was expected
+    # gamma = .5: c (1 - .5) of the cut ones counts too, c = 2 / (1 + 1 + .5 + .5).
+    assert recentre("ppo", given, cut_B, gamma=0.5).values_BTNM[0, 0].item() == pytest.approx(2 / 3)
+    # Nobody came to an end: there is nothing to take out.
+    assert (recentre("ppo", given, ~NOBODY).values_BTNM == 0).all()
 
 
 def test_the_trainer_recentres_what_the_advantage_reads_and_not_what_the_critic_said(tmp_path: Path) -> None:

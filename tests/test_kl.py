@@ -32,6 +32,17 @@ def test_the_rule_by_hand(divergence: float, expected: float) -> None:
     assert controller.coef == pytest.approx(expected)
 
 
+def test_a_resume_goes_on_where_the_coefficient_stood_unless_it_is_given_another() -> None:
+    controller = KLController(KLConfig(coef=0.2, target=0.1, horizon=1000))
+    controller.observe(9.0, responses=100)
+    for began_at, expected in ((0.2, controller.coef), (1.0, 1.0)):
+        resumed = KLController(KLConfig(coef=began_at, target=0.1, horizon=1000))
+        resumed.load_state_dict(controller.state_dict())
+        assert resumed.coef == expected
+    resumed.load_state_dict({"coef": 0.3})  # of a checkpoint that does not say where it began
+    assert resumed.coef == 0.3
+
+
 def test_without_a_target_the_coefficient_stays() -> None:
     controller = KLController(KLConfig(coef=0.2))
     controller.observe(9.0, responses=100)

@@ -123,3 +123,15 @@ def test_a_restored_optimiser_goes_on_bit_for_bit():
     learn(second, after, range(5, 9))
     assert torch.equal(second.weight, whole.weight)
     assert torch.equal(second.bias, whole.bias)
+
+
+def test_a_resume_goes_by_the_settings_that_it_was_given_and_keeps_the_moments():
+    old = optimiser(module_with_gradient(3.0, 4.0))
+    old.update(1)
+    new = optimiser(nn.Linear(2, 1, bias=False), weight_decay=0.1, betas=(0.5, 0.6), eps=1e-3)
+    new.load_state_dict(old.state_dict())
+    (group,) = new.adamw.param_groups
+    assert (group["weight_decay"], group["betas"], group["eps"]) == (0.1, (0.5, 0.6), 1e-3)
+    moments = [one.adamw.state[one.parameters[0]]["exp_avg"] for one in (old, new)]
+    assert moments[0].abs().min() > 0
+    assert torch.equal(*moments)

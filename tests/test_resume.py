@@ -222,6 +222,16 @@ def test_fewer_steps_than_were_done_are_refused_without_a_warning_of_what_would_
     assert not [warning for warning in recwarn if "resume" in str(warning.message)]
 
 
+@pytest.mark.parametrize("setting", ["num_heads=1", "num_quantiles=4", "monotone=false", "features=true"])
+def test_a_resume_cannot_give_the_critic_another_form(finished: Path, setting: str):
+    name, _, value = setting.partition("=")
+    other = run_config(finished, *SETTINGS, "steps=6", f"critic.{setting}")
+    with pytest.raises(
+        InputError, match=rf"critic.{name} = {value.title()}: the checkpoint's critic has .*, and its form"
+    ):
+        Trainer(other, task=Parity(), resume=True, allow=["critic"])
+
+
 def test_a_finished_run_that_is_resumed_does_nothing(finished: Path):
     before = left_behind(finished)
     assert Trainer(run_config(finished, *SETTINGS, "steps=4"), task=Parity(), resume=True).train() == {}

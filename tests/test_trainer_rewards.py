@@ -131,6 +131,19 @@ def test_a_step_without_any_reward_changes_no_weight_and_breaks_nothing(tmp_path
     trainer.close()
 
 
+def test_what_truncation_masks_counts_in_no_figure_of_the_critic(tmp_path: Path):
+    settings = ["advantage.truncation=mask", "algorithm=ppo", "reward.norm=batch"]
+    trainer = Trainer(run_config(tmp_path / "run", *settings), task=Parity())
+    rollout = rollout_of(trainer)
+    _, figures = trainer.estimate(rollout)
+    ended = rollout.observed_B[~rollout.truncated_B]
+    assert 0 < len(ended) < len(rollout)
+    lengths = rollout.mask_BT.sum(dim=1)[~rollout.truncated_B]
+    returns = (ended - ended.mean()) / (ended.std(unbiased=False) + 1e-4)  # one reward, at the end: each token's return
+    assert figures["critic/return_mean"] == pytest.approx(float((returns * lengths).sum() / lengths.sum()), abs=1e-5)
+    trainer.close()
+
+
 @pytest.mark.parametrize("rule", ["terminal", "bootstrap", "mask"])
 def test_a_truncated_response_ends_at_0_at_the_critics_value_or_leaves(tmp_path: Path, rule: str):
     settings = [f"advantage.truncation={rule}", "advantage.whiten=false", "advantage.lam=0", "algorithm=ppo"]

@@ -23,7 +23,10 @@ from dvpo.estimates import (
     Signals,
     distributional_estimate,
     group_estimate,
+    law_value,
+    least_head_value,
     mean_target_estimate,
+    mean_value,
     pessimistic_estimate,
     return_to_go_estimate,
     scalar_estimate,
@@ -31,6 +34,7 @@ from dvpo.estimates import (
 
 if TYPE_CHECKING:  # config.py imports this module to merge a row's defaults
     from dvpo.config import Config
+    from dvpo.settings_learning import AdvantageConfig
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Algorithm:
             are logged. `before_KNM` are a scalar critic's predictions before the step's first update, for value
             clipping; of others they are not gathered: N = M = 0. None without a critic.
         defaults: nested config values that stand below the user's own.
+        value: (values [..., N, M], settings of the advantage) -> [...], the number of the critic's that the actor's
+            advantage is taken of; `advantage.recentre` goes by it.
     """
 
     name: str
@@ -59,6 +65,7 @@ class Algorithm:
     actor_loss: Callable[[Tensor, Tensor, Tensor, "Config"], tuple[Tensor, Tensor]]
     critic_loss: Callable[[Tensor, Tensor, Tensor, "Config"], dict[str, Tensor]] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    value: Callable[[Tensor, "AdvantageConfig"], Tensor] = mean_value
 
     def __post_init__(self) -> None:
         if self.has_critic != (self.critic_loss is not None):
@@ -230,6 +237,7 @@ _DVPO_PLAIN = Algorithm(
     paper="arXiv 2512.03847, first rung of its ablation: quantile regression alone",
     critic="quantile",
     estimate=distributional_estimate,
+    value=law_value,
     critic_loss=distributional_critic_loss,
     actor_loss=ppo_actor_loss,
     defaults=_weights(),
@@ -313,6 +321,7 @@ ROWS = (
         name="robust_ppo",
         paper="robust Bellman PPO, as compared in arXiv 2512.03847",
         estimate=pessimistic_estimate,
+        value=least_head_value,
         defaults={"critic": {"num_heads": 3}},
     ),
     replace(_PPO, name="ppo_huber", paper="control: a scalar Huber critic", critic_loss=huber_critic_loss),
@@ -341,6 +350,7 @@ ROWS = (
         paper="Stop Regressing, Farebrother et al. 2024, arXiv 2403.03950",
         critic="categorical",
         estimate=mean_target_estimate,
+        value=law_value,
         critic_loss=histogram_critic_loss,
     ),
     replace(

@@ -24,6 +24,7 @@ from dvpo.settings_learning import (
     AlarmsConfig,
     CheckpointConfig,
     CriticConfig,
+    CriticOptimiserConfig,
     DistributedConfig,
     EvaluationConfig,
     LogConfig,
@@ -67,7 +68,7 @@ class Config:
     actor: ActorConfig = ActorConfig()
     critic: CriticConfig = CriticConfig()
     policy_optimiser: OptimiserConfig = OptimiserConfig()
-    critic_optimiser: OptimiserConfig = OptimiserConfig(lr=1e-3)
+    critic_optimiser: CriticOptimiserConfig = CriticOptimiserConfig()
     update: UpdateConfig = UpdateConfig()
     distributed: DistributedConfig = DistributedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -206,13 +206,49 @@ def open_critic(kind: Kind | Literal["none"], config: Config, policy: Policy, ch
     """A run's critic: from a checkpoint, or as it is before training; None for an algorithm without one.
 
     Raises:
-        InputError: as `load_critic` and `make_critic`.
+        InputError: as `load_critic` and `make_critic`, or the config asks for another form than the checkpoint's.
     """
     if kind == "none":
         return None
     if checkpoint is None:
         return make_critic(kind, config.critic, policy, shares_base(config))
-    return load_critic(checkpoint / "critic", policy.device, policy.dtype, config.model.gradient_checkpointing)
+    critic = load_critic(checkpoint / "critic", policy.device, policy.dtype, config.model.gradient_checkpointing)
+    _refuse_another_form(critic, kind, config.critic)
+    return critic
+
+
+def _refuse_another_form(critic: Critic, kind: Kind, config: CriticConfig) -> None:
+    """A resume may be allowed other settings of the critic, but the weights that it goes on with have their form."""
+    now = asdict(_shape(kind, config, critic.shape.hidden_size, critic.shape.vocabulary))
+    for name, old in asdict(critic.shape).items():
+        if old != now[name]:
+            raise InputError(
+                f"{'the critic of algorithm' if name == 'kind' else f'critic.{name}'} = {now[name]}: the checkpoint's "
+                f"critic has {old}, and its form stays: take that value, or start another output folder"
+            )
+    if isinstance(heads := critic.heads, CategoricalHeads):
+        centres_R = histogram_centres(**asdict(config.histogram))
+        if not torch.allclose(heads.centres_R.cpu(), centres_R.to(heads.centres_R.dtype)):
+            raise InputError(
+                "critic.histogram: the checkpoint's critic has its bins elsewhere, and they stay: take its values, or "
+                "start another output folder"
+            )
+
+
+def _shape(kind: Kind, config: CriticConfig, hidden_size: int, vocabulary: int) -> CriticShape:
+    return CriticShape(
+        kind=kind,
+        trunk=config.trunk,
+        hidden_size=hidden_size,
+        num_heads=1 if kind == "vocabulary" else config.num_heads,
+        num_quantiles=1 if kind in ("scalar", "vocabulary") else config.num_quantiles,
+        levels=config.levels,
+        monotone=config.monotone,
+        vocabulary=vocabulary if kind == "vocabulary" else 0,
+        start=config.start,
+        features=config.features,
+        bins=len(histogram_centres(**asdict(config.histogram))) if kind == "categorical" else 0,
+    )
 
 
 def make_critic(kind: Kind, config: CriticConfig, policy: Policy, share_base: bool = False) -> Critic:
@@ -228,27 +264,15 @@ def make_critic(kind: Kind, config: CriticConfig, policy: Policy, share_base: bo
         InputError: `critic.verdict_tokens` that are no tokens, or a `critic.path` without a reward model that reads
             what the policy writes.
     """
-    centres_R = histogram_centres(**asdict(config.histogram))
     own = None if config.path is None else _trunk_of_reward_model(config.path, policy)
-    shape = CriticShape(
-        kind=kind,
-        trunk=config.trunk,
-        hidden_size=policy.model.get_output_embeddings().weight.shape[1] if own is None else width_of(own),
-        num_heads=1 if kind == "vocabulary" else config.num_heads,
-        num_quantiles=1 if kind in ("scalar", "vocabulary") else config.num_quantiles,
-        levels=config.levels,
-        monotone=config.monotone,
-        vocabulary=policy.vocabulary if kind == "vocabulary" else 0,
-        start=config.start,
-        features=config.features,
-        bins=len(centres_R) if kind == "categorical" else 0,
-    )
+    width = policy.model.get_output_embeddings().weight.shape[1] if own is None else width_of(own)
+    shape = _shape(kind, config, width, policy.vocabulary)
     trunk = own
     if trunk is None and config.trunk != "shared":
         trunk = copy.deepcopy(policy.trunk, {id(p): p for p in policy.trunk.parameters()} if share_base else {})
     critic = Critic(shape, trunk, policy.dtype)
     if isinstance(critic.heads, CategoricalHeads):
-        critic.heads.centres_R.copy_(centres_R)
+        critic.heads.centres_R.copy_(histogram_centres(**asdict(config.histogram)))
     critic.to(policy.device).train(policy.model.training)
     if critic.verdict is not None:
         critic.verdict.read_off(policy, config.verdict_tokens)

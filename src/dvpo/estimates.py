@@ -140,18 +140,64 @@ def last_token(mask_BT: Tensor) -> Tensor:
     return (mask_BT & (counted_BT == counted_BT[:, -1:])).float()
 
 
-def end_error(signals: Signals, gamma: float, reduce: Reduce) -> Tensor:
-    """How far a step's responses end above the critic's last opinion of them, a scalar.
+# The number that a row acts on: [..., N, M] -> [...]. A constant added to all atoms comes through as it is.
 
-        mean over responses of  r_T + gamma V(s_{T+1}) - V(s_T),   V(s_{T+1}) = 0 where a response came to its end
 
-    Added to every value it takes nothing from what the critic tells two states apart. Left where it is, and with
-    lambda < 1, it pays or punishes the ending of a response as such, and the policy learns to stop at once or never.
+def mean_value(values: Tensor, settings: "AdvantageConfig") -> Tensor:
+    """Mean over heads and atoms."""
+    del settings
+    return values.mean(dim=(-2, -1))
+
+
+def least_head_value(values: Tensor, settings: "AdvantageConfig") -> Tensor:
+    """The least of the heads' means."""
+    del settings
+    return values.mean(dim=-1).amin(dim=-1)
+
+
+def law_value(values: Tensor, settings: "AdvantageConfig") -> Tensor:
+    """What `advantage.law` makes of the ensemble's sorted atoms; the mean beside a rank, which is no value."""
+    if settings.law.functional == "rank":
+        return mean_value(values, settings)
+    theta = ascending(values.mean(dim=-2))
+    return risk.spectral_value(theta, law_weights(settings.law, theta.shape[-1]))
+
+
+def recentred(
+    signals: Signals,
+    value: Callable[[Tensor, "AdvantageConfig"], Tensor],
+    cut_B: Tensor,
+    settings: "AdvantageConfig",
+    reduce: Reduce,
+) -> Signals:
+    """The signals with a constant c added to all values of the step, so that responses end as was expected of them.
+
+        c = sum_b delta_b / sum_b (1 - gamma cut_b),   delta_b = r_T + gamma V(s_{T+1}) - V(s_T)
+
+    over the responses with a reward; V(s_{T+1}) is 0 where a response came to its end, and moves with the others where
+    the length limit cut it. The mean of delta is 0 then. It takes nothing from what the critic tells two states apart.
+    Left where it is, and with lambda < 1, the error pays or punishes the ending of a response as such, and the policy
+    learns to stop at once or never. If no response came to its end and gamma = 1 there is nothing to take out: c = 0.
+
+    Args:
+        signals: of the step.
+        value: the number that the row acts on.
+        cut_B: responses whose last state is worth V(s_{T+1}).
+        settings: of the advantage.
+        reduce: sums over processes.
     """
-    values_BT = signals.values_BTNM.mean(dim=(-2, -1))
-    after_B = signals.bootstrap_BNM.mean(dim=(-2, -1))
+    values_BT, after_B = value(signals.values_BTNM, settings), value(signals.bootstrap_BNM, settings)
+    gamma = settings.gamma
     deltas_B = ((signals.rewards_BT - values_BT) * last_token(signals.mask_BT)).sum(dim=-1) + gamma * after_B
-    return masked_mean(deltas_B, signals.rewarded_B & signals.mask_BT.any(dim=-1), reduce)
+    counted_B = signals.rewarded_B & signals.mask_BT.any(dim=-1)
+    error = masked_mean(deltas_B, counted_B, reduce)
+    share = masked_mean(1 - gamma * cut_B.to(deltas_B), counted_B, reduce)
+    shift = torch.where(share > 0, error / share, 0.0)
+    return replace(
+        signals,
+        values_BTNM=signals.values_BTNM + shift,
+        bootstrap_BNM=signals.bootstrap_BNM + shift * cut_B.view(-1, 1, 1),
+    )
 
 
 # With a scalar critic
@@ -159,18 +205,18 @@ def end_error(signals: Signals, gamma: float, reduce: Reduce) -> Tensor:
 
 def scalar_estimate(signals: Signals, config: "Config") -> tuple[Tensor, Tensor]:
     """GAE on V = the mean over heads; the target is the lambda-return."""
-    return _scalar_gae(signals, config.advantage, lambda values: values.mean(dim=(-2, -1)))
+    return _scalar_gae(signals, config.advantage, mean_value)
 
 
 def pessimistic_estimate(signals: Signals, config: "Config") -> tuple[Tensor, Tensor]:
     """GAE with the least head as baseline and as bootstrap: the robust Bellman target min_i V_i."""
-    return _scalar_gae(signals, config.advantage, lambda values: values.mean(dim=-1).amin(dim=-1))
+    return _scalar_gae(signals, config.advantage, least_head_value)
 
 
 def _scalar_gae(
-    signals: Signals, settings: "AdvantageConfig", value_of: Callable[[Tensor], Tensor]
+    signals: Signals, settings: "AdvantageConfig", value: Callable[[Tensor, "AdvantageConfig"], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    values_BT, bootstrap_B = value_of(signals.values_BTNM), value_of(signals.bootstrap_BNM)
+    values_BT, bootstrap_B = value(signals.values_BTNM, settings), value(signals.bootstrap_BNM, settings)
     _, returns_BT = _gae(signals, values_BT, bootstrap_B, settings, critic_lam(settings))
     if settings.law.functional == "denoised":
         signals = _corrected(signals)

@@ -38,7 +38,9 @@ class KLController:
         self.coef *= 1 + error * responses / self.settings.horizon
 
     def state_dict(self) -> dict[str, Any]:
-        return {"coef": self.coef}
+        return {"coef": self.coef, "began_at": self.settings.coef}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.coef = state["coef"]
+        """Take up the coefficient where it stood, unless the config has another to begin with now."""
+        if state.get("began_at", self.settings.coef) == self.settings.coef:
+            self.coef = state["coef"]

@@ -83,6 +83,8 @@ def checked(values: Mapping[Any, Any], kind: type, root: type, prefix: str = "")
                 checked(item, entry, root, f"{name}.{i}.") if isinstance(item, Mapping) else item
                 for i, item in enumerate(value)
             ]
+        elif value is False and "off" in get_args(known[key]):
+            result[key] = "off"  # YAML reads the bare word so
         elif isinstance(value, bool) and known[key] is not bool:
             raise InputError(f"{name} = {shown(value)} is not valid: it is no yes-or-no setting")
     return result

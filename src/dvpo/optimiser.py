@@ -64,6 +64,9 @@ class Optimiser:
             for number, own in state_dict["state"].items()
         }
         self.adamw.load_state_dict({**state_dict, "state": moments})
+        for group in self.adamw.param_groups:  # a resume may change them: the config says them, not the checkpoint
+            settings = self.settings
+            group |= {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
 
 
 def learning_rate(settings: OptimiserConfig, step: int, steps: int) -> float:

@@ -27,7 +27,7 @@ def matched_to_noise(config: "Config", rates: Rates) -> "Config":
         rates: p and q as estimated so far, both 0 while too few responses are counted.
     """
     critic = config.critic
-    if not critic.adaptive_risk or rates == NO_RATES:
+    if not critic.adaptive_risk or _unknown(config, rates):
         return config
     least = 1 / critic.num_quantiles
     scale = _scale(config, rates)
@@ -46,8 +46,13 @@ def risk_figures(config: "Config", rates: Rates) -> dict[str, float]:
     if not config.critic.adaptive_risk:
         return {}
     critic = matched_to_noise(config, rates).critic
-    scale = 1.0 if rates == NO_RATES else _scale(config, rates)
+    scale = 1.0 if _unknown(config, rates) else _scale(config, rates)
     return {"critic/alpha": critic.alpha, "critic/beta": critic.beta, "critic/term_scale": scale}
+
+
+def _unknown(config: "Config", rates: Rates) -> bool:
+    """Rates of 0 are no rates yet, unless the user has given them."""
+    return rates == NO_RATES and not config.reward.rates.given
 
 
 def _scale(config: "Config", rates: Rates) -> float:

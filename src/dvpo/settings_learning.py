@@ -246,7 +246,7 @@ class OptimiserConfig:
     """AdamW and its schedule, one for the policy and one for the critic."""
 
     lr: Weight = 3e-4
-    """For the embedded model; about 1e-6 (policy) and 1e-5 (critic) for a large one."""
+    """For the embedded model; about 1e-6 for a large one."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's decay rates."""
     eps: Positive = 1e-8
@@ -259,6 +259,14 @@ class OptimiserConfig:
     """After the warm-up: stay, or fall to 0, which a step behind the last would reach."""
     warmup_steps: CountOrZero = 0
     """Steps over which the rate rises from 0."""
+
+
+@section
+class CriticOptimiserConfig(OptimiserConfig):
+    """The same with the critic's rate."""
+
+    lr: Weight = 1e-3
+    """For the embedded model; about 1e-5 for a large one."""
 
 
 @section

@@ -46,7 +46,7 @@ from dvpo.distributed import (
     world_size,
 )
 from dvpo.errors import RunStoppedError
-from dvpo.estimates import Signals, end_error, overlong_penalties, reward_trust, shape_rewards
+from dvpo.estimates import Signals, overlong_penalties, recentred, reward_trust, shape_rewards
 from dvpo.evaluate import Evaluation, evaluate
 from dvpo.faults import fault_figures, lost_in_evaluation, refuse_broken_reward, stop_at_faults
 from dvpo.heap import keep_freed_memory
@@ -368,8 +368,8 @@ class Trainer(Learner):
             reward_trust=reward_trust(settings, self.step),
         )
         if settings.recentre and self.critic is not None:
-            recentred_BTNM = values_BTNM + end_error(signals, settings.gamma, all_reduce_sum)
-            signals = replace(signals, values_BTNM=recentred_BTNM)
+            cut_B = rollout.truncated_B & (settings.truncation == "bootstrap")
+            signals = recentred(signals, self.row.value, cut_B, settings, all_reduce_sum)
         advantages_BT, targets_BTL = self.row.estimate(signals, self.config)
         spread = float(masked_variance(advantages_BT, mask_BT, all_reduce_sum).sqrt())
         if settings.whiten:
@@ -384,7 +384,7 @@ class Trainer(Learner):
         if penalties_B is not None:
             figures["reward/overlong"] = mean_of(penalties_B, all_reduce_sum)
         if self.critic is not None:
-            seen_BT = rollout.mask_BT & rollout.rewarded_B.unsqueeze(-1)
+            seen_BT = rollout.mask_BT & counted_B.unsqueeze(-1)
             _, returns_BT = gae(shaped_BT, zeros_BT, rollout.mask_BT, settings.gamma, lam=1.0)
             truth_BT = rollout.true_B.unsqueeze(-1).expand_as(returns_BT)
             figures |= critic_figures(values_BTNM, returns_BT, truth_BT, seen_BT, all_reduce_sum)
