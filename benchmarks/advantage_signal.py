@@ -74,8 +74,8 @@ SETTINGS: dict[str, list[str]] = {
     "ppo lam .8 slow": ppo(0.8, "1e-4"),
     "ppo group": ppo(1, "1e-3", "group"),
     "ppo group lam .95": ppo(0.95, "1e-3", "group"),
-    "dvpo": ppo(1, "1e-3", "none", "dvpo"),
-    "dvpo lam .95 slow": ppo(0.95, "1e-4", "none", "dvpo"),
+    "dvpo": ppo(1, "1e-3", "none", "dvpo_paper"),
+    "dvpo lam .95 slow": ppo(0.95, "1e-4", "none", "dvpo_paper"),
     "rank": ppo(1, "1e-3", "none", "dvpo_rank"),
     "rank group": ppo(1, "1e-3", "group", "dvpo_rank"),
     "rank robust": ppo(1, "1e-3", "group_robust", "dvpo_rank"),
@@ -84,7 +84,7 @@ SETTINGS: dict[str, list[str]] = {
     "denoised": ppo(1, "1e-3", "none", "dvpo_plain", "advantage.law.functional=denoised", "reward.trusted=0.05"),
     "delta clip group": ppo(1, "1e-3", "group", "ppo_delta_clip"),
     "ppo length": ppo(1, "1e-4", "none", "ppo", "advantage.recentre=true"),
-    "dvpo length": ppo(1, "1e-4", "none", "dvpo", "advantage.recentre=true"),
+    "dvpo length": ppo(1, "1e-4", "none", "dvpo_paper", "advantage.recentre=true"),
     "rank length": ppo(1, "1e-4", "none", "dvpo_rank", "advantage.recentre=true"),
     "delta clip length": ppo(1, "1e-4", "group", "ppo_delta_clip", "advantage.recentre=true"),
     "ppo group length": ppo(1, "1e-4", "group", "ppo", "advantage.recentre=true"),
@@ -95,7 +95,12 @@ SETTINGS: dict[str, list[str]] = {
         f"{name} group trust {share}": ppo(
             1, "1e-4", "group", row, "advantage.recentre=true", f"advantage.reward_trust={share}"
         )
-        for name, row in (("ppo", "ppo"), ("dvpo", "dvpo"), ("rank", "dvpo_rank"), ("delta clip", "ppo_delta_clip"))
+        for name, row in {
+            "ppo": "ppo",
+            "dvpo": "dvpo_paper",
+            "rank": "dvpo_rank",
+            "delta clip": "ppo_delta_clip",
+        }.items()
         for share in (0.5, 0.25, 0.1, 0)
     },
 }

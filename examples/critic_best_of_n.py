@@ -25,11 +25,14 @@ def main(run: str, prompts: int = 200, most: int = 8, split: str = "id") -> None
     task = make_task(critic.config.task)
     examples = task.split(split)[:prompts]
     episodes, _ = take(critic.policy, task, examples, critic.config.sampling, most, seed=0)
+    if any(len(episode.messages) > 1 for episode in episodes):
+        sys.exit("a conversation is no single answer: take a run on a task of one turn")
     right = np.array([total(reward) for reward in Scorer(task, None).judge(episodes).rewards]).reshape(-1, most)
     texts = np.array([episode.text for episode in episodes], dtype=object).reshape(-1, most)
 
-    # All that the critic is asked: how much it expects of each answer.
-    scores = critic.scores([episode.example.prompt for episode in episodes], [episode.text for episode in episodes])
+    # All that the critic is asked: how much it expects of each answer. A prompt that is a string stands as in training.
+    questions, given = [episode.example.prompt for episode in episodes], [episode.text for episode in episodes]
+    scores = critic.scores(questions, given, chat=False)
     values = np.reshape(scores, right.shape)
 
     table = Table(title=f"True accuracy (%) over {len(right)} prompts of split {split}, with 95% intervals")
@@ -43,10 +46,11 @@ def main(run: str, prompts: int = 200, most: int = 8, split: str = "id") -> None
 
 
 def most_frequent(texts: np.ndarray, task: object) -> int:
-    """The place of the first text whose final answer is the most frequent one."""
+    """The place of the first text whose final answer is the most frequent one; texts without one do not vote."""
     final_answer = getattr(task, "final_answer", lambda text: text)
     answers = [final_answer(text) for text in texts]
-    return answers.index(Counter(answers).most_common(1)[0][0])
+    votes = Counter(answer for answer in answers if answer is not None)
+    return answers.index(votes.most_common(1)[0][0]) if votes else 0
 
 
 def shown(scores: np.ndarray) -> str:

@@ -27,10 +27,13 @@ def main(run: str, prompts: int = 200, answers: int = 4, split: str = "id") -> N
     examples = task.split(split)[:prompts]
     writer = open_policy(starting_model(critic.config), critic.policy.device, critic.config.model.dtype)
     episodes, _ = take(writer, task, examples, critic.config.sampling, answers, seed=0)
+    if any(len(episode.messages) > 1 for episode in episodes):
+        sys.exit("a conversation is no single answer: take a run on a task of one turn")
     right = np.array([total(reward) for reward in Scorer(task, None).judge(episodes).rewards]).reshape(-1, answers)
 
-    # All that the critic is asked: how much it expects of each answer.
-    scores = critic.scores([episode.example.prompt for episode in episodes], [episode.text for episode in episodes])
+    # All that the critic is asked: how much it expects of each answer. A prompt that is a string stands as in training.
+    questions, given = [episode.example.prompt for episode in episodes], [episode.text for episode in episodes]
+    scores = critic.scores(questions, given, chat=False)
 
     by_score = np.take_along_axis(right, np.argsort(-np.reshape(scores, right.shape), axis=1), axis=1)
     at_random = right.mean(axis=1)

@@ -10,6 +10,7 @@ import yaml
 from dvpo.algorithms import ALGORITHMS
 from dvpo.config import Config, differences, load_config, to_yaml
 from dvpo.errors import InputError
+from dvpo.nested import merge
 
 TERMS = ("risk", "cvar", "gain", "shift", "shape", "curvature", "consistency")
 
@@ -72,6 +73,24 @@ def test_a_setting_of_a_section_moves_no_other():
         assert section == type(section)()
     assert load_config({"critic_optimiser": {"warmup_steps": 10}}).critic_optimiser.lr == 1e-3
     assert load_config({"critic_optimiser": None}).critic_optimiser.lr == 1e-3
+
+
+def test_a_heading_with_nothing_below_it_leaves_what_it_is_laid_over(tmp_path: Path):
+    assert merge({"critic": {"alpha": 0.2}, "seed": 3}, {"critic": None}) == {"critic": {"alpha": 0.2}, "seed": 3}
+    assert merge({"reward": {"clip": 1.0}}, {"reward": {"clip": None}}) == {"reward": {"clip": None}}
+    (tmp_path / "c.yaml").write_text("critic:\n  # alpha: .1\n")
+    assert load_config(tmp_path / "c.yaml", ["critic.alpha=0.2"]).critic.alpha == 0.2
+
+
+def test_an_override_that_yaml_would_cut_at_a_comment_is_refused():
+    for override in (r"task.answer_pattern=#(\d+)", "output=runs/exp #2"):
+        assert "YAML reads what follows # as a comment" in refusal(None, override)
+    assert load_config(overrides=[r"task.answer_pattern='#(\d+)'"]).task.answer_pattern == r"#(\d+)"
+
+
+@pytest.mark.parametrize("mix", [[], ["math", "science"]])
+def test_a_mix_of_nothing_or_of_names_is_refused_in_a_sentence(mix: list[str]):
+    assert "task.mix" in refusal({"task": {"name": "mix", "mix": mix}})
 
 
 def test_yamls_word_for_off_is_taken_where_a_setting_has_it(tmp_path: Path):

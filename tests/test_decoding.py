@@ -1,12 +1,15 @@
 """The decoder spares work and changes no draw: shared contexts, buffers with room, rows that are dropped."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from dvpo.decoding import Decoder, RoomyLayer
-from dvpo.policy import Policy
+from dvpo.errors import InputError
+from dvpo.policy import Policy, check_head
 from dvpo.sampling import HuggingFaceSampler, pad_left
 from dvpo.settings import SamplingConfig
 from tiny_models import FAMILIES, tiny_policy
@@ -38,6 +41,31 @@ def test_every_steps_logits_are_those_of_a_forward_of_each_row_by_itself(family:
         tokens = [30 + t + i for i in range(len(rows))]
         decoder.step(torch.tensor(tokens), torch.ones(len(rows), dtype=torch.bool))
         rows = [[*row, token] for row, token in zip(rows, tokens, strict=True)]
+
+
+@torch.no_grad()
+def test_a_model_that_remembers_more_than_keys_and_values_is_sampled_from_without_dropping_rows():
+    """Convolutions beside attention (LFM2): a quarter of the rows ends at once, and nothing is dropped or shared."""
+    policy = tiny_policy("lfm2")
+    check_head(policy)
+    decoder = Decoder(policy, *pad_left(CONTEXTS, policy.pad_id), room=4)
+    assert not decoder.can_select
+    budgets = [1, 1, 5, 5, 5]
+    turns = HuggingFaceSampler(policy, SamplingConfig()).sample(CONTEXTS, budgets, range(5))
+    for context, budget, turn in zip(CONTEXTS, budgets, turns, strict=True):
+        assert len(turn.tokens) == budget or turn.finished
+        read = policy.trunk(input_ids=torch.tensor([[*context, *turn.tokens]])).last_hidden_state[0]
+        logprobs = policy.logits(read[len(context) - 1 : -1]).log_softmax(-1)
+        expected = logprobs.gather(-1, torch.tensor(turn.tokens).unsqueeze(-1)).squeeze(-1)
+        torch.testing.assert_close(torch.tensor(turn.logprobs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_returns_no_cache_is_refused():
+    policy = tiny_policy()
+    forward = policy.trunk.forward
+    policy.trunk.forward = lambda **given: SimpleNamespace() if given["use_cache"] else forward(**given)
+    with pytest.raises(InputError, match="does not hand on what it has read"):
+        check_head(policy)
 
 
 def test_a_context_that_rows_share_is_read_once():

@@ -111,6 +111,14 @@ def test_an_outlier_is_measured_in_median_deviations():
     assert outlier(np.ones(4)) == 0
 
 
+def test_signal_is_told_up_to_the_most_scores_that_a_prompt_has():
+    observed = np.array([[[0.0, 1.0, NAN, NAN], [1.0, 0.0, 1.0, NAN]]])
+    cells = {"lengths_PK": np.ones((2, 4)), "truncated_PK": np.zeros((2, 4), bool)}
+    found = find(Sheet(observed, np.full((2, 4), NAN), {}, faulty_RPK=np.zeros((1, 2, 4), bool), **cells))
+    # Pairs: all of the first prompt's differ, 2 of the second's 3; of three scores there is one lot, which differs.
+    assert found.signal == pytest.approx([(1 + 2 / 3) / 2, 1.0])
+
+
 def test_prompts_without_a_truth_have_no_say_about_it():
     true = np.array([[0.0, 1.0], [NAN, NAN], [NAN, NAN]])
     observed = np.array([[[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]])

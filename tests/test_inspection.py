@@ -15,8 +15,9 @@ from dvpo import Trainer
 from dvpo.cli import main
 from dvpo.errors import InputError
 from dvpo.inspection import Question, answered, find_example, inspect_checkpoint, look, open_subject
+from dvpo.tasks import Example, SingleTurn, Step
 from dvpo.token_terminal import LISTED, print_view
-from runs import run_config
+from runs import Parity, run_config
 
 PROMPT = "2+3="
 
@@ -80,6 +81,31 @@ def test_an_example_of_the_task_is_sampled_and_judged(runs: Path):
     assert "colour: width" in text
     assert re.search(r"true [01],", text)
     assert text == plain(shown(runs / "dvpo", Question(split="ood", row=1, seed=3), "width"))
+
+
+def test_a_given_response_is_paid_by_the_environment_and_read_behind_the_prompt_that_it_gave(runs: Path):
+    class Paying(SingleTurn):
+        def reset(self) -> list[dict[str, str]]:
+            return [{"role": "user", "content": "another prompt"}]
+
+        def step(self, text: str) -> Step:
+            return Step((), reward=0.25, done=True)
+
+    class Task(Parity):
+        def environment(self, example: Example) -> SingleTurn:
+            return Paying(example)
+
+        def true_reward(self, prompts: Any, *rest: Any, **columns: Any) -> list[None]:
+            return [None] * len(prompts)
+
+    subject = replace(open_subject(str(runs / "dvpo")), task=Task())
+    question = Question(split="train", row=0, response="x")
+    example = find_example(subject, question)
+    episode = answered(subject, example, question)
+    assert episode.prompt_tokens == subject.encoder.prompt(Paying(example).reset())
+    assert episode.turn_rewards == [0.25]
+    row = look(subject, example, episode, question).tokens[0]
+    assert row["observed"] == 0.25
 
 
 def test_two_critics_read_the_same_response(runs: Path):

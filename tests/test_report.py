@@ -16,9 +16,9 @@ from dvpo.cli import main
 from dvpo.errors import InputError
 from dvpo.plain_text import clipped, visible
 from dvpo.report import run_folders, write_report
-from dvpo.report_data import Place, Run, Series, place_of_runs, read_run
+from dvpo.report_data import Place, Run, Series, place_of_runs, places_of_study, read_run, series_names
 from dvpo.report_panels import fault_lines, learning_panel, over_seeds, smoothed
-from dvpo.report_study import noise_axis
+from dvpo.report_study import noise_axis, robustness_panels
 from dvpo.report_summary import summary_table
 from dvpo.report_texts import page_data, script_json
 from dvpo.report_words import ends, sentences
@@ -147,6 +147,18 @@ def test_series_of_one_algorithm_are_told_apart_by_their_settings(tmp_path: Path
     config = (folders[1] / "config.yaml").read_text().replace("alpha: 0.1", "alpha: 0.3")
     (folders[1] / "config.yaml").write_text(config)
     assert [s.name for s in place_of_runs(folders).series] == ["dvpo, critic.alpha=0.1", "dvpo, critic.alpha=0.3"]
+
+
+def test_no_two_series_have_one_name(tmp_path: Path):
+    noises = ({"noise.kind": "flip", "noise.rate": 0.2}, {"noise.kind": "student_t", "noise.df": 1, "noise.scale": 0.5},
+              {"noise.kind": "student_t", "noise.df": 1, "noise.scale": 1.0})  # fmt: skip
+    none = dict.fromkeys(("noise.kind", "noise.rate", "noise.df", "noise.scale"))
+    runs = [Run("dvpo", 0, None, {**none, **noise}) for noise in noises]
+    names = series_names(runs)
+    assert "noise.scale=0.5" in names[1]
+    assert "noise.scale=1.0" in names[2]
+    # A setting that an older run does not know yet, at its default of None.
+    assert series_names([Run("ppo", 0, None, {}), Run("ppo", 0, None, {"new": None})]) == ["ppo", "ppo (2)"]
 
 
 def test_a_folder_of_runs_stands_for_the_runs_in_it(tmp_path: Path):
@@ -315,6 +327,29 @@ def study_rows(path: Path) -> Path:
     ]  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def test_an_unfinished_study_keeps_each_algorithms_colour(tmp_path: Path):
+    study = load_study(ROOT / "configs" / "studies" / "tiny.yaml")
+    algorithms = study.names("algorithm")
+    rows = [row for row in read_results(study_rows(tmp_path / "rows.jsonl"))
+            if (row["algorithm"], row["seed"]) != ("dvpo", 101)]  # fmt: skip
+    for place in places_of_study(study, rows):
+        assert [(one.name, one.colour) for one in place.series] == [
+            (name, algorithms.index(name)) for name in ("dvpo", "ppo")
+        ]
+    alone = places_of_study(study, [row for row in rows if row["algorithm"] == "ppo"])[0]
+    place = algorithms.index("ppo")
+    assert place > 0
+    assert [(one.name, one.colour) for one in alone.series] == [("ppo", place)]
+    assert {line.colour for line in learning_panel(alone).charts[0].lines} == {place}
+
+
+def test_a_row_of_another_study_is_not_drawn(tmp_path: Path):
+    study = load_study(ROOT / "configs" / "studies" / "tiny.yaml")
+    rows = read_results(study_rows(tmp_path / "rows.jsonl"))
+    foreign = [{**row, "seed": 999, "id_true": 0.0, "id_before": 0.0} for row in rows]
+    assert robustness_panels(study, [*rows, *foreign]) == robustness_panels(study, rows)
 
 
 def test_a_study_is_shown_from_its_rows_alone(tmp_path: Path):

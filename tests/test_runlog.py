@@ -210,6 +210,13 @@ def test_the_manifest_says_where_a_run_comes_from_and_lists_its_resumes(tmp_path
     assert (tmp_path / "config.yaml").read_text() == "seed: 3\n"
 
 
+def test_a_second_resume_at_one_step_keeps_what_the_first_had_changed(tmp_path: Path) -> None:
+    for text, step in (("a: 1\n", None), ("a: 2\n", 4), ("a: 3\n", 4)):
+        RunLog(tmp_path, text, seed=3, device="cpu", resume_step=step).close()
+    kept = {path.name: path.read_text() for path in tmp_path.glob("config*.yaml")}
+    assert kept == {"config.yaml": "a: 3\n", "config-4.yaml": "a: 1\n", "config-4-2.yaml": "a: 2\n"}
+
+
 def git(folder: Path, *arguments: str) -> str:
     identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
     return subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout

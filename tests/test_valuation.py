@@ -1,5 +1,6 @@
 """A trained critic by itself: its readings are what training sees, whatever it is read together with; refusals."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -91,12 +92,15 @@ def test_a_text_is_a_users_words_unless_it_is_to_stand_as_it_is(critic: TrainedC
     assert as_message == as_text != raw
 
 
-def test_a_run_its_checkpoint_and_the_critic_in_that_are_the_same_critic(trainer: Trainer) -> None:
+def test_a_run_its_checkpoint_and_the_critic_in_that_are_the_same_critic(trainer: Trainer, tmp_path: Path) -> None:
     checkpoint = trainer.folder / "checkpoint-2"
     scores = [
         load_critic(source).scores([PROMPT], ["5"]) for source in (trainer.folder, checkpoint, checkpoint / "critic")
     ]
     assert scores[0] == scores[1] == scores[2]
+    named = tmp_path / "critic"  # a run folder may be called so
+    shutil.copytree(trainer.folder, named)
+    assert load_critic(named).scores([PROMPT], ["5"]) == scores[0]
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,16 @@ def test_batches_are_the_same_if_they_hold_the_same_rows_in_the_same_order():
 # Values, targets, loss.
 
 
+@pytest.mark.parametrize(("target", "atoms"), [("indexwise", 4), ("mixture", 7)])
+def test_a_padding_row_has_no_targets_of_the_width_that_others_have(target: str, atoms: int):
+    given = objective(advantage={"target": target, "target_atoms": 7})
+    rewards_T, ensemble_TM = torch.zeros(3), torch.rand(3, 4)
+    of_both = [
+        given.targets(rewards_T, ensemble_TM, mask_T, torch.arange(3)) for mask_T in (torch.ones(3), torch.zeros(3))
+    ]
+    assert [tuple(one.shape) for one in of_both] == [(3, atoms), (0, atoms)]
+
+
 def test_the_value_is_the_mean_of_the_ensemble_or_what_the_law_is_asked_for():
     theta_KNM = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(objective().values(theta_KNM), theta_KNM.mean(dim=(1, 2)))

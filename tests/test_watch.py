@@ -110,6 +110,14 @@ def test_a_line_rises_from_corner_to_corner_of_the_canvas() -> None:
     assert firsts == sorted(firsts, reverse=True)
 
 
+@pytest.mark.parametrize("most", [400_000.0, 2.2e-4, 4.7e-14])
+def test_large_and_small_numbers_stand_beside_the_scale_whole(most: float) -> None:
+    chart = Chart("many", [Line("", 0, [(0.0, 0.0), (10.0, most)])])
+    lines = draw(chart, 10 + SCALE, 9 + FRAME, (0, 10)).plain.split("\n")
+    labels = [line[:SCALE].strip(" ┤│") for line in lines[1:10]]
+    assert labels[0] == {400_000.0: "400,000", 2.2e-4: "3e-04", 4.7e-14: "6e-14"}[most]
+
+
 def test_evaluations_are_marked_on_every_axis_and_bear_their_interval() -> None:
     line = Line("id", 0, [(0.0, 0.5), (10.0, 0.5)], [(0.0, 0.1), (10.0, 0.1)], [(0.0, 0.9), (10.0, 0.9)], marks=True)
     text = draw(Chart("accuracy", [line], percent=True), 20 + SCALE, 9 + FRAME, (0, 10), marked=[0, 5, 10]).plain

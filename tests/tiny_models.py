@@ -14,6 +14,7 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
+    Lfm2Config,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
@@ -34,6 +35,10 @@ def tiny_config(family: str, vocabulary: int = 264) -> PretrainedConfig:
     if family == "gpt2":
         dropouts = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
         return GPT2Config(**ids, **dropouts, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3)
+    if family == "lfm2":
+        return Lfm2Config(**ids, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                          num_key_value_heads=1, max_position_embeddings=128, initializer_range=0.3,
+                          layer_types=["conv", "full_attention"])  # fmt: skip
     kinds = {
         "qwen3": (Qwen3Config, {"head_dim": 8}),
         "llama": (LlamaConfig, {"attention_dropout": 0.1}),

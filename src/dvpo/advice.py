@@ -220,14 +220,15 @@ def _samples(findings: Findings, config: Config) -> list[Advice]:
             )
         ]
     enough = next(k for k, share in enumerate(findings.signal, 2) if share >= NEARLY_ALL * findings.signal[-1])
+    most_known = len(findings.signal) + 1  # answers with a score that some prompt has
     left = max(kept(findings), 1 - MOST)
     count = min(MOST_SAMPLES, math.ceil(enough / left**2 / max(1 - findings.missing, 0.1)))
     more = "; noise wants 1 / (1 - p - q)^2 times as many for the same precision" if left < 1 else ""
     shares = findings.signal[enough - 2], findings.signal[-1]
     least = f"with {enough} the answers to {_percent(shares[0])} of the prompts differ in their reward"
-    most = f", with {findings.samples} {_percent(shares[1])}" if enough < findings.samples else ""
+    most = f", with {most_known} {_percent(shares[1])}" if enough < most_known else ""
     if most and count == enough:
-        fewer, points = 1 - enough / findings.samples, 100 * (shares[1] - shares[0])
+        fewer, points = 1 - enough / most_known, 100 * (shares[1] - shares[0])
         most += f": {100 * fewer:.0f}% fewer samples for {points:.1f} points less signal"
     found = [
         Advice(

@@ -101,7 +101,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
 Axis = tuple[float, float, list[float]]
@@ -191,8 +191,8 @@ def _line(line: Line, place: _Place) -> Markup:
 
 
 def number(value: float) -> str:
-    """A short form for an axis: 0.25, 1,200, 3e-05."""
+    """A short form for an axis: 0.25, 1,200, 1.5e-05."""
     size = abs(value)
     if size and (size < 1e-3 or size >= 1e6):
-        return f"{value:.0e}"
+        return f"{value:.1e}".replace(".0e", "e")
     return f"{value:,.0f}" if size >= 1000 else f"{value:.4g}"

@@ -309,7 +309,8 @@ def _task_defaults(task: Mapping[str, Any]) -> Mapping[str, Any]:
     parts = [part.get("name") for part in task["mix"] if isinstance(part, Mapping)]
     limits = [TASK_DEFAULTS.get(str(name), {}).get("sampling", {}) for name in parts]
     lengths = ("max_prompt_length", "max_completion_length")
-    return {"sampling": {key: max(own.get(key, getattr(SamplingConfig, key)) for own in limits) for key in lengths}}
+    usual = {key: getattr(SamplingConfig, key) for key in lengths}
+    return {"sampling": {key: max((own.get(key, usual[key]) for own in limits), default=usual[key]) for key in lengths}}
 
 
 def to_yaml(config: Config) -> str:

@@ -35,7 +35,9 @@ class Decoder:
         self._position_B1 = positions(attention_BS)[:, -1:]
         self._cache: Any = None  # a family that remembers anything else makes its own, and shares nothing
         group_B = None
-        if keeps_keys_and_values(config):
+        self.can_select = keeps_keys_and_values(config)
+        """Whether rows can be dropped: what a recurrent layer remembers is not known here."""
+        if self.can_select:
             self._cache = _roomy_cache(config, tokens_BS.shape[1] + room)
             contexts_GS, known_GS, group_B = distinct_rows(tokens_BS, attention_BS)
             if len(contexts_GS) < len(tokens_BS):
@@ -57,10 +59,6 @@ class Decoder:
         if self._attention_BS is not None:
             self._attention_BS = torch.cat([self._attention_BS, self._attention_BS.new_ones(len(tokens_B), 1)], dim=1)
         self.logits_BV = self._forward(tokens_B.unsqueeze(-1), self._attention_BS, self._position_B1)
-
-    @property
-    def can_select(self) -> bool:
-        return hasattr(self._cache, "batch_select_indices")
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows alone, in that order."""

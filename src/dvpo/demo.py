@@ -44,9 +44,11 @@ def run_demo(
         for name in algorithms
     }  # fmt: skip
     first = next(iter(configs.values()))
+    flips = first.noise.kind == "flip" and not first.noise.then
+    noise = f"{100 * (first.noise.rate or 0):g}% of them are flipped" if flips else f"noise of kind {first.noise.kind}"
     console.print(
-        f"A tiny Qwen3 learns {first.task.name} by {' and '.join(configs)} for {steps} steps each.\n"
-        f"Observed rewards: {100 * rate:g}% of them are flipped. Starting model: {starting_model(first)}",
+        f"A tiny Qwen3 learns {first.task.name} by {' and '.join(configs)} for {first.steps} steps each.\n"
+        f"Observed rewards: {noise}. Starting model: {starting_model(first)}",
         soft_wrap=True,
     )
     results = {}
@@ -55,8 +57,9 @@ def run_demo(
             trainer = Trainer(config, observer=progress)
             evaluations = trainer.train()
             results[name] = (evaluations[0], evaluations[config.steps], trainer.folder)
-    console.print(_table(results, f"True accuracy (%), {100 * rate:g}% flipped rewards, seed {seed}, "
-                                  f"checker dial {first.model.checker:g}"))  # fmt: skip
+    flipped = noise.replace(" of them are flipped", " flipped rewards")
+    title = f"True accuracy (%), {flipped}, seed {first.seed}, checker dial {first.model.checker:g}"
+    console.print(_table(results, title))
     for name, (_, _, run) in results.items():
         console.print(f"{name}: {run}", soft_wrap=True)
     page = write_report([str(run) for _, _, run in results.values()])

@@ -139,7 +139,7 @@ def find(sheet: Sheet) -> Findings:
         truncated=float(sheet.truncated_PK.mean()),
         silent=silent(first_PK),
         silent_truth=silent(known_PK) if knows_truth else None,
-        signal=[signal(guide_PK, k) for k in range(2, samples + 1)],
+        signal=[signal(guide_PK, k) for k in range(2, max(map(len, _groups(guide_PK)), default=0) + 1)],
         within=within,
         between=between,
         repeat_equal=repeat_equal,

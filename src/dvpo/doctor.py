@@ -80,11 +80,13 @@ def report_needs(config: Config, console: Console) -> None:
         )
     _print_prediction(config, console)
     with tempfile.TemporaryDirectory(prefix="dvpo-doctor-") as folder:
-        update = replace(config.update, actor_warmup_steps=0)  # what is measured is a step that moves both models
+        # What is measured is a step that moves all of both models.
+        update, critic = replace(config.update, actor_warmup_steps=0), replace(config.critic, verdict_only_steps=0)
         steps_needed = max(config.steps, TRIAL_STEPS)
         # A trial is no run: it goes to no sink.
         output = str(Path(folder) / "run")
-        trial = replace(config, output=output, steps=steps_needed, update=update, log=LogConfig(), distributed=ALONE)
+        trial = replace(config, output=output, steps=steps_needed, log=LogConfig(), distributed=ALONE)
+        trial = replace(trial, update=update, critic=critic)
         rewards = _Rewards()
         trainer = Trainer(trial, observer=rewards)
         models = [part for part in (trainer.policy.model, trainer.critic) if part is not None]
@@ -148,10 +150,10 @@ def _print_prediction(config: Config, console: Console) -> None:
     """From the config alone: it stands there if the trial runs out of memory. Nothing without a model's shape."""
     try:
         shape = AutoConfig.from_pretrained(starting_model(config), trust_remote_code=False)
-    except (OSError, ValueError):
-        return  # the trial says what is wrong with the model
-    on_gpu = choose_device(config.device) != "cpu"
-    need = predict(config, shape, 0 if on_gpu else _peak_memory(torch.device("cpu")), on_gpu)
+        on_gpu = choose_device(config.device) != "cpu"
+        need = predict(config, shape, 0 if on_gpu else _peak_memory(torch.device("cpu")), on_gpu)
+    except (OSError, ValueError, AttributeError):
+        return  # the trial says what is wrong with the model; of a family of another shape nothing is predicted
     parts = ("base", "weights", "moments", "gradients", "activations", "heads", "rollout")
     text = ", ".join(f"{name} {getattr(need, name) / MIB:,.0f}" for name in parts)
     console.print(f"predicted peak of a step at full lengths: {need.peak / MIB:,.0f} MiB ({text})", soft_wrap=True)

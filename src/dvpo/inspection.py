@@ -149,6 +149,7 @@ def answered(subject: Subject, example: Example, question: Question) -> Episode:
         raise InputError("--response is empty: give a text, or leave it out to have one sampled")
     episode.tokens, episode.turns, episode.logprobs = tokens, [0] * len(tokens), [0.0] * len(tokens)
     episode.messages.append({"role": "assistant", "content": question.response})
+    episode.turn_rewards.append(environment.step(question.response).reward)
     episode.terminated = True
     return episode
 
@@ -164,7 +165,6 @@ def _check_room(room: int, needed: int) -> None:
 @torch.no_grad()
 def look(subject: Subject, example: Example, episode: Episode, question: Question) -> Run:
     """What a checkpoint thinks of a response, as a run with one row of tokens."""
-    episode = replace(episode, prompt_tokens=subject.encoder.prompt(example.prompt))
     rollout = _rollout(subject, example, episode, question)
     estimates = _estimates(subject, rollout)
     row = token_row(0, episode, rollout, estimates, subject.encoder, subject.config.critic)

@@ -46,10 +46,13 @@ def set_dotted(values: dict[str, Any], override: str) -> None:
         value = parse_yaml(text)
     except yaml.YAMLError as error:
         raise InputError(f"override {shown(override)}: the value is not valid YAML{problem(error)}; quote it") from None
+    if "#" in text and "#" not in str(value):
+        raise InputError(f"override {shown(override)}: YAML reads what follows # as a comment; write {key}='\"...\"'")
     *parents, leaf = key.split(".")
     node = values
     for parent in parents:
-        child = node.setdefault(parent, {})
+        child = {} if node.get(parent) is None else node[parent]
+        node[parent] = child
         if not isinstance(child, dict):
             raise InputError(f"override {shown(override)}: {parent!r} is a value and holds no {leaf!r}: check the key")
         node = child
@@ -126,11 +129,13 @@ def shown(value: Any) -> str:
 
 
 def merge(weak: Mapping[str, Any], strong: Mapping[str, Any]) -> dict[str, Any]:
-    """All of both; where both have a value, the strong one's."""
+    """All of both; where both have a value, the strong one's. A heading that nothing stands below says nothing."""
     merged = deep_copy(weak)
     for key, value in strong.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = merge(merged[key], value) if both else value
+        section = isinstance(merged.get(key), Mapping)
+        if section and value is None:
+            continue
+        merged[key] = merge(merged[key], value) if section and isinstance(value, Mapping) else value
     return merged
 
 

@@ -259,7 +259,7 @@ def check_head(policy: Policy) -> None:
     """Compare `logits(hidden_states)` with the model's own forward on a short probe.
 
     Raises:
-        InputError: the family does something behind its trunk that `Policy.logits` does not know.
+        InputError: the family does something behind its trunk that `Policy.logits` does not know, or returns no cache.
     """
     tokens_BS = torch.arange(8, device=policy.device).remainder(policy.vocabulary).unsqueeze(0)
     attention_BS = torch.ones_like(tokens_BS, dtype=torch.bool)
@@ -273,6 +273,9 @@ def check_head(policy: Policy) -> None:
         raise InputError(
             f"model.path: {kind} transforms its logits in a way dvpo does not know: open an issue naming {kind}"
         )
+    if not hasattr(policy.trunk(input_ids=tokens_BS, use_cache=True), "past_key_values"):
+        kind = type(policy.model).__name__
+        raise InputError(f"model.path: {kind} does not hand on what it has read, so it cannot be sampled from here")
 
 
 def choose_device(name: str) -> str:

@@ -4,7 +4,7 @@ A `Place` is what is compared: series of runs (an algorithm, several seeds) unde
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,8 @@ class Series:
 
     name: str
     runs: Sequence[Run]
+    colour: int = 0
+    """Its number in the legend."""
 
 
 @dataclass(frozen=True)
@@ -129,10 +131,10 @@ def place_of_runs(folders: Iterable[Path]) -> Place:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(json.dumps(_identity(run), sort_keys=True), []).append(run)
-    names = _names([group[0] for group in groups.values()])
+    names = series_names([group[0] for group in groups.values()])
     series = [
-        Series(name, [replace(run, name=name) for run in group])
-        for name, group in zip(names, groups.values(), strict=True)
+        Series(name, [replace(run, name=name) for run in group], colour)
+        for colour, (name, group) in enumerate(zip(names, groups.values(), strict=True))
     ]
     return Place("", series)
 
@@ -153,7 +155,8 @@ def places_of_study(study: Study, rows: Sequence[Row]) -> list[Place]:
                 run = _of_cell(cell.folder, found[cell.key], title)
                 series.setdefault(cell.algorithm, []).append(run)
         if series:
-            places.append(Place(title, [Series(name, runs) for name, runs in series.items()]))
+            there = [(colour, name) for colour, name in enumerate(study.names("algorithm")) if name in series]
+            places.append(Place(title, [Series(name, series[name], colour) for colour, name in there]))
     if not places:
         raise InputError("the results file holds no row of this study's cells: run the study first")
     return places
@@ -186,17 +189,24 @@ def _identity(run: Run) -> dict[str, Any]:
     return {key: value for key, value in run.settings.items() if not key.startswith(NO_SAY)}
 
 
-def _names(runs: Sequence[Run]) -> list[str]:
-    """The algorithm's name, with the settings that tell it apart from the other series."""
-    names = []
+def series_names(runs: Sequence[Run]) -> list[str]:
+    """The algorithm's name, with the settings that tell it apart from the other series: no name stands twice."""
+    names: list[str] = []
     for run in runs:
         mine, keys = _identity(run), set()
         for other in runs:
             theirs = _identity(other)
             shared = other.name == run.name
             keys |= {key for key in mine if mine[key] != theirs.get(key) and (shared or key.startswith(WHERE))}
-        names.append(", ".join([run.name, *(f"{key}={mine[key]}" for key in sorted(keys)[:3])]))
-    return names
+        names.append(", ".join([run.name, *(f"{key}={mine[key]}" for key in _telling(keys, runs))]))
+    before = [names[:place].count(name) for place, name in enumerate(names)]
+    return [f"{name} ({count + 1})" if count else name for name, count in zip(names, before, strict=True)]
+
+
+def _telling(keys: Collection[str], runs: Sequence[Run]) -> list[str]:
+    """Of the keys in which a run differs from others three, those with the most values first."""
+    values = {key: len({str(_identity(run).get(key)) for run in runs}) for key in keys}
+    return sorted(sorted(keys, key=lambda key: (-values[key], key))[:3])
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -129,10 +129,11 @@ def _own_figures(place: Place) -> list[str]:
 
 def _chart(place: Place, figure: Figure) -> Chart:
     lines = []
-    for colour, series in enumerate(place.series):
+    for series in place.series:
         for key, name, dashed in ((figure.key, figure.names[0], False), (figure.dashed, figure.names[1], True)):
             if key:
-                lines.append(line_of(series, key, colour, f"{series.name} {name}".strip(), dashed, figure.floor))
+                label = f"{series.name} {name}".strip()
+                lines.append(line_of(series, key, series.colour, label, dashed, figure.floor))
     return Chart(figure.title, lines, figure.note, percent=figure.percent, whole=figure.whole)
 
 
@@ -179,14 +180,14 @@ def _over_items(runs: Sequence[Run], key: str) -> tuple[list[Point], list[Point]
 
 def _tails(place: Place) -> list[Line]:
     lines = []
-    for colour, series in enumerate(place.series):
+    for series in place.series:
         for name, one, other, dashed in (("upper", "upper", "value", False), ("lower", "value", "lower", True)):
             at: dict[float, list[float]] = {}
             for row in (row for run in series.runs for row in run.tokens if row.get("upper")):
                 gaps = [a - b for a, b in zip(row[one], row[other], strict=True) if a is not None]
                 at.setdefault(float(row["step"]), []).extend(gaps)
             points = [(step, fmean(gaps)) for step, gaps in sorted(at.items()) if gaps]
-            lines.append(Line(f"{series.name} {name}", colour, points, dashed=dashed, marks=True))
+            lines.append(Line(f"{series.name} {name}", series.colour, points, dashed=dashed, marks=True))
     return lines
 
 

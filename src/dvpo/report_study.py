@@ -7,14 +7,15 @@ from dvpo.charts import COLOURS, Chart, Line
 from dvpo.report_panels import Panel
 from dvpo.stats import bootstrap_interval, iqm
 from dvpo.study import Study
-from dvpo.study_results import Row
+from dvpo.study_results import Row, row_key
 
 SPLITS = (("id", "in distribution"), ("ood", "out of distribution"))
 
 
 def robustness_panels(study: Study, rows: Sequence[Row]) -> list[Panel]:
     """For each task: true accuracy at the end over the study's noises, a line an algorithm, interquartile means."""
-    panels = []
+    wanted, panels = {cell.key for cell in study.cells}, []
+    rows = [row for row in rows if row_key(row) in wanted]
     for task in study.names("task"):
         charts = [_chart(study, [row for row in rows if row["task"] == task], *split) for split in SPLITS]
         panels.append(Panel(task, [chart for chart in charts if not chart.empty]))

@@ -23,6 +23,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from io import FileIO
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -194,12 +195,18 @@ def _resume(folder: Path, config: str, seed: int, device: str | torch.device, st
             write_atomically(path, (line for line, _ in _rows(path, step)))
     before = (folder / "config.yaml").read_bytes()
     if step >= 0 and before != config.encode():
-        write_atomically(folder / f"config-{step}.yaml", [before])
-    session = _record_session(folder, config, seed, device, f"dirty-{step}.diff")
+        write_atomically(_unused(folder, f"config-{step}", ".yaml"), [before])
+    session = _record_session(folder, config, seed, device, _unused(folder, f"dirty-{step}", ".diff").name)
     manifest["resumes"].append({"step": step, **session})
     run_id: str = manifest.setdefault("run_id", secrets.token_hex(6))
     _write_json(folder / "manifest.json", manifest)
     return run_id
+
+
+def _unused(folder: Path, stem: str, ending: str) -> Path:
+    """The name, with -2, -3, ... where a resume at the same step has taken it."""
+    names = (f"{stem}{f'-{number}' if number > 1 else ''}{ending}" for number in count(1))
+    return next(folder / name for name in names if not (folder / name).exists())
 
 
 def _record_session(folder: Path, config: str, seed: int, device: str | torch.device, diff_name: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ BLANK = 0x2800
 """The braille sign without a dot; the eight lowest bits are the dots."""
 FRAME = 3
 """Lines of a chart that are no canvas: title, axis, numbers below it."""
-SCALE = 8
+SCALE = 10
 """Columns left of the canvas."""
 
 
@@ -137,7 +137,7 @@ def _beside_scale(rows: Sequence[Text], chart: Chart, y_axis: Axis) -> list[Text
     labels = {}
     for tick in ticks:
         row = round((high - tick) / (high - low) * (len(rows) - 1))
-        labels[row] = number(100 * tick if chart.percent else tick)[: SCALE - 2]
+        labels[row] = number(100 * tick if chart.percent else tick)
     return [
         Text.assemble((f"{labels.get(i, ''):>{SCALE - 2}} {'┤' if i in labels else '│'}", "dim"), row)
         for i, row in enumerate(rows)

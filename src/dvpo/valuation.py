@@ -173,7 +173,7 @@ def load_critic(source: str | Path, device: str | None = None) -> TrainedCritic:
         InputError: no sound checkpoint, an algorithm without a critic, a critic that reads more than texts.
     """
     source = Path(source)
-    folder = sound_checkpoint(source.parent if source.name == "critic" else source)
+    folder = sound_checkpoint(source.parent if source.parent.name.startswith("checkpoint-") else source)
     config = load_config(folder.parent / "config.yaml")
     if not (folder / "critic").is_dir():
         raise InputError(f"{folder} has no critic, since algorithm = {config.algorithm} trains none: take another run")

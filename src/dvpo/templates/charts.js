@@ -18,7 +18,8 @@ function readable(svg) {
     at = Math.max(0, Math.min(places.length - 1, index));
     const x = places[at];
     const value = x0 + ((x - left) / (right - left)) * (x1 - x0);
-    const head = names ? names[Math.round(value)] : `${svg.dataset.x} ${number(Math.abs(value - Math.round(value)) < 0.3 && x1 - x0 > 5 ? Math.round(value) : value)}`;
+    const whole = Math.abs(value - Math.round(value)) < 0.3 && x1 - x0 > 5;
+    const head = names ? names[Math.round(value)] : `${svg.dataset.x} ${whole ? Math.round(value) : number(value)}`;
     const rows = lines.flatMap((line) => {
       const point = line.points.find(([px]) => Math.abs(px - x) < 0.06);
       if (!point) return [];

@@ -54,7 +54,8 @@ class Objective:
         """
         mask_T = mask_T.bool()
         if not mask_T.any():
-            return ensemble_TM[mask_T]
+            mixture = self.config.advantage.target == "mixture"
+            return ensemble_TM.new_empty(0, self.config.advantage.target_atoms if mixture else ensemble_TM.shape[-1])
         key = hashlib.sha256(tokens_T.cpu().numpy().tobytes()).hexdigest()
         one = torch.ones(1, dtype=torch.bool, device=mask_T.device)
         signals = Signals(
