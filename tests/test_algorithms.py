@@ -164,6 +164,24 @@ def test_with_one_head_and_one_quantile_both_rows_estimate_the_same():
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("name", ["ppo_huber", "ppo_delta_clip"])
+def test_the_huber_rows_train_their_critic_by_hubers_loss_of_width_kappa_without_value_clipping(name: str):
+    # kappa .5: H(.2) = .2^2 / (2 * .5) = .04 and H(-2) = 2 - .5 / 2 = 1.75; squared errors would be .02 and 2. Before
+    # the update both were 1.5: clipped to within .5 of that, the first would be off by 1.
+    predictions, targets = torch.tensor([[[0.2]], [[-2.0]]]), torch.zeros(2, 1)
+    config = load_config({"algorithm": name}, ["critic.kappa=0.5"])
+    terms = ALGORITHMS[name].critic_loss(predictions, torch.full((2, 1, 1), 1.5), targets, config)
+    torch.testing.assert_close(terms["loss"], torch.tensor([0.04, 1.75]))
+
+
+@pytest.mark.parametrize(("levels", "expected"), [("midpoint", 0.5), ("paper", 0.625)])
+def test_the_quantiles_are_fitted_at_the_levels_that_the_config_names(levels: str, expected: float):
+    # kappa 0, both quantiles 1 below the target: the mean of tau. Midpoint 1/4 and 3/4; the paper's 1/2 and 3/4.
+    config = load_config(None, [*OFF, "critic.num_quantiles=2", f"critic.levels={levels}", "critic.kappa=0"])
+    theta_KNM = torch.zeros(1, 1, 2)
+    assert DVPO.critic_loss(theta_KNM, theta_KNM, torch.ones(1, 1), config)["qr"].item() == pytest.approx(expected)
+
+
 def test_ppo_clips_the_value_in_units_of_the_reward():
     # v = 1.0, before .2, clip .5 -> clipped to .7; target 0: max(1.0^2, .7^2) / 2 = .5; target 1: max(0, .3^2) / 2.
     value, before, targets = torch.tensor([[[1.0]]] * 2), torch.tensor([[[0.2]]] * 2), torch.tensor([[0.0], [1.0]])

@@ -15,7 +15,7 @@ from dvpo.config import load_config
 from dvpo.errors import InputError
 from dvpo.runlog import TIME_PREFIX, read_rows
 from dvpo.trainer import Trainer
-from runs import Parity, run_config
+from runs import Parity, Talk, run_config
 
 each_critic = pytest.mark.parametrize("algorithm", ["dvpo", "ppo"])
 
@@ -209,6 +209,19 @@ def test_the_entropies_of_a_rollout_are_those_of_the_distribution_at_sampling(tm
     trainer.close()
 
 
+def test_features_are_0_behind_a_token_of_the_environment_and_behind_no_other(tmp_path: Path):
+    settings = ["critic.features=true", "sampling.max_completion_length=24"]
+    trainer = Trainer(run_config(tmp_path / "run", *settings), task=Talk())
+    rollout, _ = trainer.collect()
+    answers_BT = ~rollout.mask_BT & rollout.attention_BS[:, rollout.prompt_length :]
+    assert answers_BT.any()
+    with torch.no_grad():
+        behind_BT2 = trainer.critic.states(rollout, trainer.policy)[:, 1:, -2:]
+    assert (behind_BT2[answers_BT] == 0).all()
+    assert (behind_BT2[rollout.mask_BT] != 0).all()
+    trainer.close()
+
+
 # Privilege
 
 
@@ -234,4 +247,20 @@ def test_the_hint_under_pseudo_labels_is_the_label_that_the_reward_believes_and_
     rollout, _ = trainer.collect()
     texts = [trainer.collector.encoder.text([t for t in row if t >= 0]) for row in rollout.hints_BH.tolist()]
     assert texts == [f"label of {prompt_id}\n" for prompt_id in rollout.prompt_ids]
+    trainer.close()
+
+
+def test_the_hint_of_a_prompt_without_a_label_is_the_answer_of_the_data(tmp_path: Path):
+    labels = tmp_path / "labels.jsonl"
+    believed = {e.id: f"label of {e.id}" for e in Parity().split("train")[::2]}
+    labels.write_text("".join(json.dumps({"id": i, "answer": answer}) + "\n" for i, answer in believed.items()))
+    settings = ["critic.privileged=answer", "noise.kind=pseudo_labels", f"noise.path={labels}"]
+    settings += ["sampling.prompts_per_step=16", "sampling.samples_per_prompt=2"]  # every prompt there is
+    trainer = Trainer(run_config(tmp_path / "run", *settings), task=Parity())
+    rollout, _ = trainer.collect()
+    texts = [trainer.collector.encoder.text([t for t in row if t >= 0]) for row in rollout.hints_BH.tolist()]
+    # Parity's own answer is the text of its prompt, which is its id.
+    assert texts == [f"{believed.get(prompt_id, prompt_id)}\n" for prompt_id in rollout.prompt_ids]
+    assert rollout.rewarded_B.tolist() == [prompt_id in believed for prompt_id in rollout.prompt_ids]
+    assert 0 < rollout.rewarded_B.sum() < len(rollout)
     trainer.close()

@@ -143,6 +143,20 @@ def test_unknown_rewards_count_in_no_figure(monkeypatch):
     assert nothing.rows[0]["reward"] is None
 
 
+def test_an_item_without_a_reward_still_counts_among_the_cut_and_in_its_environments_figures(monkeypatch):
+    def knows_what_is_right(episodes: Sequence[Episode]) -> Scores:
+        return Scores([1.0 if e.tokens[0] == RIGHT else None for e in episodes], [])
+
+    monkeypatch.setattr(evaluate_module, "HuggingFaceSampler", RiggedSampler)
+    summary = evaluate(
+        tiny_policy(), TaskWithFigures(), ITEMS, knows_what_is_right, SamplingConfig(), samples=3, seed=0
+    ).summary
+    # Greedy answers r r w t r: items 1, 2 and 5 are known, all right. One of the five is cut, and it is not known.
+    assert (summary["items"], summary["accuracy"], summary["reward"]) == (3, 1, 1)
+    assert summary["truncated"] == 0.2
+    assert summary["length"] == 3  # (1 + 2 + 3 + 4 + 5) / 5; of the known ones 8/3
+
+
 def answers(
     policy: AsciiPolicy, items: Sequence[Example], samples: int = 2, seed: int = 0, **settings: Any
 ) -> list[Any]:

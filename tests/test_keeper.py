@@ -6,14 +6,18 @@ import math
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 from dvpo.checkpoint import load_state
 from dvpo.config import load_config
 from dvpo.errors import InputError
 from dvpo.interrupt import Interrupted, handled
+from dvpo.keeper import Keeper
 from dvpo.runlog import read_rows
+from dvpo.settings_learning import CheckpointConfig
 from dvpo.tasks import Example
 from dvpo.trainer import Trainer
 from runs import Parity, assert_equal, run_config
@@ -40,6 +44,17 @@ def test_the_best_by_the_true_reward_of_held_out_prompts_stays_and_the_first_of_
     assert kept(tmp_path / "run") == [1, 5]
     best = json.loads((tmp_path / "run" / "best.json").read_text())
     assert best == {"checkpoint": "checkpoint-1", "id/reward": 0.5}
+
+
+def test_of_a_mix_the_best_is_the_best_mean_over_its_tasks(tmp_path: Path):
+    policy = SimpleNamespace(model=nn.Linear(1, 1), writer=None)
+    keeper = Keeper(tmp_path, CheckpointConfig(keep_best=True), {}, policy, None)
+    # Means .5, .6, .55. By the first task alone it would be step 0, by the last step 2, by the better one step 0; with
+    # `ood` counted it would be step 0 as well, (.9 + .1 + 1) / 3 against (.6 + .6 + 0) / 3.
+    for step, (sums, logic, ood) in enumerate([(0.9, 0.1, 1.0), (0.6, 0.6, 0.0), (0.2, 0.9, 0.0)]):
+        figures = {"eval/math/id/reward": sums, "eval/logic/id/reward": logic, "eval/math/ood/reward": ood}
+        keeper.judge_evaluation(step, {**figures, "eval/math/id/accuracy": 1.0 - step / 2})
+    assert keeper.best == (1, 0.6)
 
 
 def test_a_start_that_nothing_surpasses_is_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from dvpo.metrics import (
     explained_variance,
     finite,
     reward_figures,
+    rollout_figures,
 )
 
 VALUES = torch.tensor([0.2, 0.8, 0.6, 0.4])
@@ -125,6 +127,20 @@ def test_a_scalar_critic_has_no_spread_and_a_single_head_no_disagreement():
         0.894427,
         abs=1e-5,
     )
+
+
+class Responses(SimpleNamespace):
+    def __len__(self) -> int:
+        return len(self.mask_BT)
+
+
+def test_rollout_figures_by_hand():
+    # Three responses of 3, 2 (a word of the environment between them) and 1 tokens; the first is cut; 5 were drawn.
+    rollout = Responses(
+        mask_BT=torch.tensor([[1, 1, 1], [1, 0, 1], [1, 0, 0]]).bool(), truncated_B=torch.tensor([True, False, False])
+    )
+    expected = {"sampled": 5, "tokens": 6, "length": 2, "truncated": 1 / 3}
+    assert rollout_figures(rollout, 5, alone) == pytest.approx({f"rollout/{name}": x for name, x in expected.items()})
 
 
 def test_reward_figures_by_hand():

@@ -14,6 +14,7 @@ import pytest
 from dvpo import checkpoint
 from dvpo.config import load_config, to_yaml
 from dvpo.errors import InputError
+from dvpo.resume import find_checkpoint
 from dvpo.trainer import Trainer
 from runs import Parity, assert_equal, left_behind, run_config
 
@@ -212,6 +213,14 @@ def test_more_steps_other_evaluations_and_logs_are_the_same_run(finished: Path):
     trainer.train()
     assert trainer.step == 6
     assert [path.name for path in finished.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_a_run_may_go_on_in_another_folder_on_another_device_and_by_another_strategy(finished: Path, tmp_path: Path):
+    moved = finished.rename(tmp_path / "moved")
+    elsewhere = ["steps=4", "device=cpu", "distributed.strategy=fsdp"]  # it was: device = auto, ddp
+    assert find_checkpoint(run_config(moved, *SETTINGS, *elsewhere)) == moved / "checkpoint-4"
+    with pytest.raises(InputError, match=r"^resume: critic\.kappa was 0\.1 and is 0\.2 \(see"):
+        find_checkpoint(run_config(moved, *SETTINGS, *elsewhere, "critic.kappa=0.2"))
 
 
 def test_fewer_steps_than_were_done_are_refused_without_a_warning_of_what_would_follow(

@@ -99,3 +99,10 @@ def test_the_robust_form_falls_back_where_most_of_a_group_agrees() -> None:
     rewards = torch.tensor([0.0, 0, 0, 1, 0, 0, 1, 0])
     _, scale = group_location_scale(rewards, torch.zeros(8).long(), torch.ones(8), robust=True)
     torch.testing.assert_close(scale, torch.full((8,), (3 / 14) ** 0.5))
+
+
+def test_robustly_normalised_returns_are_off_the_median_in_units_of_the_median_deviation() -> None:
+    # Group 1, 0, 0: median 0; most agree, so the scale is the sample deviation, sqrt(1/3). Group 2, 1 (one missing):
+    # median 3/2, median deviation 1/2, scale .7413. About the mean, as `group` has it, the first would be 2/3.
+    one, two = 1 / ((1 / 3) ** 0.5 + 1e-4), 0.5 / (0.5 * 1.4826 + 1e-4)
+    torch.testing.assert_close(shape("group_robust").sum(dim=-1), torch.tensor([one, 0, 0, two, -two, 0]))

@@ -1,6 +1,7 @@
 """Records of tokens: when they are kept, what stands in them, that they cost nothing and change nothing."""
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from dvpo.embedded import make_tokenizer
 from dvpo.sampling import ChatEncoder
 from dvpo.settings_learning import CriticConfig
 from dvpo.token_view import KEPT_LEVELS, critic_columns, is_shown, token_texts
-from runs import Parity, run_config
+from runs import Parity, Talk, run_config
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -88,3 +89,20 @@ def test_what_is_logged_changes_nothing_in_training(tmp_path: Path):
     ]
     assert metrics[0] == metrics[1]
     assert rows_of(tmp_path / "without") == []
+
+
+def test_the_advantages_kept_are_the_whitened_ones_and_words_of_the_environment_have_no_figures(tmp_path: Path):
+    settings = ["algorithm=dvpo_plain", "steps=1", "log.tokens=6", "sampling.max_completion_length=24"]
+    Trainer(run_config(tmp_path / "run", *settings), task=Talk()).train()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "tokens.jsonl").read_text().splitlines()]
+    turns = [turn for row in rows for turn in row["turns"]]
+    assert {-1, 0} <= set(turns)
+    for name in ("advantages", "value", "width", "lower", "upper", "quantiles"):
+        figures = [figure for row in rows for figure in row[name]]
+        assert [figure is None for figure in figures] == [turn == -1 for turn in turns], name
+    # All six responses are kept: whitened over the tokens that train, mean 0 and deviation 1; unwhitened, a mean of
+    # about half a reward.
+    trained = [row for row in rows if row["observed"] is not None]
+    kept = [advantage for row in trained for advantage in row["advantages"] if advantage is not None]
+    assert statistics.fmean(kept) == pytest.approx(0, abs=1e-3)
+    assert statistics.pstdev(kept) == pytest.approx(1, abs=1e-2)

@@ -16,7 +16,7 @@ from dvpo.batch import Estimates, Rollout
 from dvpo.metrics import Means
 from dvpo.trainer import Trainer
 from dvpo.warmstart import warm_start
-from runs import LINEAR, Parity, farthest, rows, run_config, trained, weights
+from runs import LINEAR, Parity, farthest, rollout_of, rows, run_config, trained, weights
 
 # What must not matter
 
@@ -107,73 +107,47 @@ def test_which_labels_are_wrong_does_not_depend_on_how_the_batch_is_laid_out(tmp
     assert all(four[key] == flipped for key, flipped in two.items())
 
 
-# The update
-
-
-@pytest.mark.parametrize("trunk", ["own", "frozen", "shared"])
-def test_the_first_update_starts_from_ratio_1_and_the_critics_trunk_follows_its_rule(tmp_path: Path, trunk: str):
-    trainer = Trainer(run_config(tmp_path / "run", f"critic.trunk={trunk}", "update.minibatches=1"), task=Parity())
-    trunk_before = [p.detach().clone() for p in trainer.critic.trunk.parameters()] if trainer.critic.trunk else []
-    figures = trainer.train_step()
-    # The sampler's log-probs (cached, left-padded) and the trainer's (whole, trimmed) differ by rounding only.
-    assert figures["actor/sampler_mismatch"] < 1e-5
-    assert figures["actor/clip_share"] == 0
-    assert figures["actor/kl"] < 1e-9
-    if trainer.critic.trunk:
-        moved = farthest(trunk_before, list(trainer.critic.trunk.parameters())) > 0
-        assert moved == (trunk == "own")
-    trainer.close()
-
-
-def test_epochs_and_minibatches_are_so_many_optimiser_steps_of_either_module(tmp_path: Path):
-    trainer = Trainer(run_config(tmp_path / "run", "update.epochs=3", "update.minibatches=2"), task=Parity())
-    calls: list[str] = []
-    step = trainer._step
-    trainer._step = lambda optimiser, name, *rest: calls.append(name) or step(optimiser, name, *rest)
-    figures = trainer.train_step()
-    assert calls == ["critic", "actor"] * 6
-    assert trainer.policy_version == 6
-    assert figures["actor/kl"] > 0
-    trainer.close()
-
-
-def test_a_second_epoch_trains_on_the_advantages_and_log_probs_of_the_sampler(tmp_path: Path, monkeypatch):
-    """The estimates are made once: not again between epochs, when the critic has already seen the rewards."""
-    trainer = Trainer(run_config(tmp_path / "run", "update.epochs=3"), task=Parity())
-    made = []
-    estimate = trainer.estimate
-    monkeypatch.setattr(trainer, "estimate", lambda rollout: made.append(rollout) or estimate(rollout))
-    trainer.train_step()
-    assert len(made) == 1
-    trainer.close()
-
-
-def test_while_the_critic_warms_up_the_policy_stays_bit_for_bit(tmp_path: Path):
-    trainer = Trainer(run_config(tmp_path / "run", "update.actor_warmup_steps=2", "steps=3"), task=Parity())
-    policy = [p.detach().clone() for p in trainer.policy.model.parameters()]
-    critic = [p.detach().clone() for p in trainer.critic.parameters()]
-    for warm in (True, True, False):
-        figures = trainer.train_step()
-        unchanged = all(torch.equal(a, b) for a, b in zip(policy, trainer.policy.model.parameters(), strict=True))
-        assert unchanged == warm
-        assert ("actor/loss" in figures) != warm
-    assert farthest(critic, list(trainer.critic.parameters())) > 0
-    trainer.close()
-
-
-def test_the_critics_gradient_does_not_shrink_the_policys_update(tmp_path: Path):
-    """Two modules, two clip norms: a critic loss a million times as large leaves the first policy step as it is."""
-    small = Trainer(run_config(tmp_path / "small", "critic_optimiser.lr=0"), task=Parity())
-    large = Trainer(run_config(tmp_path / "large", "critic_optimiser.lr=0"), task=Parity())
-    loss = large.row.critic_loss
-    large.row = dataclasses.replace(large.row, critic_loss=lambda *given: {"loss": 1e6 * loss(*given)["loss"]})
-    for trainer in (small, large):
-        trainer.train_step()
-        trainer.close()
-    assert farthest(list(small.policy.model.parameters()), list(large.policy.model.parameters())) == 0
-
-
 # What a run leaves behind
+
+
+def test_returns_of_the_critics_figures_are_discounted_by_gamma_and_know_no_lambda(tmp_path: Path):
+    settings = ["algorithm=ppo", "advantage.gamma=0.5", "advantage.lam=0.3", "advantage.critic_lam=0"]
+    trainer = Trainer(run_config(tmp_path / "run", *settings), task=Parity([1.0, 1.0]))
+    rollout = rollout_of(trainer)
+    _, figures = trainer.estimate(rollout)
+    # A reward R at the last of n tokens: returns R (1 + 1/2 + ... ) = R (2 - 2^(1-n)) in all, and of their squares
+    # R^2 (1 + 1/4 + ...) = R^2 (4 - 4^(1-n)) / 3.
+    lengths_B, rewards_B = rollout.mask_BT.sum(dim=1).double(), rollout.observed_B.double()
+    tokens = float(lengths_B.sum())
+    total = float((rewards_B * (2 - 2.0 ** (1 - lengths_B))).sum())
+    squares = float((rewards_B.square() * (4 - 4.0 ** (1 - lengths_B)) / 3).sum())
+    assert total < 0.9 * float((rewards_B * lengths_B).sum())  # undiscounted it would be another number
+    assert figures["critic/return_mean"] == pytest.approx(total / tokens, rel=1e-5)
+    assert figures["critic/return_size"] == pytest.approx(math.sqrt(squares / tokens), rel=1e-5)
+    trainer.close()
+
+
+def test_the_deviation_of_the_advantages_is_logged_as_it_was_before_whitening(tmp_path: Path):
+    settings = ["algorithm=ppo", "advantage.lam=1"]
+    trainer = Trainer(run_config(tmp_path / "run", *settings), task=Parity([1.0] * 3 + [0.0] * 3))
+    with torch.no_grad():
+        for parameter in trainer.critic.heads.parameters():
+            parameter.zero_()
+    rollout = rollout_of(trainer)
+    estimates, figures = trainer.estimate(rollout)
+    # V = 0 and lambda = 1: the advantage is the reward, 1 for a share s of the tokens, so its variance is s (1 - s).
+    share = float(rollout.mask_BT[:3].sum() / rollout.mask_BT.sum())
+    assert figures["actor/advantage_std"] == pytest.approx(math.sqrt(share * (1 - share)), rel=1e-4)
+    assert float(estimates.advantages_BT[estimates.mask_BT].std(unbiased=False)) == pytest.approx(1, abs=1e-3)
+    trainer.close()
+
+
+def test_the_time_of_a_step_is_that_of_its_three_parts(tmp_path: Path):
+    trainer = Trainer(run_config(tmp_path / "run", "algorithm=grpo"), task=Parity())
+    figures = trainer.train_step()
+    assert figures["time/step"] == pytest.approx(sum(figures[f"time/{part}"] for part in ("sample", "score", "update")))
+    assert figures["time/tokens_per_second"] == pytest.approx(figures["rollout/tokens"] / figures["time/step"])
+    trainer.close()
 
 
 def test_metrics_say_what_an_expert_asks_for_and_every_figure_is_finite(tmp_path: Path):

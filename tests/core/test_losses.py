@@ -273,29 +273,33 @@ def test_garbage_at_masked_positions_reaches_neither_loss_nor_gradient():
 
 
 def test_bf16_inputs_are_computed_in_float32():
-    x = torch.tensor([0.1, 0.2], dtype=torch.bfloat16)
-    assert clipped_surrogate(x, x, x, 0.2, 0.2)[0].dtype == torch.float32
-    assert value_loss(x, x, x, 0.5).dtype == torch.float32
-    assert huber_value_loss(x, x, 0.5).dtype == torch.float32
-    assert kl_estimate(x, x, "k3").dtype == torch.float32
+    # .1 and .3 in bf16, whose difference, squares and exponentials bf16 would round to 8 bits.
+    x, y, z = torch.tensor([[0.1, 0.2], [0.3, 0.7], [-1.1, 0.9]], dtype=torch.bfloat16)
+    for loss in (
+        lambda a, b, c: clipped_surrogate(a, b, c, 0.2, 0.2)[0],
+        lambda a, b, c: value_loss(a, b, c, 0.5),
+        lambda a, b, c: huber_value_loss(a, c, 0.5),
+        lambda a, b, c: kl_estimate(a, b, "k3"),
+    ):
+        torch.testing.assert_close(loss(x, y, z), loss(x.float(), y.float(), z.float()), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
-    "call",
+    ("call", "words"),
     [
-        lambda: clipped_surrogate(torch.zeros(2), torch.zeros(3), torch.zeros(2), 0.2, 0.2),
-        lambda: clipped_surrogate(torch.zeros(2), torch.zeros(2), torch.zeros(2), -0.1, 0.2),
-        lambda: clipped_surrogate(torch.zeros(2), torch.zeros(2), torch.zeros(2), 0.2, float("nan")),
-        lambda: value_loss(torch.zeros(2), torch.zeros(1), torch.zeros(2), None),
-        lambda: value_loss(torch.zeros(2), torch.zeros(2), torch.zeros(2), 0.0),
-        lambda: huber_value_loss(torch.zeros(2), torch.zeros(2), -0.1),
-        lambda: kl_estimate(torch.zeros(2), torch.zeros(2), "k4"),
-        lambda: aggregation_weights(torch.ones(2), "token_mean"),
-        lambda: aggregation_weights(torch.ones(2, 2), "mean"),
-        lambda: aggregation_weights(torch.ones(2, 2), "seq_sum_fixed_length"),
-        lambda: weighted_sum(torch.ones(2, 2), torch.ones(2, 1)),
+        (lambda: clipped_surrogate(torch.zeros(2), torch.zeros(3), torch.zeros(2), 0.2, 0.2), "one shape"),
+        (lambda: clipped_surrogate(torch.zeros(2), torch.zeros(2), torch.zeros(2), -0.1, 0.2), "clip_low"),
+        (lambda: clipped_surrogate(torch.zeros(2), torch.zeros(2), torch.zeros(2), 0.2, float("nan")), "clip_high"),
+        (lambda: value_loss(torch.zeros(2), torch.zeros(1), torch.zeros(2), None), "one shape"),
+        (lambda: value_loss(torch.zeros(2), torch.zeros(2), torch.zeros(2), 0.0), "value_clip"),
+        (lambda: huber_value_loss(torch.zeros(2), torch.zeros(2), -0.1), "kappa"),
+        (lambda: kl_estimate(torch.zeros(2), torch.zeros(2), "k4"), "k1, k2 or k3"),
+        (lambda: aggregation_weights(torch.ones(2), "token_mean"), "mask"),
+        (lambda: aggregation_weights(torch.ones(2, 2), "mean"), "kind must be token_mean"),
+        (lambda: aggregation_weights(torch.ones(2, 2), "seq_sum_fixed_length"), "fixed_length"),
+        (lambda: weighted_sum(torch.ones(2, 2), torch.ones(2, 1)), "one shape"),
     ],
 )
-def test_bad_input_is_a_value_error(call):
-    with pytest.raises(ValueError, match=r"."):
+def test_bad_input_is_a_value_error_that_names_it(call, words):
+    with pytest.raises(ValueError, match=words):
         call()

@@ -222,9 +222,11 @@ def test_terms_keep_their_digits_in_float32_when_rewards_are_offset_by_ten_thous
 
 
 def test_bf16_predictions_are_computed_in_float32():
-    predictions = torch.zeros(2, 4, dtype=torch.bfloat16, requires_grad=True)
-    terms = critic_terms(predictions, torch.ones(3), quantile_levels(4), 0.1, 2.0, 0.1, 0.1)
-    assert {value.dtype for value in terms.values()} == {torch.float32}
+    predictions = torch.tensor([[0.1, 0.2, 0.3, 0.7], [0.0, 0.3, 0.6, 1.1]], dtype=torch.bfloat16, requires_grad=True)
+    given = (torch.tensor([0.15, 0.4, 1.3]), quantile_levels(4), 0.1, 2.0, 0.1, 0.1)
+    terms, exact = critic_terms(predictions, *given), critic_terms(predictions.detach().float(), *given)
+    for name, value in terms.items():
+        torch.testing.assert_close(value, exact[name], rtol=0, atol=0)
     sum(terms.values()).backward()
     assert predictions.grad.dtype == torch.bfloat16
 
