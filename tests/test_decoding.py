@@ -1,5 +1,6 @@
 """The decoder spares work and changes no draw: shared contexts, buffers with room, rows that are dropped."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -106,6 +107,36 @@ def test_keys_and_values_stand_where_they_were_put_until_there_is_no_room():
     expected = torch.cat(states, dim=-2)[[2, 0, 2]]
     more = torch.randn(3, 2, 1, 4, generator=draw)
     assert torch.equal(layer.update(more, more)[0], torch.cat([expected, more], dim=-2))
+
+
+def test_buffers_grow_by_steps_and_no_further_than_there_is_room(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(RoomyLayer, "GROWTH", 4)
+    layer, sizes = RoomyLayer(room=10), []
+    for _ in range(5):
+        states = torch.randn(1, 1, 2, 4)
+        layer.update(states, states)
+        sizes.append(layer._buffers[0].shape[-2])
+    assert sizes == [4, 4, 8, 8, 10]
+
+
+def test_under_autocast_keys_and_values_are_kept_in_its_type():
+    layer, states = RoomyLayer(room=4), torch.tensor([[[[0.1, 0.2]]]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        keys, values = layer.update(states, states)
+    assert keys.dtype == values.dtype == torch.bfloat16
+    assert torch.equal(keys, states.bfloat16())
+
+
+@pytest.mark.parametrize(("dtype", "inference"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_autocast_keeps_its_weights_while_it_samples_which_it_does_not_in_inference_mode(
+    dtype: torch.dtype, inference: bool
+):
+    policy, modes = replace(tiny_policy(), dtype=dtype), []
+    policy.trunk.register_forward_pre_hook(
+        lambda *_: modes.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+    )
+    HuggingFaceSampler(policy, SamplingConfig()).sample([[2, 5]], [3], [0])
+    assert set(modes) == {(inference, False)}
 
 
 def test_a_layer_that_forgets_what_lies_behind_its_window_stays_transformers_own():

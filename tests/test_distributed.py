@@ -154,6 +154,13 @@ def test_shares_of_rows_are_gathered_whole_and_not_by_the_operation_that_damages
 def test_alone_everything_is_the_identity(monkeypatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert distributed.init_from_env("cpu") == torch.device("cpu")
+    chosen: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert [distributed.init_from_env(name) for name in ("cuda", "cuda:1")] == [
+        torch.device("cuda"),
+        torch.device("cuda:1"),
+    ]
+    assert chosen == ["cuda:1"]  # what is launched on the current GPU is launched there
     assert (distributed.world_size(), distributed.rank(), distributed.is_main()) == (1, 0, True)
     tensor, value = torch.tensor([1.0, 2.0]), object()
     assert distributed.all_reduce_sum(tensor) is tensor

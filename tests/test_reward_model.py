@@ -55,6 +55,18 @@ def test_a_score_does_not_depend_on_the_rows_beside_it_nor_on_their_order(model:
     alone = torch.cat([model.judge([row]) for row in rows])
     assert alone.unique().numel() == 5
     assert torch.allclose(model.judge(rows), alone, atol=1e-5)
+    # By like length, at most so many sequences and so many tokens, padding included; a longer one by itself.
+    most = 2 * sorted(map(len, rows))[-2]
+    monkeypatch.setattr("dvpo.reward_model.SCORING_TOKENS", most)
+    judged: list[tuple[int, int]] = []
+    scores = RewardModel.scores
+    monkeypatch.setattr(
+        RewardModel, "scores", lambda self, some: judged.append((len(some), max(map(len, some)))) or scores(self, some)
+    )
+    assert torch.allclose(model.judge(rows), alone, atol=1e-5)
+    assert sum(count for count, _ in judged) == len(rows)
+    assert all(count * width <= most or count == 1 for count, width in judged)
+    assert 1 < len(judged) < len(rows)
     monkeypatch.setattr("dvpo.reward_model.SCORING_BATCH", 2)
     assert torch.allclose(model.judge(rows[::-1]), alone.flip(0), atol=1e-5)
 

@@ -80,7 +80,13 @@ class Decoder:
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
-    """A layer's keys and values [B, heads, tokens, D], views of buffers with `room` for that many tokens."""
+    """A layer's keys and values [B, heads, tokens, D], views of buffers that grow by `GROWTH` tokens, up to `room`.
+
+    Under autocast they are kept in its type, to which attention would cast them at every token: a normalised key comes
+    in float32.
+    """
+
+    GROWTH = 512
 
     def __init__(self, room: int) -> None:
         super().__init__()
@@ -89,12 +95,17 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no typ
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values; returns all that there are."""
+        device = key_states.device.type
+        if torch.is_autocast_enabled(device):
+            kind = torch.get_autocast_dtype(device)
+            key_states, value_states = key_states.to(kind), value_states.to(kind)
         held = self.get_seq_length()
         if held == 0:
             self.lazy_initialization(key_states, value_states)
         length = held + key_states.shape[-2]
         if self._buffers is None or length > self._buffers[0].shape[-2]:
-            self._make_room(key_states, value_states, max(length, self.room))
+            grown = -(-length // self.GROWTH) * self.GROWTH
+            self._make_room(key_states, value_states, max(length, min(self.room, grown)))
         assert self._buffers is not None
         keys, values = self._buffers
         keys[:, :, held:length] = key_states

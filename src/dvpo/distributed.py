@@ -32,6 +32,8 @@ def init_from_env(device: str = "cpu", timeout: timedelta = PATIENCE) -> torch.d
     """
     on_cuda = torch.device(device).type == "cuda"
     if "WORLD_SIZE" not in os.environ:
+        if on_cuda and torch.device(device).index is not None:
+            torch.cuda.set_device(device)  # what asks for the current GPU shall mean this one
         return torch.device(device)
     if on_cuda:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from dvpo.algorithms import find_algorithm
 from dvpo.config import Config
 from dvpo.lora import add_adapters, shares_base
-from dvpo.policy import LOGIT_BUDGET
+from dvpo.policy import logit_budget
 from dvpo.settings import LoraConfig
 
 FLOAT = 4
@@ -108,7 +108,7 @@ def predict(config: Config, model_config: Any, base: int = 0, on_gpu: bool = Fal
         rows = max(1, min(rows, config.update.max_tokens_per_microbatch // length))
     tokens = rows * length
     plain, beside = (_activations(config, shape, tokens, frozen, on_gpu) for frozen in (False, True))
-    logits = LOGIT_COPIES * FLOAT * min(rows * response * shape.vocab_size, LOGIT_BUDGET)
+    logits = LOGIT_COPIES * FLOAT * min(rows * response * shape.vocab_size, logit_budget(on_gpu))
     terms = LOSS_COPIES * FLOAT * rows * response * outputs if row.critic != "vocabulary" else logits
     of_policy = (FLOAT * (adapter or model), beside if adapter else plain, logits)
     of_trunk = 0 if learning == head else beside if critic_adapter else plain

@@ -33,6 +33,8 @@ disable_progress_bar()
 
 LOGIT_BUDGET = 1 << 24
 """Logits held at once while log-probs are computed (64 MiB in float32)."""
+GPU_LOGITS = 8
+"""So many times as many on a GPU, where every piece casts the whole head and adds a gradient of its size."""
 
 
 @dataclass(frozen=True)
@@ -171,13 +173,18 @@ class Policy:
         return write
 
 
+def logit_budget(on_gpu: bool) -> int:
+    """Logits held at once."""
+    return LOGIT_BUDGET * (GPU_LOGITS if on_gpu else 1)
+
+
 def in_chunks(function: Callable[..., tuple[Tensor, ...]], vocabulary: int, *tensors_K: Tensor) -> tuple[Tensor, ...]:
-    """Apply a function that works token by token to at most `LOGIT_BUDGET` logits at once.
+    """Apply a function that works token by token to at most `logit_budget` logits at once.
 
     Each chunk is recomputed in the backward pass when there is more than one: memory grows with the chunk, not with
     K * V.
     """
-    chunk = max(1, LOGIT_BUDGET // vocabulary)
+    chunk = max(1, logit_budget(tensors_K[0].is_cuda) // vocabulary)
     if len(tensors_K[0]) <= chunk:
         return function(*tensors_K)
     pieces = zip(*(tensor.split(chunk) for tensor in tensors_K), strict=True)

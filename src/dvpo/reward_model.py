@@ -35,8 +35,8 @@ from dvpo.rewards import Fault, Scores
 from dvpo.sampling import pad_right
 from dvpo.tasks import Completion, Message, Prompt
 
-SCORING_BATCH = 64
-"""Sequences scored side by side: memory only."""
+SCORING_BATCH, SCORING_TOKENS = 64, 1 << 14
+"""Sequences, and tokens with their padding, scored side by side: memory only."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,10 @@ class RewardModel:
         """The same for any number of rows, in batches of like length and without gradient: float32 [B] on the CPU."""
         scores_B = torch.empty(len(rows))
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for start in range(0, len(rows), SCORING_BATCH):
-            batch = order[start : start + SCORING_BATCH]
+        while order:
+            sizes = range(1, min(SCORING_BATCH, len(order)) + 1)
+            size = max((n for n in sizes if n * len(rows[order[n - 1]]) <= SCORING_TOKENS), default=1)
+            batch, order = order[:size], order[size:]
             scores_B[batch] = self.scores([rows[i] for i in batch]).cpu()
         return scores_B
 

@@ -297,7 +297,6 @@ class HuggingFaceSampler:
         if settings.top_p < 1:
             self._warpers.append(TopPLogitsWarper(settings.top_p))
 
-    @torch.inference_mode()
     def sample(self, contexts: Sequence[Sequence[int]], budgets: Sequence[int], seeds: Sequence[int]) -> list[Turn]:
         size, drawn = self.settings.batch_size, []
         order = self._order(contexts)
@@ -306,7 +305,9 @@ class HuggingFaceSampler:
         if was_training:  # gradient checkpointing needs that mode, in which transformers drops the KV cache
             model.eval()
         try:
-            with self.policy.autocast():  # around all steps: it casts the weights once and keeps them until it ends
+            # Around all steps: autocast casts the weights once and keeps them until it ends, but not in inference mode.
+            plain = self.policy.dtype is torch.float32
+            with torch.inference_mode() if plain else torch.no_grad(), self.policy.autocast():
                 for start in range(0, len(order), size):
                     rows = order[start : start + size]
                     drawn += self._sample_batch(

@@ -173,7 +173,7 @@ class Scorer:
 
 
 def open_reward(
-    config: Config, task: Task, function: Callable[..., Any] | None = None
+    config: Config, task: Task, function: Callable[..., Any] | None = None, device: torch.device | None = None
 ) -> RewardSource | RewardMix | None:
     """The reward function, reward model or mix of a run, opened and checked; None where the task itself judges.
 
@@ -181,6 +181,7 @@ def open_reward(
         config: names it under `reward`.
         task: its training split tells which columns the function will be given.
         function: instead of the named one.
+        device: where a reward model works; None: as the config says.
 
     Raises:
         InputError: it cannot be opened or called with the columns, or nobody knows a reward.
@@ -189,13 +190,13 @@ def open_reward(
         raise InputError(f"task.name = {config.task.name}: its training split is empty, give it at least one example")
     if not config.reward.mix:
         name = config.reward.function if function is None else function
-        return _open_source(config, task, name, "reward.function")
+        return _open_source(config, task, name, "reward.function", device)
     if function is not None:
         raise InputError("reward.mix and a reward function given in Python exclude each other: keep one of them")
     parts: list[Part] = []
     try:
         for place, part in enumerate(config.reward.mix):
-            source = _open_source(config, task, part.function, f"reward.mix.{place}.function")
+            source = _open_source(config, task, part.function, f"reward.mix.{place}.function", device)
             parts.append(Part(part.label, part.weight, source))
     except InputError:
         RewardMix(parts).close()
@@ -210,7 +211,9 @@ def longest_scoring(config: Config) -> float:
     return max(len(reward.mix), 1) * longest_call(samples, reward.timeout, reward.concurrency, reward.retries)
 
 
-def _open_source(config: Config, task: Task, name: str | Callable[..., Any], field: str) -> RewardSource | None:
+def _open_source(
+    config: Config, task: Task, name: str | Callable[..., Any], field: str, device: torch.device | None
+) -> RewardSource | None:
     """Whoever observes one reward; None: the task."""
     examples = task.split("train")
     if name == "math_verify":
@@ -218,8 +221,8 @@ def _open_source(config: Config, task: Task, name: str | Callable[..., Any], fie
             raise InputError(f"{field} = math_verify needs the extra math: pip install 'dvpo[math]'")
         name = MATH_VERIFY
     if isinstance(name, str) and name.startswith(MODEL_PREFIX):
-        device = torch.device(choose_device(config.device))
-        model = open_reward_model(name.removeprefix(MODEL_PREFIX), device, config.model.dtype)
+        where = torch.device(choose_device(config.device)) if device is None else device
+        model = open_reward_model(name.removeprefix(MODEL_PREFIX), where, config.model.dtype)
         model.encode(examples[0].prompt, "")  # a chat template that is missing shows now
         return ModelReward(model)
     if name != "task":

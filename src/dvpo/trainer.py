@@ -137,7 +137,7 @@ class Trainer(Learner):
         refuse_without_judge(config.checkpoint, self.task)
         train = self.task.split("train")
         warn_of_few(self.task.split("id"), config.task)
-        self.reward = together(lambda: open_reward(config, self.task, reward))
+        self.reward = together(lambda: open_reward(config, self.task, reward, self.device))
         self.scorer = Scorer(self.task, self.reward, make_noise(config.noise, config.seed, train))
         source = starting_model(config)
         # A run with adapters goes on from the model that it began with: what it has trained is among its parts.

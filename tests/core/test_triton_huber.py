@@ -4,11 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dvpo.core import triton_huber
+from dvpo.core import backends, triton_huber
 
 
 def test_the_kernel_equals_torch_in_float64_in_tritons_interpreter():
@@ -18,6 +19,12 @@ def test_the_kernel_equals_torch_in_float64_in_tritons_interpreter():
     assert len(rows) == 5 * 2 * 2
     for row in rows:
         assert max(row["gaps"]) < 3e-7 * 10, row  # float32 results of the order of 1; rewards are at 10
+
+
+def test_where_triton_cannot_launch_torch_computes_and_it_is_said():
+    # A CPU is such a place: Triton has no driver for it. On an image without a C compiler it fails as well.
+    with pytest.warns(UserWarning, match="Triton does not run here .*: the critic's loss is computed by torch"):
+        assert not backends._triton_runs.__wrapped__(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("smooth", [True, False])

@@ -1,6 +1,7 @@
 """Who computes laws and losses where: compiled code on a CPU, a Triton kernel on a GPU, torch anywhere else."""
 
 import importlib.util
+import warnings
 from functools import cache
 from typing import Literal
 
@@ -11,15 +12,28 @@ from dvpo.core import compiled_loss, compiling, sorted_huber
 
 
 def backend(tensor: Tensor) -> Literal["compiled", "triton", "torch"]:
-    """Chosen by device and dtype alone. A GPU gets Triton where it is installed and the numbers are float32."""
+    """Chosen by device and dtype alone. A GPU gets Triton where it runs and the numbers are float32."""
     if tensor.device.type == "cpu":
         return "compiled"
-    return "triton" if tensor.is_cuda and tensor.dtype == torch.float32 and _has_triton() else "torch"
+    return "triton" if tensor.is_cuda and tensor.dtype == torch.float32 and _triton_runs(tensor.device) else "torch"
 
 
 @cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _triton_runs(device: torch.device) -> bool:
+    """Whether a first small launch succeeds: Triton needs a C compiler and Python's headers, which images may lack."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from dvpo.core import triton_huber
+
+    one_KNM = torch.zeros(1, 1, 1, device=device)
+    try:
+        triton_huber.huber_sums(one_KNM, one_KNM[0], torch.full((1,), 0.5, device=device), 0.1)
+    except Exception as error:  # whatever keeps it from running, torch does it too
+        warnings.warn(
+            f"Triton does not run here ({error}): the critic's loss is computed by torch, slower", stacklevel=2
+        )
+        return False
+    return True
 
 
 def huber_sums(theta_KNM: Tensor, atoms_KL: Tensor, levels_M: Tensor, kappa: float) -> tuple[Tensor, Tensor]:

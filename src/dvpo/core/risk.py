@@ -269,8 +269,8 @@ def _rank(targets: Tensor, atoms: Tensor) -> Tensor:
     if backend(targets) == "compiled" and targets.dtype == atoms.dtype:
         rows = (law.reshape(-1, law.shape[-1]) for law in (targets, atoms))
         return compiled_ranks.rank_advantage(*rows).view(targets.shape[:-1])
-    below = torch.searchsorted(atoms, targets)
-    not_above = torch.searchsorted(atoms, targets, right=True)
+    below = torch.searchsorted(atoms, targets, out_int32=True)
+    not_above = torch.searchsorted(atoms, targets, right=True, out_int32=True)
     wins = (below + not_above).to(targets.dtype) / 2.0
     return wins.mean(dim=-1) / atoms.shape[-1] - 0.5
 

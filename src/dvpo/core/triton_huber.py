@@ -16,11 +16,12 @@ def huber_sums(theta_KNM: Tensor, atoms_KL: Tensor, levels_M: Tensor, kappa: flo
     losses_KM, slopes_KNM = torch.empty_like(theta_KNM[:, 0]), torch.empty_like(theta_KNM)
     if num_tokens:
         num_atoms = atoms_KL.shape[-1]
-        _huber_token[(num_tokens,)](
-            theta_KNM, atoms_KL, levels_M.to(theta_KNM).contiguous(), losses_KM, slopes_KNM,
-            kappa, num_quantiles, num_atoms, num_heads,
-            triton.next_power_of_2(num_quantiles), num_atoms.bit_length(), kappa > 0,
-        )  # fmt: skip
+        with torch.cuda.device_of(theta_KNM):  # Triton launches on the current GPU, wherever its arguments are
+            _huber_token[(num_tokens,)](
+                theta_KNM, atoms_KL, levels_M.to(theta_KNM).contiguous(), losses_KM, slopes_KNM,
+                kappa, num_quantiles, num_atoms, num_heads,
+                triton.next_power_of_2(num_quantiles), num_atoms.bit_length(), kappa > 0,
+            )  # fmt: skip
     return losses_KM, slopes_KNM
 
 
