@@ -167,6 +167,21 @@ def test_faults_of_a_replaced_group_are_logged_with_their_own_sample(tmp_path: P
     assert all(row["reward/missing"] == 0 for row in rows(trainer))
 
 
+def test_a_group_that_differs_in_cut_responses_alone_has_no_signal_where_these_are_masked(tmp_path: Path) -> None:
+    class Ended(Parity):
+        """All that ended are worth 1, all that were cut 0."""
+
+        def true_reward(self, prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> list[float]:
+            return [float(len(ids) < 12) for ids in completion_ids]
+
+    settings = ["sampling.resample_rounds=9", "sampling.max_completion_length=12", "steps=1"]
+    sampled = [
+        rows(trained(tmp_path / rule, *settings, f"advantage.truncation={rule}", task=Ended()))[0]["rollout/sampled"]
+        for rule in ("terminal", "mask")
+    ]
+    assert sampled[0] < sampled[1]  # no group has a difference among those that ended: all rounds are used up
+
+
 def test_a_group_of_one_cannot_be_judged() -> None:
     with pytest.raises(InputError, match=r"sampling.resample_rounds = 1 .*samples_per_prompt = 1: raise it"):
         load_config({"sampling": {"resample_rounds": 1, "samples_per_prompt": 1}})

@@ -93,6 +93,23 @@ def test_a_mix_of_nothing_or_of_names_is_refused_in_a_sentence(mix: list[str]):
     assert "task.mix" in refusal({"task": {"name": "mix", "mix": mix}})
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["algorithm=grpo", "sampling.samples_per_prompt=1"], "algorithm = grpo compares the responses to one prompt"),
+        (["algorithm=ppo", "reward.norm=group", "sampling.samples_per_prompt=1"], "reward.norm = group compares"),
+        (["advantage.reward_trust=0.5", "advantage.target=mixture"], "moves the atoms of a rank one by one"),
+        (
+            ["algorithm=dvpo_cons", "critic.adaptive_risk=true", "reward.trusted=0.1"],
+            "critic.adaptive_risk = true moves the tail terms, whose weights are 0",
+        ),
+    ],
+)
+def test_settings_that_would_do_nothing_together_are_refused(settings: list[str], words: str):
+    assert words in refusal(None, *settings)
+    assert load_config(overrides=["algorithm=reinforce_pp", "sampling.samples_per_prompt=1"])
+
+
 def test_yamls_word_for_off_is_taken_where_a_setting_has_it(tmp_path: Path):
     (tmp_path / "c.yaml").write_text("sampling: {correction: {kind: off}}\n")
     assert load_config(tmp_path / "c.yaml").sampling.correction.kind == "off"

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from dvpo.batch import Rollout
 from dvpo.errors import InputError
 from dvpo.policy import Policy
-from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Turn, collate, fit_prompts, play
+from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Turn, begin, collate, fit_prompts, play
 from dvpo.scoring import place
 from dvpo.settings import SamplingConfig
 from dvpo.tasks import Example, Prompt, SingleTurn, Step
@@ -239,7 +240,8 @@ def test_collate_pads_prompts_left_and_responses_right_and_records_ends_by_the_s
 def fit(prompts: Sequence[Prompt], context: int = 100, **settings: object) -> dict[str, list[int]]:
     examples = [Example(f"p{i}", prompt) for i, prompt in enumerate(prompts)]
     chosen = SamplingConfig(**{"max_prompt_length": 5, "max_completion_length": 10, **settings})
-    return fit_prompts(examples, ChatEncoder(TOKENIZER), chosen, context)
+    fitted = fit_prompts(examples, ChatEncoder(TOKENIZER), chosen, context)
+    return {name: list(tokens) for name, tokens in fitted.items()}
 
 
 def test_strings_stand_as_they_are_and_messages_go_through_the_template():
@@ -254,6 +256,19 @@ def test_overlong_prompts_are_refused_left_out_or_keep_their_last_tokens():
     assert fit(["abc", "abcdefg"], long_prompts="truncate")["p1"] == ids("cdefg")
     with pytest.raises(InputError, match="no prompt fits"):
         fit(["abcdefg"], long_prompts="skip")
+
+
+def test_a_prompt_that_an_environment_changed_is_held_to_the_same_limit():
+    class Longer(SingleTurn):
+        def reset(self) -> str:
+            return "abcdefg"
+
+    task = SimpleNamespace(environment=Longer)
+    example, encoder = Example("p", "abc"), ChatEncoder(TOKENIZER)
+    cut = SamplingConfig(max_prompt_length=5, long_prompts="truncate")
+    assert begin(task, example, 0, 0, {"p": ids("abc")}, encoder, cut)[0].prompt_tokens == ids("cdefg")
+    with pytest.raises(InputError, match=r"the environment of prompt p gave a prompt of 7 tokens.* = 5: raise it"):
+        begin(task, example, 0, 0, {"p": ids("abc")}, encoder, SamplingConfig(max_prompt_length=5))
 
 
 def test_prompt_and_completion_must_fit_the_models_context():

@@ -145,10 +145,24 @@ def test_a_rank_compares_what_is_trusted_of_the_return_with_the_law() -> None:
     given = signals()
     theta_BTM = ascending(given.values_BTNM.mean(dim=-2))
     advantages_BT, targets_BTL = estimate("dvpo", given, "advantage.lam=1", "advantage.reward_trust=0.5")
-    mixed = 0.5 * 1.0 + 0.5 * theta_BTM[0, -1].mean()
-    below = (theta_BTM[0, 0] < mixed).float().mean()
-    torch.testing.assert_close(advantages_BT[0, 0], below - 0.5)
+    # Half the last difference of every atom: G_j = theta_j(s_T) + (1 - theta_j(s_T)) / 2.
+    mixed_M = 0.5 * 1.0 + 0.5 * theta_BTM[0, -1]
+    wins = (mixed_M.unsqueeze(-1) > theta_BTM[0, 0]).float().mean()
+    torch.testing.assert_close(advantages_BT[0, 0], wins - 0.5)
     torch.testing.assert_close(targets_BTL, estimate("dvpo", given, "advantage.lam=1")[1], rtol=0, atol=0)
+
+
+def test_a_rank_that_trusts_half_a_binary_reward_still_tells_right_from_wrong_and_one_that_trusts_none_says_0() -> None:
+    # The law of a coin: atoms 0 and 1. Half of the last difference: a 1 gives 1/2, 1 and a 0 gives 0, 1/2.
+    given = signals(num_quantiles=2)
+    atoms = torch.tensor([0.0, 1.0]).expand(6, 4, 3, 2).clone()
+    for reward, expected in ((1.0, 0.125), (0.0, -0.125)):  # 1/2 beats 0: .5, 1 beats 0 and ties: .75; less 1/2
+        rewards_BT = reward * last_token(given.mask_BT)
+        coin = dataclasses.replace(given, values_BTNM=atoms, rewards_BT=rewards_BT)
+        for trust, advantage in ((0.5, expected), (0.0, 0.0), (1.0, 2 * expected)):
+            settings = ["advantage.lam=1", f"advantage.reward_trust={trust}"]
+            advantages_BT, _ = estimate("dvpo", coin, *settings)
+            assert advantages_BT[0].tolist() == pytest.approx([advantage] * 4), (reward, trust)
 
 
 def test_rfqi_with_radius_0_is_the_quantile_critic_with_its_mean() -> None:

@@ -8,10 +8,12 @@ import pytest
 from dvpo.cli import main
 from dvpo.config import load_config, to_yaml
 from dvpo.errors import InputError, RunStoppedError
-from dvpo.faults import KINDS, fault_figures, headline, stop_at_faults
+from dvpo.faults import KINDS, fault_figures, fault_rows, headline, stop_at_faults
 from dvpo.rewards import Fault
 from dvpo.runlog import read_rows
+from dvpo.sampling import Episode
 from dvpo.settings import RewardConfig
+from dvpo.tasks import Example
 from dvpo.trainer import Trainer
 from runs import Parity, run_config
 
@@ -141,3 +143,11 @@ def test_a_headline_keeps_the_kind_and_the_users_line():
     assert headline(Fault("exception", 0, long)).startswith("ValueError: xx")
     assert headline(Fault("exception", 0, long)).endswith("x (my_rewards.py:3)")
     assert headline(Fault("timeout", 0, "no answer within 1 s")) == "timeout: no answer within 1 s"
+
+
+def test_of_many_faults_the_first_bring_their_texts_and_the_others_say_which_samples_they_struck():
+    episodes = [Episode(Example(str(i), "a long prompt"), visit=1, sample=i, prompt_tokens=[]) for i in range(12)]
+    rows = fault_rows([Fault("exception", i, "no") for i in range(12)] + [Fault("timeout", None, "all")], episodes)
+    assert [row.get("prompt_id") for row in rows] == [*map(str, range(12)), None]
+    assert ["prompt" in row for row in rows] == [True] * 8 + [False] * 5
+    assert rows[9] == {"kind": "exception", "message": "no", "cured": False, "prompt_id": "9", "visit": 1, "sample": 9}

@@ -6,12 +6,13 @@ import json
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 import yaml
 
-from dvpo import Trainer
+from dvpo import Trainer, report_texts
 from dvpo.cli import main
 from dvpo.errors import InputError
 from dvpo.plain_text import clipped, visible
@@ -197,6 +198,12 @@ def test_a_running_mean_is_centred_and_keeps_the_level():
     assert smoothed([(0.0, 5.0), (1.0, 7.0)]) == [(0.0, 5.0), (1.0, 7.0)]
 
 
+def test_a_running_mean_is_that_of_each_points_neighbours():
+    points = [(float(i), float(i * i % 7)) for i in range(101)]
+    expected = [fmean(y for _, y in points[max(0, i - 2) : i + 3]) for i in range(101)]  # 101 // 25 // 2
+    assert [y for _, y in smoothed(points)] == pytest.approx(expected)
+
+
 def test_what_was_zero_all_along_is_named_and_not_drawn(tmp_path: Path):
     panel = learning_panel(place_of_runs([write_run(tmp_path / "run", texts={})]))
     assert panel.zero == ["Missing rewards"]
@@ -302,6 +309,22 @@ def test_the_samples_of_a_step_share_their_prompt(tmp_path: Path):
         (2, -1, "x"),
         (3, -1, "x"),
     ]
+
+
+def test_long_texts_are_shown_from_all_over_the_run_and_those_whose_tokens_do_not_fit_as_plain_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = write_run(tmp_path / "run", texts={"a": "x"})
+    (row,) = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    rows = [{**row, "step": step, "completion": "y" * 1000} for step in range(1, 101)]
+    (folder / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(report_texts, "TEXT_ROOM", 14_000)
+    monkeypatch.setattr(report_texts, "TOKEN_ROOM", 10)
+    data = page_data(place_of_runs([folder]).runs)
+    steps = [one["step"] for one in data["completions"]]
+    assert 1 in steps  # its tokens are on record, and have no room
+    assert max(steps) > 80
+    assert data["views"] == []
 
 
 def test_numbers_that_are_none_stay_so(tmp_path: Path):

@@ -203,6 +203,50 @@ def test_a_fault_that_only_the_batch_shows_is_cured_by_asking_one_by_one(guard: 
     assert [(f.kind, f.index, f.cured) for f in scores.faults] == [("exception", None, True)]
 
 
+COUNTED = """
+    from pathlib import Path
+    def reward(prompts, completions, completion_ids):
+        with open({file!r}, "a") as calls:
+            print(len(prompts), file=calls)
+        if "bad" in completions:
+            raise RuntimeError("bad")
+        return [float(c) for c in completions]
+"""
+
+
+def test_one_bad_sample_of_many_is_found_by_halves(guard: Guard, tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    texts = [str(i) for i in range(100)]
+    texts[77] = "bad"
+    scores = score(guard(COUNTED.format(file=str(calls))), texts)
+    assert scores.rewards == [None if i == 77 else float(i) for i in range(100)]
+    assert kinds(scores) == [("exception", 77)]
+    # 100 fails, 50 holds, 50 fails, 25 holds, 25 fails, 12 holds, 13 fails, then 6, of which 76 to 81 are one by one.
+    sizes = [int(size) for size in calls.read_text().split()]
+    assert len(sizes) <= 1 + 2 * 4 + 8
+    assert sizes[:3] == [100, 50, 50]
+
+
+def test_a_fault_that_neither_half_shows_is_on_record_once(guard: Guard) -> None:
+    reward = guard("""
+        def reward(prompts, completions, completion_ids):
+            assert len(prompts) < 20
+            return [1.0] * len(prompts)
+    """)
+    scores = score(reward, ["a"] * 20)
+    assert scores.rewards == [1.0] * 20
+    assert [(f.kind, f.index, f.cured) for f in scores.faults] == [("exception", None, True)]
+
+
+def test_a_call_holds_about_as_many_samples_as_it_may_and_a_prompts_stay_together(guard: Guard, tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    reward = guard(COUNTED.format(file=str(calls)), most=4)
+    prompts = ["a"] * 3 + ["b"] * 3 + ["c"] * 3
+    scores = reward(prompts, [str(i) for i in range(9)], [[7]] * 9, {})
+    assert scores.rewards == [float(i) for i in range(9)]
+    assert calls.read_text().split() == ["3", "3", "3"]
+
+
 # Floods.
 
 

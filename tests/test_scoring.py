@@ -211,11 +211,13 @@ def test_a_run_without_anyone_who_knows_a_reward_and_one_without_prompts_do_not_
 @pytest.mark.parametrize(
     ("settings", "seconds"),
     [
-        ((), 12 * 600),  # the batch, ten limits for samples alone, and one that was begun just before
-        (("retries=2",), 14 * 600),  # that one three times
-        # 32 evaluation prompts 3 times: 96 samples, 12 at a time in 8 rounds and half a limit more; and all again
-        (("concurrency=12", "retries=1"), 2 * 8.5 * 600),
-        (("mix=[{function: task, weight: 1}, {function: 'm:f', weight: 2}]",), 2 * 12 * 600),
+        # 32 evaluation prompts 3 times: 96 samples in 6 calls as large as a step's. Of each the batch, ten limits for
+        # samples alone, and one that was begun just before.
+        ((), 6 * 12 * 600),
+        (("retries=2",), 6 * 14 * 600),  # that one three times
+        # 16 samples, 12 at a time in 2 rounds and half a limit more; and all again
+        (("concurrency=12", "retries=1"), 6 * 2 * 2.5 * 600),
+        (("mix=[{function: task, weight: 1}, {function: 'm:f', weight: 2}]",), 2 * 6 * 12 * 600),
     ],
 )
 def test_a_process_that_waits_for_another_waits_as_long_as_its_rewards_may_take(settings, seconds):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dvpo.core.masks import identity
 from dvpo.core.returns import group_location_scale
-from dvpo.estimates import overlong_penalties, shape_rewards
+from dvpo.estimates import last_token, overlong_penalties, shape_rewards
 from dvpo.settings import RewardConfig
 from dvpo.trainer import Trainer
 from responses import NOISE, shape, signals
@@ -87,6 +87,29 @@ def test_a_run_takes_the_penalty_from_what_is_learnt_and_not_from_what_was_obser
     weighted = float((lengths_B * lengths_B / 12).sum() / lengths_B.sum())  # every token of a response has its return
     lost = figures[0]["critic/return_mean"] - figures[12]["critic/return_mean"]
     assert lost == pytest.approx(weighted, abs=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["group", "group_robust", "batch"])
+def test_where_all_returns_are_equal_nothing_is_left_of_them_and_turns_keep_their_rewards(norm: str) -> None:
+    given = signals()
+    rewards_BT = torch.zeros(6, 4)
+    rewards_BT[:, 0] = 0.5  # a turn's reward, and the last token's makes a return of .75 for everybody
+    rewards_BT += 0.25 * last_token(given.mask_BT)
+    rewards_BT *= given.rewarded_B.unsqueeze(-1)
+    settings = RewardConfig(norm=norm)  # type: ignore[arg-type]
+    shaped_BT = shape_rewards(rewards_BT, given.mask_BT, given.groups_B, given.rewarded_B, settings, identity)
+    torch.testing.assert_close(shaped_BT.sum(dim=-1), torch.zeros(6), atol=1e-5, rtol=0)
+    assert shaped_BT.abs().max() <= 0.75
+
+
+def test_a_normalised_return_is_clipped_as_a_whole() -> None:
+    # Returns 4 and 0, each in four rewards: normalised 1 and -1 (sample deviation 2.83: .7071), clipped to .5 and -.5.
+    mask_BT = torch.ones(2, 4, dtype=torch.bool)
+    rewards_BT, groups_B, rewarded_B = torch.tensor([[1.0] * 4, [0.0] * 4]), torch.zeros(2).long(), torch.ones(2).bool()
+    settings = RewardConfig(norm="group", clip=0.5)
+    shaped_BT = shape_rewards(rewards_BT, mask_BT, groups_B, rewarded_B, settings, identity)
+    torch.testing.assert_close(shaped_BT.sum(dim=-1), torch.tensor([0.5, -0.5]))
+    torch.testing.assert_close(shaped_BT[0, :3], torch.full((3,), 1 / (8**0.5 + 1e-4)))  # what came before is unclipped
 
 
 def test_clipping_comes_last() -> None:

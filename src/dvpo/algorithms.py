@@ -56,6 +56,7 @@ class Algorithm:
         defaults: nested config values that stand below the user's own.
         value: (values [..., N, M], settings of the advantage) -> [...], the number of the critic's that the actor's
             advantage is taken of; `advantage.recentre` goes by it.
+        compares_group: whether its advantages are 0 where a prompt has a single response.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Algorithm:
     critic_loss: Callable[[Tensor, Tensor, Tensor, "Config"], dict[str, Tensor]] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     value: Callable[[Tensor, "AdvantageConfig"], Tensor] = mean_value
+    compares_group: bool = False
 
     def __post_init__(self) -> None:
         if self.has_critic != (self.critic_loss is not None):
@@ -258,6 +260,7 @@ _GRPO = Algorithm(
     estimate=group_estimate(group_normalise),
     actor_loss=ppo_actor_loss,
     defaults={"advantage": {"whiten": False}, "actor": {"aggregation": "seq_mean_token_mean"}},
+    compares_group=True,
 )
 
 _RANK: dict[str, Any] = {**_weights(), "advantage": {"law": {"functional": "rank"}}}
@@ -394,6 +397,7 @@ ROWS = (
         name="reinforce_pp",
         paper="REINFORCE++, arXiv 2501.03262",
         estimate=return_to_go_estimate,
+        compares_group=False,
         defaults={"actor": {"kl": {"place": "reward"}}},
     ),
 )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dvpo.data import MixedPrompts, PromptStream
@@ -81,13 +82,15 @@ class Collector:
         self,
         task: Task,
         prompts: PromptStream | MixedPrompts,
-        prompt_tokens: Mapping[str, list[int]],
+        prompt_tokens: Mapping[str, Sequence[int]],
         encoder: ChatEncoder,
         sampler: Sampler,
         scorer: Scorer,
         settings: SamplingConfig,
         seed: int,
+        cut_count: bool = True,
     ) -> None:
+        self._cut_count = cut_count
         self.task, self.prompts, self.prompt_tokens = task, prompts, prompt_tokens
         self.encoder, self.sampler, self.scorer = encoder, sampler, scorer
         self.settings, self.seed = settings, derive_seed(seed, "sample")
@@ -112,7 +115,9 @@ class Collector:
                 for number, place in enumerate(places):
                     first = len(sampled) + number * size
                     groups[place] = range(first, first + size)
-                observed = parts[-1].fields["observed_B"].split(size)
+                counting_B = torch.tensor([e.terminated or self._cut_count for e in episodes])
+                observed_B = parts[-1].fields["observed_B"].where(counting_B, torch.nan)
+                observed = observed_B.split(size)
                 places = [place for place, rewards in zip(places, observed, strict=True) if not has_signal(rewards)]
                 sampled += episodes
             if self.settings.resample_rounds:

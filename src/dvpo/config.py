@@ -100,10 +100,26 @@ class Config:
                 f"critic.adaptive_risk = true moves the tail terms, which algorithm = {self.algorithm} does not have: "
                 "set it to false"
             )
-        if self.critic.adaptive_risk and not any(asdict(self.critic.weights).values()):
+        if self.critic.adaptive_risk and not any(asdict(replace(self.critic.weights, consistency=0.0)).values()):
             raise ValueError(
                 "critic.adaptive_risk = true moves the tail terms, whose weights are 0 with algorithm = "
                 f"{self.algorithm}: set critic.weights, or take dvpo_paper"
+            )
+        compares = "algorithm = " + self.algorithm if row.compares_group else f"reward.norm = {self.reward.norm}"
+        if self.sampling.samples_per_prompt == 1 and (row.compares_group or self.reward.norm.startswith("group")):
+            raise ValueError(
+                f"{compares} compares the responses to one prompt, but sampling.samples_per_prompt = 1, so nothing "
+                "would be learnt: raise it, or take another"
+            )
+        if (
+            row.has_law
+            and self.advantage.law.functional == "rank"
+            and self.advantage.target == "mixture"
+            and (self.advantage.reward_trust < 1 or self.advantage.doubt_steps)
+        ):
+            raise ValueError(
+                "advantage.reward_trust below 1 moves the atoms of a rank one by one, which advantage.target = mixture "
+                "draws anew: take indexwise targets, or the mean"
             )
         batch = self.sampling.responses_per_step
         if batch < self.update.minibatches:
@@ -270,6 +286,7 @@ class Config:
             f"reward.norm = {reward.norm}": reward.norm != "none",
             f"reward.clip = {reward.clip}": reward.clip is not None,
             "actor.kl.place = reward": self.actor.kl.place == "reward" and self.actor.kl.coef > 0,
+            "advantage.truncation = bootstrap": self.advantage.truncation == "bootstrap",
         }
         if changed := [setting for setting, on in shaped.items() if on]:
             raise ValueError(

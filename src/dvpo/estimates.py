@@ -24,6 +24,9 @@ if TYPE_CHECKING:  # config.py imports the rows to merge their defaults
     from dvpo.settings import RewardConfig
     from dvpo.settings_learning import AdvantageConfig, LawConfig
 
+NO_SPREAD = 1e-6
+"""Returns that deviate by no more are taken for equal."""
+
 
 @dataclass(frozen=True)
 class Signals:
@@ -69,7 +72,7 @@ def shape_rewards(
     """Correct, lower, normalise and clip observed rewards before any critic or baseline sees them.
 
         r -> (r - p) / (1 - p - q) or r - (1 - q), then r - penalty, then (r - location) / scale of its group or of the
-        global batch, then clipped to [-clip, clip]
+        global batch, then clipped to [-clip, clip]: each reward, or, once it is normalised, the return
 
     Missing rewards stay 0 and count in nothing.
     """
@@ -87,8 +90,17 @@ def shape_rewards(
         else:
             robust = settings.norm == "group_robust"
             location_B, scale_B = group_location_scale(returns_B, groups_B, rewarded_B, robust)
-        rewards_BT = _map_returns(rewards_BT, mask_BT, rewarded_B, location_B, scale_B + GROUP_STD_EPS)
-    return rewards_BT if settings.clip is None else rewards_BT.clamp(-settings.clip, settings.clip)
+        # Without a spread every return is its location: a scale of 1 leaves 0 of it, and turns' rewards as they are.
+        scale_B = torch.where(scale_B > NO_SPREAD, scale_B + GROUP_STD_EPS, 1.0)
+        rewards_BT = _map_returns(rewards_BT, mask_BT, rewarded_B, location_B, scale_B)
+    if settings.clip is None:
+        return rewards_BT
+    if settings.norm == "none":
+        return rewards_BT.clamp(-settings.clip, settings.clip)
+    # What was subtracted stands at the last token alone: clipped reward by reward it would be lost.
+    returns_B = (rewards_BT * mask_BT).sum(dim=-1)
+    beyond_B = returns_B.clamp(-settings.clip, settings.clip) - returns_B
+    return rewards_BT + last_token(mask_BT) * (beyond_B * rewarded_B).unsqueeze(-1)
 
 
 def overlong_penalties(lengths_B: Tensor, limit: int, margin: int) -> Tensor:
@@ -295,9 +307,13 @@ def distributional_estimate(signals: Signals, config: "Config") -> tuple[Tensor,
     theta_BTM = ascending(signals.values_BTNM.mean(dim=-2))
     bootstrap_BM = ascending(signals.bootstrap_BNM.mean(dim=-2))
 
-    def targets_at(lam: float, rewards_BT: Tensor = signals.rewards_BT, out: Tensor | None = None) -> Tensor:
-        given = (rewards_BT, theta_BTM, signals.mask_BT, settings.gamma, lam)
-        missing_B = signals.zero_last_delta_B
+    missing_B = signals.zero_last_delta_B
+
+    def given_at(lam: float) -> tuple[Tensor, Tensor, Tensor, float, float]:
+        return signals.rewards_BT, theta_BTM, signals.mask_BT, settings.gamma, lam
+
+    def targets_at(lam: float, out: Tensor | None = None) -> Tensor:
+        given = given_at(lam)
         if settings.target == "mixture":
             return mixture_targets(
                 *given,
@@ -311,9 +327,14 @@ def distributional_estimate(signals: Signals, config: "Config") -> tuple[Tensor,
 
     if settings.law.functional == "rank":
         targets_BTL = targets_at(critic_lam(settings))
-        acting = trusted_rewards(signals, theta_BTM.mean(dim=-1), bootstrap_BM.mean(dim=-1), settings.gamma)
-        same = critic_lam(settings) == settings.lam and acting is signals
-        compared_BTL = targets_BTL if same else targets_at(settings.lam, acting.rewards_BT)
+        same = critic_lam(settings) == settings.lam
+        compared_BTL = targets_BTL if same else targets_at(settings.lam)
+        if (trust := signals.reward_trust) != 1:
+            # The last difference of every atom w times, which is linear: a mean in its place would be one value where
+            # the law has several, and right and wrong would have one rank.
+            every_B = torch.ones_like(missing_B)
+            unmoved_BTL = distributional_targets(*given_at(settings.lam), bootstrap_BM, zero_last_delta=every_B)
+            compared_BTL = torch.lerp(unmoved_BTL, compared_BTL, trust)
         advantages_BT = risk.rank_advantage(compared_BTL, theta_BTM, settings.law.width)
         return zero_masked(advantages_BT, signals.mask_BT), targets_BTL
     weights_M = law_weights(settings.law, theta_BTM.shape[-1], signals.rates)

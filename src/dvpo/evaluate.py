@@ -217,10 +217,11 @@ def sound_checkpoint(source: str | Path) -> Path:
         InputError: there is none, or it is damaged.
     """
     folder = Path(source)
-    checkpoint = folder if folder.name.startswith("checkpoint-") else latest_checkpoint(folder)
+    named = folder.name.startswith("checkpoint-")
+    checkpoint = folder if named else latest_checkpoint(folder)
     if checkpoint is None or not (checkpoint / "policy").is_dir():
         raise InputError(f"{source} holds no sound checkpoint: give a run folder or a checkpoint-N folder in one")
-    if fault := find_fault(checkpoint):
+    if named and (fault := find_fault(checkpoint)):
         raise InputError(f"{checkpoint} is damaged ({fault}): take another checkpoint")
     return checkpoint
 

@@ -13,6 +13,7 @@ KINDS: tuple[str, ...] = get_args(FaultKind)
 BROKEN = ("wrong_length", "wrong_type", "non_finite")
 """What does not pass by itself; exceptions and time-outs may."""
 HEADLINE_CHARACTERS = 300
+SHOWN, SAMPLE = 8, ("prompt_id", "visit", "sample")
 
 
 class FaultTally:
@@ -35,16 +36,16 @@ class FaultTally:
 
 
 def fault_rows(faults: Sequence[Fault], episodes: Sequence[Episode]) -> list[dict[str, Any]]:
-    """Each fault as `faults.jsonl` shows it, with the sample that it struck: index i is that of episode i."""
-    return [
-        {
-            "kind": fault.kind,
-            "message": fault.message,
-            "cured": fault.cured,
-            **({} if fault.index is None else episodes[fault.index].record()),
-        }
-        for fault in faults
-    ]
+    """Each fault as `faults.jsonl` shows it, with the sample that it struck: index i is that of episode i.
+
+    The first `SHOWN` bring its texts, the others say which it was: with long responses a failing service fills disks.
+    """
+    rows = []
+    for place, fault in enumerate(faults):
+        record = {} if fault.index is None else episodes[fault.index].record()
+        shown = record if place < SHOWN else {key: record[key] for key in SAMPLE if key in record}
+        rows.append({"kind": fault.kind, "message": fault.message, "cured": fault.cured, **shown})
+    return rows
 
 
 def lost_in_evaluation(faults: Sequence[Mapping[str, Any]]) -> str:

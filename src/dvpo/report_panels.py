@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from statistics import fmean, stdev
 from typing import Any
 
@@ -168,8 +169,11 @@ def over_seeds(curves: Sequence[Sequence[Point]]) -> tuple[list[Point], list[Poi
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
     """Centred running mean over about one `SMOOTHED_OVER`-th of the points; fewer points stay as they are."""
-    reach = max(len(points) // SMOOTHED_OVER // 2, 1) if len(points) >= SMOOTHED_OVER else 0
-    return [(x, fmean(y for _, y in points[max(0, i - reach) : i + reach + 1])) for i, (x, _) in enumerate(points)]
+    if len(points) < SMOOTHED_OVER:
+        return list(points)
+    reach, sums = max(len(points) // SMOOTHED_OVER // 2, 1), [0.0, *accumulate(y for _, y in points)]
+    spans = [(max(0, i - reach), min(i + reach + 1, len(points))) for i in range(len(points))]
+    return [(x, (sums[end] - sums[first]) / (end - first)) for (x, _), (first, end) in zip(points, spans, strict=True)]
 
 
 def _over_items(runs: Sequence[Run], key: str) -> tuple[list[Point], list[Point]]:

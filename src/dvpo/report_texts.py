@@ -31,11 +31,12 @@ def page_data(runs: Sequence[Run]) -> dict[str, Any]:
     """
     prompts = _Prompts()
     rows = [(index, row, True) for index, run in enumerate(runs) for row in run.tokens]
-    known = {_key(index, row) for index, row, _ in rows}
+    kept_rows = _within(_latest_first(rows), TOKEN_ROOM)
+    known = {_key(index, row) for index, row, _ in kept_rows}
     plain = [(index, row, False) for index, run in enumerate(runs) for row in run.completions]
     texts = {_key(index, row): row["completion"] for index, row, _ in plain}
     plain = [entry for entry in plain if _key(entry[0], entry[1]) not in known]
-    kept_rows, kept_plain = _within(_latest_first(rows), TOKEN_ROOM), _within(_spaced(plain, MOST_ROWS), TEXT_ROOM)
+    kept_plain = _within(_spaced(plain, min(MOST_ROWS, TEXT_ROOM // _usual_size(plain))), TEXT_ROOM)
     completions, views = [], []
     for index, row, has_tokens in sorted([*kept_rows, *kept_plain], key=lambda e: (e[1]["step"], e[0])):
         if has_tokens:
@@ -127,6 +128,12 @@ def _spaced(entries: Sequence[Entry], most: int) -> list[Entry]:
     every = -(-len(entries) // most) if most else 1
     kept = set(steps[:: max(every, 1)]) | set(steps[-1:])
     return [entry for entry in entries if entry[1]["step"] in kept]
+
+
+def _usual_size(entries: Sequence[Entry]) -> int:
+    """Bytes of an entry, by some hundred of them."""
+    some = entries[:: max(len(entries) // 100, 1)]
+    return sum(len(json.dumps(row)) for _, row, _ in some) // max(len(some), 1) + 1
 
 
 def _within(entries: Iterable[Entry], room: int) -> list[Entry]:

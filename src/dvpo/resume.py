@@ -7,7 +7,7 @@ from typing import Any
 
 from dvpo.checkpoint import Checkpointer, checkpoint_step, latest_checkpoint
 from dvpo.config import Config, differences, load_config
-from dvpo.distributed import is_main, main_first
+from dvpo.distributed import is_main, main_first, on_main
 from dvpo.errors import InputError
 from dvpo.nested import all_keys
 
@@ -36,7 +36,7 @@ def find_checkpoint(config: Config, allow: Iterable[str] = ()) -> Path | None:
     with main_first():
         if is_main():
             Checkpointer(folder, config.checkpoint.keep)  # mends what a kill left half-done
-    checkpoint = latest_checkpoint(folder)
+    checkpoint = on_main(lambda: latest_checkpoint(folder))  # each reads all of it, for the checksums
     if checkpoint is None and (damaged := sorted(path.name for path in folder.glob("checkpoint-*"))):
         raise InputError(
             f"output = {folder} holds no sound checkpoint, every one is damaged ({', '.join(damaged)}): bring one back "

@@ -42,8 +42,13 @@ TIMEOUTS_IN_A_ROW = 3
 RETRY_TIME_LIMITS = 10
 """The retries of one batch may take this many time limits together, whatever the pattern of its faults."""
 
+ALONE = 8
+"""A batch of so many is tried sample by sample after a failure; a larger one in halves."""
+
 FORM = ("wrong_length", "wrong_type")
 """Not tried again: a function that returns one entry for eight would return one for one, and pass."""
+
+NOT_TRIED = Failure("timeout", "not tried: those before it took the time of the batch")
 
 Batch = Mapping[str, Sequence[Any]]
 """Keyword arguments of the function, each with one entry a sample."""
@@ -93,11 +98,11 @@ class RewardSource(Protocol):
 class GuardedReward:
     """A user's reward function behind a guard: no fault of it hangs or ends the run, or counts as a 0.
 
-    A batch is sent in one call. If that call raises, times out, kills the process or floods it, each sample is tried
-    alone, so that only the guilty ones lose their reward; a fault that no sample shows alone is reported once, with
-    index None, and the rewards found one by one are kept. A function that compares the completions of a batch sees a
-    single one in such a retry. An answer that is no list with one entry a completion costs every sample of the call
-    its reward: nobody can tell which entry was meant for whom.
+    A batch is sent in one call. If that call raises, kills the process or floods it, its halves are tried, down to
+    `ALONE` samples, which are tried one by one, as are those of a call that timed out: only the guilty ones lose their
+    reward. A fault that no sample shows alone is reported with index None, and the rewards that were found are kept. A
+    function that compares the completions of a batch sees fewer, or one, in such a retry. An answer that is no list
+    with one entry a completion costs every sample of the call its reward: nobody can tell which was meant for whom.
 
     Args:
         function: `"my_module:my_function"`, imported in the worker with the working directory and `path` on
@@ -111,6 +116,8 @@ class GuardedReward:
         concurrency: > 0: an async function is called for each sample by itself, so many calls at a time, each with
             the time limit to itself; 0: one call for the batch.
         retries: further attempts for a sample that raised, timed out or killed its process when it was alone.
+        most: samples of one call, about; a larger batch is several calls, each with the time limit to itself. None:
+            all are one call.
 
     Raises:
         InputError: the function cannot be imported or sent, or does not accept the arguments.
@@ -128,7 +135,9 @@ class GuardedReward:
         workers: int = 1,
         concurrency: int = 0,
         retries: int = 0,
+        most: int | None = None,
     ) -> None:
+        self._most = most
         self.name = function if isinstance(function, str) else getattr(function, "__name__", repr(function))
         self._field, self._timeout = field, timeout
         self._concurrency, self._retries = concurrency, retries
@@ -180,17 +189,14 @@ class GuardedReward:
         size = len(prompts)
         if unequal := [name for name, values in batch.items() if len(values) != size]:
             raise ValueError(f"{size} prompts, but {len(batch[unequal[0]])} entries in {unequal[0]!r}")
-        cuts = [*_cuts(prompts, len(self._lanes)), size]
+        cuts = [*_cuts(prompts, math.ceil(size / (self._most or max(size, 1)))), size]
+        return _joined([self._call(_select(batch, range(start, end))) for start, end in pairwise(cuts)])
+
+    def _call(self, batch: Batch) -> Scores:
+        """One call, which the workers share."""
+        cuts = [*_cuts(batch["prompts"], len(self._lanes)), len(batch["prompts"])]
         parts = [_select(batch, range(start, end)) for start, end in pairwise(cuts)]
-        if len(parts) <= 1:
-            scored = [self._score(self._lanes[0], part) for part in parts]
-        else:
-            scored = self._score_side_by_side(parts)
-        rewards, faults = [], []
-        for start, scores in zip(cuts, scored, strict=False):
-            rewards += scores.rewards
-            faults += [replace(f, index=None if f.index is None else start + f.index) for f in scores.faults]
-        return Scores(rewards, faults)
+        return _joined([self._score(self._lanes[0], parts[0])] if len(parts) == 1 else self._score_side_by_side(parts))
 
     def close(self) -> None:
         """End the workers and whatever they started; a later call would start others."""
@@ -215,16 +221,25 @@ class GuardedReward:
                     lane.interrupt()
                 raise
 
-    def _score(self, lane: Lane, batch: Batch) -> Scores:
-        """One call for all; then what failed again, as far as that can help."""
+    def _score(self, lane: Lane, batch: Batch, deadline: float | None = None) -> Scores:
+        """One call for all; then what failed again, as far as that can help and until the deadline."""
+        size = len(batch["prompts"])
+        if deadline is not None and time.monotonic() > deadline:
+            return _scores([NOT_TRIED] * size, {})
         answer = self._ask(lane, batch)
         if isinstance(answer, list):
             # Single samples fail only where every one had a call of its own: then the next round is as wide.
             return self._again_side_by_side(lane, batch, answer)
-        size = len(batch["prompts"])
         if answer.kind in FORM or (size == 1 and not self._retries):
             return _scores([answer] * size, {})
-        return self._one_by_one(lane, batch, answer)
+        deadline = time.monotonic() + RETRY_TIME_LIMITS * self._timeout if deadline is None else deadline
+        if size <= ALONE or answer.kind == "timeout":  # to find one that hangs by halves costs a limit each
+            return self._one_by_one(lane, batch, answer, deadline)
+        halves = range(size // 2), range(size // 2, size)
+        scores = _joined([self._score(lane, _select(batch, half), deadline) for half in halves])
+        if not scores.faults:
+            scores.faults.append(Fault(answer.kind, None, answer.message, cured=True))
+        return scores
 
     def _again_side_by_side(self, lane: Lane, batch: Batch, outcomes: list[Any]) -> Scores:
         failed: dict[int, Failure] = {}
@@ -239,15 +254,14 @@ class GuardedReward:
                 outcomes[i] = entry
         return _scores(outcomes, failed)
 
-    def _one_by_one(self, lane: Lane, batch: Batch, failure: Failure) -> Scores:
+    def _one_by_one(self, lane: Lane, batch: Batch, failure: Failure, deadline: float) -> Scores:
         size = len(batch["prompts"])
         outcomes: list[Any] = []
         failed: dict[int, Failure] = {} if size > 1 else {0: failure}
-        deadline = time.monotonic() + RETRY_TIME_LIMITS * self._timeout
         timeouts = 0
         for index in range(size):
             if timeouts == TIMEOUTS_IN_A_ROW or time.monotonic() > deadline:
-                outcomes.append(Failure("timeout", "not tried: those before it took the time of the batch"))
+                outcomes.append(NOT_TRIED)
                 continue
             alone = _select(batch, [index])
             for _ in range(self._retries + (size > 1)):
@@ -306,6 +320,16 @@ def longest_call(samples: int, timeout: float, concurrency: int, retries: int) -
         return timeout * (1 + retries) * (math.ceil(samples / concurrency) + 0.5)
     # The batch, the retries one by one, and those of the sample that was begun just before their time was over.
     return timeout * (1 + RETRY_TIME_LIMITS + 1 + retries)
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    """Parts of a batch one behind the other, as one."""
+    rewards: list[Reward] = []
+    faults: list[Fault] = []
+    for scores in parts:
+        faults += [replace(f, index=None if f.index is None else len(rewards) + f.index) for f in scores.faults]
+        rewards += scores.rewards
+    return Scores(rewards, faults)
 
 
 def _cuts(prompts: Sequence[Prompt], parts: int) -> list[int]:

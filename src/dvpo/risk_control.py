@@ -8,6 +8,8 @@ from dvpo.rates import NO_RATES, Rates
 if TYPE_CHECKING:
     from dvpo.config import Config
 
+FADED = 1e-12
+"""A factor that leaves nothing of a term; weights of 0 would be a config whose terms cannot adapt, which is refused."""
 KEPT = "consistency"
 """The one term that is about the heads and not about a tail."""
 
@@ -30,7 +32,7 @@ def matched_to_noise(config: "Config", rates: Rates) -> "Config":
     if not critic.adaptive_risk or _unknown(config, rates):
         return config
     least = 1 / critic.num_quantiles
-    scale = _scale(config, rates)
+    scale = max(_scale(config, rates), FADED)
     weights = {name: weight * (1 if name == KEPT else scale) for name, weight in asdict(critic.weights).items()}
     adapted = replace(
         critic,

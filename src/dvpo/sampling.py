@@ -9,6 +9,7 @@ turn), so that a row's draw does not depend on the rows beside it, on the batch 
 """
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -144,11 +145,11 @@ def _lengths_that_fit(settings: SamplingConfig, longest: int, context_length: in
 
 def fit_prompts(
     examples: Sequence[Example], encoder: ChatEncoder, settings: SamplingConfig, context_length: int
-) -> dict[str, list[int]]:
+) -> dict[str, Sequence[int]]:
     """Encode every prompt and apply the stated policy for over-long ones.
 
     Returns:
-        Prompt id -> token ids; prompts that `long_prompts: skip` leaves out are absent.
+        Prompt id -> token ids, four bytes each; prompts that `long_prompts: skip` leaves out are absent.
 
     Raises:
         InputError: an over-long or empty prompt, or lengths that exceed the model's context.
@@ -163,7 +164,7 @@ def fit_prompts(
                 f"{settings.max_completion_length} exceed the model's context of {context_length} tokens "
                 f"(longest prompt: {longest}): {_lengths_that_fit(settings, longest, context_length)}"
             )
-    encoded = {}
+    encoded: dict[str, Sequence[int]] = {}
     for example in examples:
         tokens = encoder.prompt(example.prompt)
         if not tokens:
@@ -177,14 +178,20 @@ def fit_prompts(
             if settings.long_prompts == "skip":
                 continue
             tokens = tokens[-limit:]
-        encoded[example.id] = tokens
+        encoded[example.id] = array("i", tokens)
     if not encoded:
         raise InputError(f"task: no prompt fits sampling.max_prompt_length = {limit}: raise it")
     return encoded
 
 
 def begin(
-    task: Task, example: Example, visit: int, sample: int, prompt_tokens: Mapping[str, list[int]], encoder: ChatEncoder
+    task: Task,
+    example: Example,
+    visit: int,
+    sample: int,
+    prompt_tokens: Mapping[str, Sequence[int]],
+    encoder: ChatEncoder,
+    settings: SamplingConfig,
 ) -> tuple[Episode, Environment]:
     """An episode before its first turn; its prompt is encoded anew only where the environment changed it.
 
@@ -193,12 +200,22 @@ def begin(
         example: where it starts.
         visit, sample: which of the draws of this example it is.
         prompt_tokens: the examples' prompts as `fit_prompts` encoded them, by id.
-        encoder: for a prompt that the environment changed.
+        encoder, settings: for a prompt that the environment changed.
+
+    Raises:
+        InputError: such a prompt is too long, and may not be cut.
     """
     environment = task.environment(example)
     prompt = environment.reset()
-    tokens = prompt_tokens[example.id] if prompt == example.prompt else encoder.prompt(prompt)
-    return Episode(example, visit, sample, tokens), environment
+    if prompt == example.prompt:
+        return Episode(example, visit, sample, list(prompt_tokens[example.id])), environment
+    tokens, limit = encoder.prompt(prompt), settings.max_prompt_length
+    if len(tokens) > limit and settings.long_prompts != "truncate":
+        raise InputError(
+            f"task: the environment of prompt {example.id} gave a prompt of {len(tokens)} tokens, more than "
+            f"sampling.max_prompt_length = {limit}: raise it, or set sampling.long_prompts to truncate"
+        )
+    return Episode(example, visit, sample, tokens[-limit:]), environment
 
 
 def play(
@@ -228,7 +245,7 @@ def play_draws(
     task: Task,
     draws: Sequence[tuple[Example, int]],
     samples: int,
-    prompt_tokens: Mapping[str, list[int]],
+    prompt_tokens: Mapping[str, Sequence[int]],
     encoder: ChatEncoder,
     sampler: Sampler,
     settings: SamplingConfig,
@@ -236,7 +253,7 @@ def play_draws(
 ) -> list[Episode]:
     """`samples` finished episodes of each example, given with its visit: one draw's after the other's."""
     begun = [
-        begin(task, example, visit, sample, prompt_tokens, encoder)
+        begin(task, example, visit, sample, prompt_tokens, encoder, settings)
         for example, visit in draws
         for sample in range(samples)
     ]

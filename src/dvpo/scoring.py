@@ -207,8 +207,9 @@ def open_reward(
 def longest_scoring(config: Config) -> float:
     """Seconds that the rewards of one call may take at most; starting workers anew is not counted."""
     reward, sampling, evaluation = config.reward, config.sampling, config.evaluation
-    samples = max(sampling.responses_per_step, evaluation.prompts * max(evaluation.samples, 1))
-    return max(len(reward.mix), 1) * longest_call(samples, reward.timeout, reward.concurrency, reward.retries)
+    step = sampling.responses_per_step
+    calls = math.ceil(max(step, evaluation.prompts * max(evaluation.samples, 1)) / step) * max(len(reward.mix), 1)
+    return calls * longest_call(step, reward.timeout, reward.concurrency, reward.retries)
 
 
 def _open_source(
@@ -235,6 +236,7 @@ def _open_source(
             workers=config.reward.workers,
             concurrency=config.reward.concurrency,
             retries=config.reward.retries,
+            most=config.sampling.responses_per_step,  # an evaluation has more, and the limit is that of a step's call
         )
     # A probe would not tell: a verifier may well have no opinion of an empty answer.
     if not getattr(task, "knows_truth", True):

@@ -122,7 +122,7 @@ class VllmConfig:
     address: str = "http://localhost:8000"
     """Where it listens; docs/scale.md says how it is started."""
     timeout: Positive = 600.0
-    """Seconds that one turn of one response, or one reading of the weights, may take."""
+    """Seconds that one turn of up to 4,096 tokens (of more: in proportion), or one reading of the weights, may take."""
     patience: Weight = 300.0
     """Seconds without any progress, the server being away or hung, after which the run stops itself."""
     concurrency: Count = 256

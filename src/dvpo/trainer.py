@@ -163,7 +163,8 @@ class Trainer(Learner):
         self.drawer = open_sampler(config.sampling, drawing, lambda: self.policy_version, self.folder)
         sampler = self.drawer(False)
         self.collector = Collector(
-            self.task, self.prompts, prompt_tokens, encoder, sampler, self.scorer, config.sampling, config.seed
+            *(self.task, self.prompts, prompt_tokens, encoder, sampler, self.scorer, config.sampling, config.seed),
+            cut_count=config.advantage.truncation != "mask",
         )
         self.kl = KLController(config.actor.kl)
         self.step = 0
@@ -382,10 +383,10 @@ class Trainer(Learner):
         if self.rates:
             figures |= self.rates.figures() | risk_figures(self.config, rates)
         if penalties_B is not None:
-            figures["reward/overlong"] = mean_of(penalties_B, all_reduce_sum)
+            figures["reward/overlong"] = mean_of(penalties_B[counted_B], all_reduce_sum)
         if self.critic is not None:
             seen_BT = rollout.mask_BT & counted_B.unsqueeze(-1)
-            _, returns_BT = gae(shaped_BT, zeros_BT, rollout.mask_BT, settings.gamma, lam=1.0)
+            _, returns_BT = gae(rewards_BT, zeros_BT, rollout.mask_BT, settings.gamma, lam=1.0)
             truth_BT = rollout.true_B.unsqueeze(-1).expand_as(returns_BT)
             figures |= critic_figures(values_BTNM, returns_BT, truth_BT, seen_BT, all_reduce_sum)
         return Estimates(mask_BT, advantages_BT, targets_BTL, values_BTNM, reference_BT), figures

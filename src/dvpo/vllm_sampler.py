@@ -43,6 +43,8 @@ QUICK = 30.0
 """Seconds for a question that costs the server nothing."""
 PAUSE = 1.0
 """Seconds between two attempts."""
+TOKENS_IN_TIME = 4096
+"""So many may be written in `sampling.vllm.timeout`; a longer turn has as much more time."""
 KEY = "VLLM_API_KEY"
 """Environment variable that vLLM itself reads: the key that the server asks for, if it asks for one."""
 PROBE_ROWS, PROBE_LENGTH, PROBE_BOUND = 4, 16, 0.1
@@ -174,8 +176,9 @@ class VllmServer:
         """
         turns: list[Turn | None] = [None] * len(requests)
         progress = time.monotonic()
+        reason: Exception | None
         while missing := [i for i, turn in enumerate(turns) if turn is None]:
-            reason: Exception | None = None
+            began, reason = time.monotonic(), None
             try:
                 self._bring_weights()
                 answers = side_by_side(self._turn, [requests[i] for i in missing], self._how.concurrency)
@@ -191,7 +194,7 @@ class VllmServer:
                         break
             if isinstance(reason, RefusedError):
                 raise RunStoppedError(f"the vLLM server at {self._how.address} refuses: {reason}")
-            if reason is not None and time.monotonic() - progress >= self._how.patience:
+            if reason is not None and began - progress >= self._how.patience:  # a turn's own limit is no impatience
                 raise RunStoppedError(
                     f"the vLLM server at {self._how.address} has given no answer for sampling.vllm.patience = "
                     f"{self._how.patience:g} seconds ({reason}): start it again, then this run with --resume"
@@ -285,7 +288,8 @@ class VllmServer:
             shutil.rmtree(old, ignore_errors=True)
 
     def _turn(self, request: Mapping[str, Any]) -> Turn:
-        answer = self._http.ask("/v1/completions", request, self._how.timeout)
+        limit = self._how.timeout * max(1.0, request["max_tokens"] / TOKENS_IN_TIME)
+        answer = self._http.ask("/v1/completions", request, limit)
         try:
             choice = answer["choices"][0]
             tokens, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
