@@ -44,8 +44,10 @@ def run_demo(
         for name in algorithms
     }  # fmt: skip
     first = next(iter(configs.values()))
-    flips = first.noise.kind == "flip" and not first.noise.then
-    noise = f"{100 * (first.noise.rate or 0):g}% of them are flipped" if flips else f"noise of kind {first.noise.kind}"
+    noise = flipped = f"noise of kind {first.noise.kind}"
+    if first.noise.kind == "flip" and not first.noise.then:
+        share = f"{100 * (first.noise.rate or 0):g}%"
+        noise, flipped = f"{share} of them are flipped", f"{share} flipped rewards"
     console.print(
         f"A tiny Qwen3 learns {first.task.name} by {' and '.join(configs)} for {first.steps} steps each.\n"
         f"Observed rewards: {noise}. Starting model: {starting_model(first)}",
@@ -57,7 +59,6 @@ def run_demo(
             trainer = Trainer(config, observer=progress)
             evaluations = trainer.train()
             results[name] = (evaluations[0], evaluations[config.steps], trainer.folder)
-    flipped = noise.replace(" of them are flipped", " flipped rewards")
     title = f"True accuracy (%), {flipped}, seed {first.seed}, checker dial {first.model.checker:g}"
     console.print(_table(results, title))
     for name, (_, _, run) in results.items():

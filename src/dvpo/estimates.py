@@ -307,23 +307,18 @@ def distributional_estimate(signals: Signals, config: "Config") -> tuple[Tensor,
     theta_BTM = ascending(signals.values_BTNM.mean(dim=-2))
     bootstrap_BM = ascending(signals.bootstrap_BNM.mean(dim=-2))
 
-    missing_B = signals.zero_last_delta_B
-
-    def given_at(lam: float) -> tuple[Tensor, Tensor, Tensor, float, float]:
-        return signals.rewards_BT, theta_BTM, signals.mask_BT, settings.gamma, lam
-
-    def targets_at(lam: float, out: Tensor | None = None) -> Tensor:
-        given = given_at(lam)
+    def targets_at(lam: float, zeroed_B: Tensor = signals.zero_last_delta_B, out: Tensor | None = None) -> Tensor:
+        given = (signals.rewards_BT, theta_BTM, signals.mask_BT, settings.gamma, lam)
         if settings.target == "mixture":
             return mixture_targets(
                 *given,
                 settings.target_atoms,
                 signals.seed,
                 bootstrap_BM,
-                zero_last_delta=missing_B,
+                zero_last_delta=zeroed_B,
                 tokens_before=signals.tokens_before,
             )
-        return distributional_targets(*given, bootstrap_BM, zero_last_delta=missing_B, out=out)
+        return distributional_targets(*given, bootstrap_BM, zero_last_delta=zeroed_B, out=out)
 
     if settings.law.functional == "rank":
         targets_BTL = targets_at(critic_lam(settings))
@@ -332,8 +327,7 @@ def distributional_estimate(signals: Signals, config: "Config") -> tuple[Tensor,
         if (trust := signals.reward_trust) != 1:
             # The last difference of every atom w times, which is linear: a mean in its place would be one value where
             # the law has several, and right and wrong would have one rank.
-            every_B = torch.ones_like(missing_B)
-            unmoved_BTL = distributional_targets(*given_at(settings.lam), bootstrap_BM, zero_last_delta=every_B)
+            unmoved_BTL = targets_at(settings.lam, torch.ones_like(signals.zero_last_delta_B))
             compared_BTL = torch.lerp(unmoved_BTL, compared_BTL, trust)
         advantages_BT = risk.rank_advantage(compared_BTL, theta_BTM, settings.law.width)
         return zero_masked(advantages_BT, signals.mask_BT), targets_BTL
