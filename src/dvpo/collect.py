@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dvpo.config import Config
 from dvpo.data import MixedPrompts, PromptStream
 from dvpo.distributed import gather_objects, gather_rows, share
 from dvpo.faults import fault_rows
@@ -21,7 +22,6 @@ from dvpo.rewards import Fault
 from dvpo.sampling import ChatEncoder, Episode, Sampler, play_draws
 from dvpo.scoring import Scored, Scorer, join
 from dvpo.seeding import derive_seed
-from dvpo.settings import SamplingConfig
 from dvpo.tasks import Example, Task
 
 
@@ -86,14 +86,12 @@ class Collector:
         encoder: ChatEncoder,
         sampler: Sampler,
         scorer: Scorer,
-        settings: SamplingConfig,
-        seed: int,
-        cut_count: bool = True,
+        config: Config,
     ) -> None:
-        self._cut_count = cut_count
         self.task, self.prompts, self.prompt_tokens = task, prompts, prompt_tokens
         self.encoder, self.sampler, self.scorer = encoder, sampler, scorer
-        self.settings, self.seed = settings, derive_seed(seed, "sample")
+        self.settings, self.seed = config.sampling, derive_seed(config.seed, "sample")
+        self._cut_count = config.advantage.truncation != "mask"
 
     def collect(self) -> Collected:
         """The responses of the next step."""

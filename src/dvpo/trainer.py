@@ -162,10 +162,7 @@ class Trainer(Learner):
         drawing = self.whole_copy.policy if self.whole_copy else self.policy
         self.drawer = open_sampler(config.sampling, drawing, lambda: self.policy_version, self.folder)
         sampler = self.drawer(False)
-        self.collector = Collector(
-            *(self.task, self.prompts, prompt_tokens, encoder, sampler, self.scorer, config.sampling, config.seed),
-            cut_count=config.advantage.truncation != "mask",
-        )
+        self.collector = Collector(self.task, self.prompts, prompt_tokens, encoder, sampler, self.scorer, config)
         self.kl = KLController(config.actor.kl)
         self.step = 0
         self.replay = Replay(config.critic.replay if self.critic else 0)
