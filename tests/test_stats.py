@@ -151,6 +151,19 @@ def test_arguments_out_of_range_are_refused(call) -> None:
 # Paired runs
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_run_without_a_score_is_refused_and_does_not_count_as_the_best(bad: float) -> None:
+    # Unrefused: NaN sorts last, so that iqm drops it as the best run, and reaches no threshold, so that p is 0.
+    for call in (
+        lambda: iqm([0.1, 0.2, 0.3, bad]),
+        lambda: paired_difference([0.1, bad], [0.0, 0.0]),
+        lambda: sign_flip_test([0.1, -0.2, bad]),
+        lambda: bootstrap_interval(iqm, [0.1, bad]),
+    ):
+        with pytest.raises(ValueError, match="must be finite.*leave runs without a score out"):
+            call()
+
+
 def test_paired_difference_equals_hand_arithmetic() -> None:
     # d = 1 2 3: mean 2, sd 1, t(2 degrees) = .95 sqrt(2 / (1 - .95^2)) = 4.302653, half = t / sqrt(3) = 2.484138.
     # The sign-flip test: +++ and --- of 8 reach a sum of 6.

@@ -81,6 +81,11 @@ def test_missing_seeds_are_marked_and_named_and_their_pairs_are_left_out(place: 
     assert "parity-clean-ppo-1, parity-clean-dvpo-4." in note
 
 
+def test_a_place_without_any_row_is_missing_from_the_pooled_table_and_not_left_out_of_it(place: Path):
+    pooled = lines_of(place, CLEAN)[-1]["dvpo", "ID"]
+    assert (pooled["seeds"], pooled["end, IQM [95%]"], pooled["less ppo, paired [95%]"]) == ("0 of 4 !", "-", "-")
+
+
 def test_the_pooled_table_takes_the_seed_as_its_unit_and_is_corrected_by_itself(place: Path):
     clean, flipped, pooled = lines_of(place, CLEAN + FLIP)
     dvpo, grpo = pooled["dvpo", "ID"], pooled["grpo", "ID"]

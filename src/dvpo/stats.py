@@ -175,7 +175,7 @@ def bootstrap_interval(
         seed: the same seed gives the same interval.
 
     Raises:
-        ValueError: if a sample or a row is empty, or the level is out of range.
+        ValueError: if a sample or a row is empty, a score is not finite, or the level is out of range.
     """
     _check_level(level)
     rows_of = [_rows(sample) for sample in samples]
@@ -215,12 +215,13 @@ def paired_difference(x: Sequence[float], y: Sequence[float], level: float = 0.9
         level: coverage of the interval, in (0, 1).
 
     Raises:
-        ValueError: if x and y differ in length or are empty, or the level is out of range.
+        ValueError: if x and y differ in length, are empty or not finite, or the level is out of range.
     """
     _check_level(level)
     if len(x) != len(y) or not len(x):
         raise ValueError(f"x and y must have as many entries, one pair at least, got {len(x)} and {len(y)}")
     difference = np.asarray(x, dtype=float) - np.asarray(y, dtype=float)
+    _check_finite("x - y", difference)
     pairs, mean, half = len(difference), float(difference.mean()), math.inf
     if pairs > 1:
         half = student_quantile(pairs - 1, level) * float(difference.std(ddof=1)) / math.sqrt(pairs)
@@ -241,12 +242,13 @@ def sign_flip_test(differences: Sequence[float] | NDArray, draws: int = 20_000, 
         seed: the same seed gives the same p-value.
 
     Raises:
-        ValueError: if there is no difference.
+        ValueError: if there is no difference, or one is not finite.
     """
     size = np.abs(np.asarray(differences, dtype=float))
     pairs = len(size)
     if pairs == 0:
         raise ValueError("differences must hold at least one number")
+    _check_finite("differences", size)
     # Equal sums may differ in their last digit, for they are added up in another order.
     threshold = abs(float(np.sum(differences))) - 1e-9 * float(size.sum())
     if pairs <= EXACT_PAIRS:
@@ -312,7 +314,15 @@ def _rows(scores: Scores) -> list[NDArray]:
     rows = [np.asarray(row, dtype=float) for row in ([scores] if flat else scores)]
     if not rows or any(row.ndim != 1 or row.size == 0 for row in rows):
         raise ValueError(f"scores must be rows of at least one number each, got {scores!r}")
+    for row in rows:
+        _check_finite("scores", row)
     return rows
+
+
+def _check_finite(name: str, numbers: NDArray) -> None:
+    """NaN sorts as the best run and makes no sum reach a threshold: it would pass for a result."""
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{name} must be finite, got {numbers.tolist()}: leave runs without a score out")
 
 
 def _check_level(level: float) -> None:

@@ -122,9 +122,11 @@ class _Data:
         return {seed: fmean(row[seed] for row in scores) for seed in seeds}
 
     def with_split(self, places: Sequence[Place], split: str) -> list[Place]:
-        """The places whose task has that split."""
-        algorithms = self.study.names("algorithm")
-        return [place for place in places if any(self.of(place, algorithm, split) for algorithm in algorithms)]
+        """The places whose task has that split; one without any row is missing, and no reason to forget it."""
+        known: dict[str, list[bool]] = {}
+        for row in self.rows.values():
+            known.setdefault(row["task"], []).append(row[f"{split}_true"] is not None)
+        return [place for place in places if any(known.get(place[0], [True]))]
 
 
 # Lines
