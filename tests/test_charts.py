@@ -43,6 +43,15 @@ def test_steps_have_whole_ticks_only():
     assert re.findall(r'class="x" [^>]*>([^<]+)<', svg) == ["1", "2", "3"]
 
 
+def test_the_pages_script_can_work_every_step_of_a_long_run_out_of_the_picture():
+    # As templates/charts.js does it: the box's edges stand for x0 and x1, and a step is the nearest whole number.
+    steps = [float(step) for step in range(0, 10_001, 200)]
+    svg = str(Chart("c", [Line("l", 0, [(step, 0.5) for step in steps])]).svg)
+    left, _, right, _ = map(float, re.search(r'data-box="([^"]+)"', svg)[1].split())
+    xs = [float(pair.split()[0]) for pair in re.search(r'class="line [^"]*"[^>]* d="M([^"]+)"', svg)[1].split("L")]
+    assert [round((x - left) / (right - left) * 10_000) for x in xs] == steps
+
+
 def test_names_are_escaped():
     svg = Chart("<script>", [Line('"><script>', 0, [(0.0, 1.0)])], categories=["<b>"]).svg
     assert "<script>" not in svg

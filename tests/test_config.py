@@ -85,7 +85,8 @@ def test_a_heading_with_nothing_below_it_leaves_what_it_is_laid_over(tmp_path: P
 def test_an_override_that_yaml_would_cut_at_a_comment_is_refused():
     for override in (r"task.answer_pattern=#(\d+)", "output=runs/exp #2"):
         assert "YAML reads what follows # as a comment" in refusal(None, override)
-    assert load_config(overrides=[r"task.answer_pattern='#(\d+)'"]).task.answer_pattern == r"#(\d+)"
+    quoted = ["task.name=files", "task.path=mine.jsonl", r"task.answer_pattern='#(\d+)'"]
+    assert load_config(overrides=quoted).task.answer_pattern == r"#(\d+)"
 
 
 @pytest.mark.parametrize("mix", [[], ["math", "science"]])
@@ -231,7 +232,7 @@ def test_an_unknown_key_in_a_file_is_refused_like_one_in_an_override(tmp_path: P
         ("task.name=files", "task.path is empty"),
         (
             "task.ood=untrained",
-            "task.ood = untrained is a way to split science and dialogue, not math: set it to unseen",
+            "task.ood = untrained is a setting of science and dialogue, but task.name = math: set that to science or",
         ),
         ("algorithm=dvop", "algorithm = dvop is unknown: did you mean dvpo?"),
         ("algorithm=[dvpo]", "algorithm = ['dvpo'] is not a name"),
@@ -312,12 +313,27 @@ def test_a_setting_that_could_mean_nothing_is_refused(override: str, words: str)
         (["alarms.kl_reference=1"], "watches what is measured only where actor.kl.coef is above 0"),
         (["alarms.stop=[hacking]", "alarms.window=0"], "alarms.stop names hacking, which is switched off by 0"),
         (["alarms.stop=[kl]", "alarms.kl=0"], "alarms.stop names kl, which is switched off by 0"),
+        (["alarms.stop=[value]", "algorithm=grpo"], "which cannot ring: algorithm = grpo has no critic; drop it"),
+        (
+            ["alarms.stop=[kl]", "update.epochs=1", "update.minibatches=1"],
+            "which cannot ring: a step of one update (update.epochs, update.minibatches) is measured before it",
+        ),
+        (["task.path=mine.jsonl"], "task.path = mine.jsonl is a setting of files, but task.name = math"),
+        (["task.name=files", "task.path=a.jsonl", "task.generators=[gcd]"], "is a setting of reasoning_gym, but"),
+        (["noise.rate=0.4"], "noise.rate = 0.4 belongs to a kind of noise: set noise.kind"),
         (["advantage.doubt_steps=5"], "lets advantage.reward_trust grow to 1, where it stands"),
         (["critic.lora.alpha=2"], "critic.lora.alpha is set, but the critic has no adapters"),
     ],
 )
 def test_settings_that_together_mean_nothing_are_refused(overrides: list[str], words: str):
     assert words in refusal(None, *overrides)
+
+
+def test_what_a_setting_is_given_to_is_not_refused():
+    assert load_config({"task": {"name": "my_module:make_task", "path": "mine.jsonl"}}).task.path == "mine.jsonl"
+    assert load_config({"noise": {"kind": "none", "rate": 0.4}}).noise.rate == 0.4  # switched off by name
+    stop = ["alarms.stop=[kl]", "update.epochs=1", "update.minibatches=1"]
+    assert load_config(None, [*stop, "alarms.kl_reference=1", "actor.kl.coef=1e-6"]).alarms.stop == ("kl",)
 
 
 def test_clipped_deltas_are_refused_where_the_advantage_is_a_rank():

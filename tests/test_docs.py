@@ -19,7 +19,7 @@ import yaml
 from dvpo import Trainer, load_config
 from dvpo.algorithms import ALGORITHMS
 from dvpo.cli import main, parse
-from dvpo.config import to_yaml
+from dvpo.config import OF_FILES, to_yaml
 from dvpo.embedded import make_model, make_tokenizer
 from dvpo.study import load_study
 from dvpo.tasks.math import ChainArithmetic
@@ -118,13 +118,20 @@ def commands(shown: list[str]) -> list[list[str]]:
     return [shlex.split(match[1]) for match in found if match]
 
 
+def their_config(overrides: list[str]) -> dict[str, Any] | None:
+    """The user's own file, of which an override of `task.answer_pattern`, say, speaks."""
+    of_files = any(word.split("=")[0].removeprefix("task.") in OF_FILES for word in overrides)
+    return {"task": {"name": "files", "path": "mine.jsonl"}} if of_files else None
+
+
 @each_page
 def test_every_command_line_is_one_and_its_overrides_are_settings(page: Path) -> None:
     for words in commands(lines(page)):
         arguments = parse(words)
         overrides = [*getattr(arguments, "overrides", ()), *getattr(arguments, "set", ())]
         # `key.sub=value` is the form itself, and rows of one's own are imported by another test.
-        load_config(None, [word for word in overrides if word != "key.sub=value" and not re.search(r"\w:\w", word)])
+        known = [word for word in overrides if word != "key.sub=value" and not re.search(r"\w:\w", word)]
+        load_config(their_config(known), known)
 
 
 @each_page
@@ -135,7 +142,8 @@ def test_every_command_mentioned_has_its_options_and_overrides(page: Path, capsy
         assert ended.value.code == 0, command
         options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
         assert {word for word in words if word.startswith("--")} <= options
-        load_config(None, [word for word in words if re.match(r"[a-z._]+=", word) and word != "key.sub=value"])
+        overrides = [word for word in words if re.match(r"[a-z._]+=", word) and word != "key.sub=value"]
+        load_config(their_config(overrides), overrides)
 
 
 @each_page

@@ -16,7 +16,7 @@ from dvpo import Trainer, report_texts
 from dvpo.cli import main
 from dvpo.errors import InputError
 from dvpo.plain_text import clipped, visible
-from dvpo.report import run_folders, write_report
+from dvpo.report import about, run_folders, write_report
 from dvpo.report_data import Place, Run, Series, place_of_runs, places_of_study, read_run, series_names
 from dvpo.report_panels import fault_lines, learning_panel, over_seeds, smoothed
 from dvpo.report_study import noise_axis, robustness_panels
@@ -27,6 +27,7 @@ from dvpo.study import load_study
 from dvpo.study_results import read_results, row_key
 from report_runs import HOSTILE, write_run
 from runs import Parity, run_config
+from study_files import a_row
 
 ROOT = Path(__file__).parents[1]
 
@@ -143,6 +144,35 @@ def test_runs_that_differ_in_their_seed_alone_are_one_series(tmp_path: Path):
     ]
 
 
+def test_a_seed_that_was_run_again_is_no_further_seed(tmp_path: Path):
+    place = place_of_runs([write_run(tmp_path / name, "dvpo", {}, seed=0) for name in ("first", "again")])
+    assert [(series.name, len(series.runs)) for series in place.series] == [("dvpo", 1), ("dvpo (2)", 1)]
+
+
+def test_the_about_table_names_all_that_made_a_resumed_run(tmp_path: Path):
+    manifest = {"commit": "abc", "machine": {"cpu": "one"}, "versions": {"torch": "2.1"}, "resumes": [
+        {"step": 2, "commit": "abc", "machine": {"cpu": "two"}, "dirty": True}]}  # fmt: skip
+    line = about(replace(read_run(write_run(tmp_path / "run", texts={})), manifest=manifest))
+    assert (line["commit"], line["machine"]) == ("abc; then abc, with uncommitted changes", "one; then two")
+    assert line["versions"] == "torch 2.1"
+
+
+def test_an_evaluation_without_any_reward_lends_its_interval_to_no_other(tmp_path: Path):
+    folder = write_run(tmp_path / "run", texts={})
+    rows = [
+        {"step": 0, "eval/id/accuracy": None, "eval/id/accuracy_low": 0.0, "eval/id/accuracy_high": 1.0},
+        {"step": 2, "eval/id/accuracy": 0.5, "eval/id/accuracy_low": 0.4, "eval/id/accuracy_high": 0.6},
+        {"step": 4, "eval/id/accuracy": 0.7, "eval/id/accuracy_low": 0.6, "eval/id/accuracy_high": 0.8},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    place = place_of_runs([folder])
+    table = summary_table(place)
+    line = dict(zip(table.columns, table.lines[0], strict=True))
+    assert (line["ID before"], line["ID after"]) == ("50.0 [40, 60]", "70.0 [60, 80]")
+    (curve,) = learning_panel(place).charts[0].lines
+    assert [x for x, _ in curve.low] == [x for x, _ in curve.points] == [2, 4]
+
+
 def test_series_of_one_algorithm_are_told_apart_by_their_settings(tmp_path: Path):
     folders = [write_run(tmp_path / name, "dvpo", {}) for name in ("a", "b")]
     config = (folders[1] / "config.yaml").read_text().replace("alpha: 0.1", "alpha: 0.3")
@@ -227,7 +257,11 @@ def test_an_alarm_is_no_fault_and_is_named(tmp_path: Path):
     place = place_of_runs([folder])
     warnings = [s.text for s in sentences(place, "ppo") if s.kind == "warning"]
     assert any("1 faults were survived" in text for text in warnings)
-    assert any("the alarm kl rang from step 5 on: far, 5." in text for text in warnings)
+    assert any("the alarm kl rang first at step 5: far, 5." in text for text in warnings)  # by evaluations alone
+    steps = [{"step": step, "alarm/kl": float(step == 5), "time/step": 1.0} for step in range(1, 9)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    warnings = [s.text for s in sentences(place_of_runs([folder]), "ppo") if s.kind == "warning"]
+    assert any("the alarm kl rang in 1 of 8 steps, first at step 5: far, 5." in text for text in warnings)
     table = summary_table(place)
     assert table.lines[0][table.columns.index("faults")] == "1"
 
@@ -271,13 +305,15 @@ def test_without_a_truth_accuracy_is_said_to_be_by_the_reward_and_what_did_not_m
     by_reward = "accuracy by your reward (no truth was named) on held-out prompts"
     assert said == f"dvpo: {by_reward} stayed at 0.0% in distribution."
     judged = replace(own, settings={"task.name": "files", "task.truth": "my:truth"})
+    parts = [{"name": "math", "truth": None}, {"name": "files", "truth": None}]
+    mixed = replace(own, settings={"task.name": "mix", "task.mix": parts}, steps=[{"step": 1, "reward/true": 1.0}])
     blind = replace(own, settings={"task.name": "my:task"}, steps=[{"step": 1, "reward/observed": 1.0}])
     titles = []
-    for run in (own, judged, blind):
+    for run in (own, judged, blind, mixed):
         place = Place("", [Series("dvpo", [replace(run, evaluations=ended("dvpo", 0, 0.5, 0.8).evaluations)])])
         texts = [sentences(place, "ppo")[0].text, summary_table(place).note, learning_panel(place).charts[0].title]
         titles.append(["by your reward (no truth was named)" in text for text in texts])
-    assert titles == [[True] * 3, [False] * 3, [True] * 3]
+    assert titles == [[True] * 3, [False] * 3, [True] * 3, [True] * 3]
 
 
 def test_an_end_far_below_the_peak_is_warned_of():
@@ -395,6 +431,22 @@ def test_the_noise_axis_is_the_rate_where_one_kind_is_varied_and_names_otherwise
     (tmp_path / "mixed.yaml").write_text(yaml.safe_dump(mixed))
     names = ["clean", "flip_20", "flip_40", "spiky"]
     assert noise_axis(load_study(tmp_path / "mixed.yaml")) == (names, [*enumerate(names)])
+
+
+def test_a_noise_that_is_another_for_another_task_has_each_tasks_own_rate_on_its_axis(tmp_path: Path):
+    values = yaml.safe_load((ROOT / "configs" / "studies" / "mini.yaml").read_text())
+    values |= {"tasks": {"math": {}, "science": {}}, "algorithms": ["ppo"], "seeds": [1]}
+    flip = {"kind": "flip", "rate": 0.2, "tasks": {"science": {"kind": "flip", "rate": 0.4}}}
+    values["noises"] = {"clean": {}, "flip": flip}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(values))
+    study = load_study(tmp_path / "two.yaml")
+    rows = [
+        a_row(task=task, noise=noise, algorithm="ppo", seed=1, config_hash=cell.config_hash)
+        for cell in study.cells
+        for task, noise in [(cell.task, cell.noise)]
+    ]
+    axes = {panel.title: [x for x, _ in panel.charts[0].lines[0].points] for panel in robustness_panels(study, rows)}
+    assert axes == {"math": [0.0, 0.2], "science": [0.0, 0.4]}
 
 
 def test_a_study_without_rows_says_so(tmp_path: Path):

@@ -249,6 +249,7 @@ def test_a_faulty_study_is_refused_in_one_sentence(place: Path, changes: dict[st
         (["--only", "nose=flip"], "did you mean noise?"),
         (["--processes", "0"], "--processes = 0 must be at least 1"),
         (["--table"], "the results file holds no row of these cells"),
+        (["--last-quarter"], "--last-quarter says how tables are made: add --table or --markdown, or drop it"),
         (["--table", "--baseline", "grpo"], "--baseline = grpo is no algorithm of these cells: take one of dvpo, ppo"),
     ],
 )

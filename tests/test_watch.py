@@ -19,7 +19,6 @@ from rich.console import Console
 
 from dvpo.charts import Chart, Line
 from dvpo.cli import main
-from dvpo.errors import InputError
 from dvpo.runlog import RunLog
 from dvpo.terminal_charts import FRAME, SCALE, binned, draw
 from dvpo.watch import PANELS, Follower, duration, picture, watch
@@ -273,8 +272,19 @@ def _behind(text: str, mark: str) -> str:
     return text.partition(mark)[2] if mark else text
 
 
-def test_a_wait_is_no_error_but_a_wrong_figure_is_once_the_run_has_begun(tmp_path: Path) -> None:
-    console = Console(file=StringIO(), width=100, height=40, force_terminal=True)
-    write(tmp_path, steps(1, 2))
-    with pytest.raises(InputError, match=r"logs no figure nothing_like_it; docs/metrics.md has them all"):
-        watch([str(tmp_path)], ["nothing_like_it"], False, 1.0, console)
+def test_a_figure_that_is_not_there_yet_is_said_and_drawn_once_it_comes(tmp_path: Path) -> None:
+    evaluation = {"step": 0, "eval/id/accuracy": 0.5}  # the first row of every run
+    write(tmp_path, [evaluation])
+    run, out = Follower(tmp_path), StringIO()
+
+    def shown() -> str:
+        run.read()
+        Console(file=out, width=100).print(picture([run], ["reward/true", "eval/*"], 100, 40, waiting=True))
+        return out.getvalue()
+
+    first = shown()
+    assert "logs no figure reward/true" in " ".join(first.split())
+    assert "eval/id/accuracy" in first
+    assert "left" not in first  # nobody knows yet how long a step takes
+    write(tmp_path, [evaluation, *steps(1, 2)])
+    assert "logs no figure reward/true" not in " ".join(shown().removeprefix(first).split())

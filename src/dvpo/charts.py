@@ -117,7 +117,8 @@ class _Place:
 
     def x(self, value: float) -> float:
         low, high, _ = self.x_axis
-        return round(LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT), 1)
+        # The page's script works the step out of it again: in ten thousand steps a tenth is three of them.
+        return round(LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT), 3)
 
     def y(self, value: float) -> float:
         low, high, _ = self.y_axis

@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument(
         "--last-quarter", action="store_true", help="tables of the mean over the last quarter's evaluations"
     )
-    study.add_argument("--baseline", default="ppo", help="whom the tables compare with (default: ppo)")
+    study.add_argument("--baseline", help="whom the tables compare with (default: ppo)")
     study.set_defaults(run=_study, go_on="the same command goes on with the study")
 
     report = command("report", "one HTML page of runs side by side, or of a study")
@@ -274,7 +274,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
         allow = arguments.allow.split(",") if arguments.allow else ()
         trainer = Trainer(config, resume=arguments.resume, allow=allow)
-        console = Console(quiet=not first)
+        console = Console(quiet=not first, markup=False)
         with RunProgress(config.algorithm, config.steps, trainer.folder, trainer.step, console) as progress:
             trainer.observer = progress
             trainer.train()
@@ -304,21 +304,25 @@ def _study(arguments: argparse.Namespace) -> int:
 
     study = load_study(arguments.study, arguments.overrides, arguments.only)
     results = Path(arguments.results) if arguments.results else study.results
-    if arguments.table or arguments.markdown:
+    tables = arguments.table or arguments.markdown
+    if not tables and (arguments.last_quarter or arguments.baseline):
+        option = "--last-quarter" if arguments.last_quarter else f"--baseline = {arguments.baseline}"
+        raise InputError(f"{option} says how tables are made: add --table or --markdown, or drop it to run the study")
+    if tables:
         from dvpo.study_results import last_quarter, read_results
         from dvpo.study_table import make_report, print_report, to_markdown
 
         rows = read_results(results)
         rows = [last_quarter(row) for row in rows] if arguments.last_quarter else rows
-        report = make_report(study, rows, arguments.baseline, arguments.last_quarter)
+        report = make_report(study, rows, arguments.baseline or "ppo", arguments.last_quarter)
         if arguments.markdown:
             sys.stdout.write(to_markdown(report))
         else:
-            print_report(report, Console() if sys.stdout.isatty() else Console(width=160))
+            print_report(report, Console(markup=False) if sys.stdout.isatty() else Console(width=160, markup=False))
         return 0
     from dvpo.study_run import run_study
 
-    console = Console()
+    console = Console(markup=False)
     try:
         failed = run_study(study, arguments.processes, results, console)
     except Interrupted as stop:
@@ -335,7 +339,7 @@ def _report(arguments: argparse.Namespace) -> None:
     from dvpo.report import write_report
 
     page = write_report(arguments.sources, arguments.output, arguments.results, arguments.baseline)
-    Console().print(f"report: {page}", soft_wrap=True)
+    Console(markup=False).print(f"report: {page}", soft_wrap=True)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -353,7 +357,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     colour = {"advantage": "advantages"}.get(arguments.colour, arguments.colour)
-    inspect_checkpoint(arguments.checkpoint, question, colour, arguments.compare, arguments.html, Console())
+    inspect_checkpoint(arguments.checkpoint, question, colour, arguments.compare, arguments.html, Console(markup=False))
 
 
 def _watch(arguments: argparse.Namespace) -> None:
@@ -361,7 +365,7 @@ def _watch(arguments: argparse.Namespace) -> None:
 
     from dvpo.watch import watch
 
-    watch(arguments.runs, arguments.metric, arguments.once, arguments.every, Console())
+    watch(arguments.runs, arguments.metric, arguments.once, arguments.every, Console(markup=False))
 
 
 def _label(arguments: argparse.Namespace) -> None:
@@ -371,7 +375,7 @@ def _label(arguments: argparse.Namespace) -> None:
     from dvpo.label import label_file
 
     config = load_config(arguments.config, arguments.overrides)
-    label_file(config, arguments.samples, arguments.prompts, arguments.output, Console())
+    label_file(config, arguments.samples, arguments.prompts, arguments.output, Console(markup=False))
 
 
 def _reward_model(arguments: argparse.Namespace) -> None:
@@ -382,7 +386,7 @@ def _reward_model(arguments: argparse.Namespace) -> None:
         from dvpo.preferences import pairs_file
 
         config = load_config(arguments.from_task, arguments.set)
-        pairs_file(config, arguments.count, arguments.wrong, arguments.pairs, Console())
+        pairs_file(config, arguments.count, arguments.wrong, arguments.pairs, Console(markup=False))
         return
     from dvpo.reward_training import Training, train_folder
 
@@ -394,7 +398,7 @@ def _reward_model(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     output, device, dtype = arguments.output, arguments.device, arguments.dtype
-    train_folder(arguments.pairs, arguments.model, output, settings, device, dtype, Console())
+    train_folder(arguments.pairs, arguments.model, output, settings, device, dtype, Console(markup=False))
 
 
 def _diagnose(arguments: argparse.Namespace) -> None:
@@ -405,7 +409,7 @@ def _diagnose(arguments: argparse.Namespace) -> None:
 
     config = load_config(arguments.config, arguments.overrides)
     effort = Effort(prompts=arguments.prompts, samples=arguments.samples, repeats=arguments.repeats)
-    diagnose_file(config, effort, arguments.reward, arguments.json, Console())
+    diagnose_file(config, effort, arguments.reward, arguments.json, Console(markup=False))
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
@@ -414,7 +418,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
     from dvpo.config import load_config
     from dvpo.doctor import report_installation, report_needs
 
-    console = Console()
+    console = Console(markup=False)
     config = load_config(arguments.config, arguments.overrides) if arguments.config else None
     report_installation(console)
     if config is not None:

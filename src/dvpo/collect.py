@@ -35,8 +35,8 @@ class Collected:
     """Of all that was sampled."""
     kept: list[int]
     """Rows of the above, group by group."""
-    seconds: float
-    """Spent on sampling."""
+    sampling_seconds: float
+    scoring_seconds: float
 
     @property
     def episodes(self) -> list[Episode]:
@@ -95,7 +95,7 @@ class Collector:
 
     def collect(self) -> Collected:
         """The responses of the next step."""
-        size, seconds = self.settings.samples_per_prompt, 0.0
+        size, sampling, scoring = self.settings.samples_per_prompt, 0.0, 0.0
         sampled: list[Episode] = []
         parts: list[Scored] = []
         own = share(self.settings.prompts_per_step)
@@ -108,8 +108,9 @@ class Collector:
             if places:
                 started = time.perf_counter()
                 episodes = self.sample([draws[place] for place in places])
-                seconds += time.perf_counter() - started
+                drawn = time.perf_counter()
                 parts.append(self.scorer(episodes))
+                sampling, scoring = sampling + drawn - started, scoring + time.perf_counter() - drawn
                 for number, place in enumerate(places):
                     first = len(sampled) + number * size
                     groups[place] = range(first, first + size)
@@ -122,7 +123,7 @@ class Collector:
                 silent = gather_rows(places)
             if not silent:
                 break
-        return Collected(sampled, join(parts), [row for place in own for row in groups[place]], seconds)
+        return Collected(sampled, join(parts), [row for place in own for row in groups[place]], sampling, scoring)
 
     def sample(self, draws: Sequence[tuple[Example, int]]) -> list[Episode]:
         """Play `samples_per_prompt` episodes of each of these prompts, given with their visits."""

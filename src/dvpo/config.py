@@ -17,7 +17,17 @@ from pydantic import Field, TypeAdapter, ValidationError
 from dvpo.algorithms import find_algorithm
 from dvpo.errors import InputError
 from dvpo.nested import all_keys, checked, deep_copy, merge, one_sentence, read_yaml, set_dotted
-from dvpo.settings import Count, LoraConfig, ModelConfig, NoiseConfig, RewardConfig, SamplingConfig, TaskConfig, section
+from dvpo.settings import (
+    Count,
+    LoraConfig,
+    ModelConfig,
+    NoiseConfig,
+    OneTaskConfig,
+    RewardConfig,
+    SamplingConfig,
+    TaskConfig,
+    section,
+)
 from dvpo.settings_learning import (
     ActorConfig,
     AdvantageConfig,
@@ -41,8 +51,14 @@ TASK_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 """The same text, much faster where PyYAML has its C part: a study writes the config of every cell at its start."""
 
-SPLIT_IN_TWO_WAYS = ("science", "dialogue")
-"""Tasks for which `task.ood` is a choice."""
+OF_FILES = ("path", "id_path", "ood_path", "prompt_column", "held_out", "truth", "answer_pattern")
+TASKS_WITH = {
+    "ood": ("science", "dialogue"),
+    **dict.fromkeys(("generators", "ood_generators"), ("reasoning_gym",)),
+    **dict.fromkeys(OF_FILES, ("files",)),
+}
+"""Setting of `task` -> the tasks that read it."""
+OF_ANY_NOISE = ("then", "low", "high")
 
 
 @section
@@ -148,6 +164,18 @@ class Config:
                 f"alarms.kl_reference = {self.alarms.kl_reference:g} watches what is measured only where "
                 "actor.kl.coef is above 0: set that, to 1e-6 say, or drop the alarm"
             )
+        silent = {
+            "value": None if row.has_critic else f"algorithm = {self.algorithm} has no critic",
+            # Measured before each minibatch's own update: the first sees the sampling policy itself.
+            "kl": "a step of one update (update.epochs, update.minibatches) is measured before it"
+            if self.update.epochs * self.update.minibatches == 1 and not self.alarms.kl_reference
+            else None,
+        }
+        if cannot := [name for name in self.alarms.stop if silent.get(name)]:
+            raise ValueError(
+                f"alarms.stop names {cannot[0]}, which cannot ring: {silent[cannot[0]]}; drop it"
+                + (", or set alarms.kl_reference and actor.kl.coef" if cannot[0] == "kl" else "")
+            )
         if self.reward.overlong > self.sampling.max_completion_length:
             raise ValueError(
                 f"reward.overlong = {self.reward.overlong} exceeds sampling.max_completion_length = "
@@ -194,14 +222,8 @@ class Config:
         name, mix = self.task.name, self.task.mix
         if any(task.name == "files" and not task.path for task in (self.task, *mix)):
             raise ValueError("task.path is empty: name the file with your prompts (task.path=my_prompts.jsonl)")
-        foreign = [
-            task.name for task in (self.task, *mix) if task.ood != "unseen" and task.name not in SPLIT_IN_TWO_WAYS
-        ]
-        if foreign:
-            raise ValueError(
-                f"task.ood = untrained is a way to split {' and '.join(SPLIT_IN_TWO_WAYS)}, not {foreign[0]}: "
-                "set it to unseen"
-            )
+        for task in (self.task, *mix):
+            _refuse_settings_of_others(task)
         if mix and name != "mix":
             raise ValueError(f"task.mix holds several tasks, but task.name = {name}: set it to mix")
         if name == "mix" and not mix:
@@ -295,6 +317,19 @@ class Config:
             )
 
 
+def _refuse_settings_of_others(task: OneTaskConfig) -> None:
+    """A file that is named beside `math` would not be read, and nothing else would say so."""
+    if task.name not in {"math", "mix"}.union(*TASKS_WITH.values()):
+        return  # one's own task is given the whole section, and a wrong name is `make_task`'s matter
+    for key, owners in TASKS_WITH.items():
+        value = getattr(task, key)
+        if task.name not in owners and value != getattr(OneTaskConfig, key):
+            raise ValueError(
+                f"task.{key} = {value} is a setting of {' and '.join(owners)}, but task.name = {task.name}: set that "
+                f"to {' or '.join(owners)}, or drop this"
+            )
+
+
 def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides: Iterable[str] = ()) -> Config:
     """Make a validated `Config`.
 
@@ -309,6 +344,15 @@ def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides:
     for override in overrides:
         set_dotted(values, override)
     values = checked(values, Config, Config)
+    noise = values.get("noise") or {}
+    if (
+        isinstance(noise, Mapping)
+        and "kind" not in noise
+        and (named := [key for key in noise if key not in OF_ANY_NOISE])
+    ):
+        raise InputError(
+            f"noise.{named[0]} = {noise[named[0]]} belongs to a kind of noise: set noise.kind (docs/noise.md)"
+        )
     name = values.get("algorithm", Config.algorithm)
     if not isinstance(name, str):
         raise InputError(f"algorithm = {name!r} is not a name: take a row such as dvpo or ppo")

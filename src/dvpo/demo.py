@@ -33,7 +33,7 @@ def run_demo(
     Raises:
         InputError: bad settings, before anything is trained.
     """
-    console = Console()
+    console = Console(markup=False)
     folder = Path(output or f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}")
     configs = {
         name: load_config(

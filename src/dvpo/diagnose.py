@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import yaml
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from dvpo.advice import Advice, advise, settings
 from dvpo.answers import Answerer
@@ -149,7 +149,7 @@ def print_findings(findings: Findings, console: Console) -> None:
     table.add_column("finding")
     table.add_column("value", justify="right")
     for name, value in _lines(findings):
-        table.add_row(escape(name), escape(value))
+        table.add_row(Text(name), Text(value))
     console.print(table)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoConfig
 
 from dvpo.config import Config
@@ -53,9 +53,9 @@ def report_installation(console: Console) -> None:
     for column in ("package", "version", "needed for"):
         table.add_column(column)
     for name in REQUIRED:
-        table.add_row(name, _version(name) or "[red]missing[/]", "everything")
+        table.add_row(name, _version(name) or Text("missing", "red"), "everything")
     for name, extra in EXTRAS.items():
-        table.add_row(name, _version(name) or "-", escape(f"optional: pip install 'dvpo[{extra}]'"))
+        table.add_row(name, _version(name) or "-", Text(f"optional: pip install 'dvpo[{extra}]'"))
     console.print(table)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts = machine("cpu")
@@ -119,7 +119,7 @@ def report_needs(config: Config, console: Console) -> None:
         (f"{config.steps} steps without evaluations", _duration(seconds * config.steps)),
         ("one checkpoint on disk", f"{on_disk / MIB:,.0f} MiB"),
     ):
-        table.add_row(what, escape(figure))
+        table.add_row(what, Text(figure))
     console.print(table)
 
 

@@ -268,7 +268,7 @@ def evaluate_checkpoint(
             results[split] = evaluate(policy, task, examples, judge, config.sampling, samples, config.seed)
             rows += [{"split": split, **row} for row in results[split].rows]
     write_atomically(file, [(json.dumps(row) + "\n").encode() for row in rows])
-    console = Console()
+    console = Console(markup=False)
     console.print(_table(results, f"{checkpoint}: % of held-out items solved, 95% intervals in brackets"))
     if said := lost_in_evaluation([row for result in results.values() for row in result.faults]):
         console.print(said, style="bold red", markup=False, highlight=False, soft_wrap=True)

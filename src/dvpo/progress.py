@@ -25,6 +25,7 @@ SHOWN = (
 WHEN_ABOVE_0 = (
     ("reward/missing", "missing"),
     ("actor/skipped_updates", "SKIPPED UPDATES"),
+    ("critic/skipped_updates", "CRITIC SKIPPED UPDATES"),
     *((f"alarm/{name}", f"ALARM {name}") for name in ALARMS),
 )
 """Shown only where there is something to worry about."""
@@ -38,7 +39,7 @@ class RunProgress:
     """
 
     def __init__(self, name: str, steps: int, folder: Path, start: int = 0, console: Console | None = None) -> None:
-        self.console = Console() if console is None else console
+        self.console = Console(markup=False) if console is None else console
         self.name, self.steps, self.start = name, steps, start
         self._tally, self._faults_file = FaultTally(), folder / "faults.jsonl"
         self._began = self._said = time.monotonic()

@@ -7,7 +7,7 @@ request can leave it, whatever the texts in it contain.
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def write_report(
             raise InputError(f"--results = {results} belongs to a study: name its YAML file instead of run folders")
         folders = run_folders(sources)
         page, home = runs_page(place_of_runs(folders), baseline), common_folder(folders)
-        title = f"Run {home.name}" if len(folders) == 1 else f"{len(folders)} runs of {home.name}"
+        title = f"Run {home.absolute().name}" if len(folders) == 1 else f"{len(folders)} runs of {home.name}"
     file = write_page(Path(output) if output else home / NAME, "report.html", {"title": title, **page}).absolute()
     here = Path.cwd()
     return file.relative_to(here) if file.is_relative_to(here) else file
@@ -134,18 +134,33 @@ def _with_charts(panels: Sequence[Any]) -> list[Any]:
 
 
 def about(run: Run) -> dict[str, Any]:
-    """Where a run comes from."""
-    manifest = run.manifest
-    machine = manifest.get("machine", {})
-    commit = str(manifest.get("commit") or "no git checkout")
+    """Where a run comes from: of a resumed one all that it was made by."""
+    sessions = [run.manifest, *run.manifest.get("resumes", [])]
+
+    def joined(of: Callable[[Mapping[str, Any]], str]) -> str:
+        return "; then ".join(dict.fromkeys(filter(None, map(of, sessions))))
+
     return {
         "run": run.label,
-        "commit": f"{commit}{', with uncommitted changes' if manifest.get('dirty') else ''}",
-        "config": manifest.get("config_hash", ""),
-        "machine": machine.get("gpu") or machine.get("cpu") or "",
-        "started": manifest.get("started", ""),
-        "versions": ", ".join(f"{k} {v}" for k, v in manifest.get("versions", {}).items() if v),
+        "commit": joined(_commit),
+        "config": joined(lambda session: str(session.get("config_hash", ""))),
+        "machine": joined(lambda session: str(_hardware(session.get("machine", {})))),
+        "started": joined(lambda session: str(session.get("started", ""))),
+        "versions": joined(_versions),
     }
+
+
+def _commit(session: Mapping[str, Any]) -> str:
+    commit = str(session.get("commit") or "no git checkout")
+    return f"{commit}{', with uncommitted changes' if session.get('dirty') else ''}"
+
+
+def _hardware(machine: Mapping[str, Any]) -> str:
+    return machine.get("gpu") or machine.get("cpu") or ""
+
+
+def _versions(session: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in session.get("versions", {}).items() if v)
 
 
 # Rendering

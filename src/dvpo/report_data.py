@@ -128,9 +128,12 @@ def place_of_runs(folders: Iterable[Path]) -> Place:
     runs = [read_run(folder) for folder in folders]
     if len({run.folder.resolve() for run in runs if run.folder}) < len(runs):
         raise InputError("a run folder is named twice: give each once")
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(json.dumps(_identity(run), sort_keys=True), []).append(run)
+    groups: dict[tuple[str, int], list[Run]] = {}
+    for place, run in enumerate(runs):
+        identity = json.dumps(_identity(run), sort_keys=True)
+        # A seed that was run again, by other code or on another machine, is no further seed.
+        before = sum(_identity(other) == _identity(run) and other.seed == run.seed for other in runs[:place])
+        groups.setdefault((identity, before), []).append(run)
     names = series_names([group[0] for group in groups.values()])
     series = [
         Series(name, [replace(run, name=name) for run in group], colour)

@@ -61,11 +61,11 @@ CRITIC = (
     Figure("Gradient norm", "critic/grad_norm", "before clipping"),
 )  # fmt: skip
 
-TERMS = ("loss", "qr", "risk", "cvar", "gain", "shift", "shape", "curvature", "consistency", "conservative")
+TERMS = ("qr", "risk", "cvar", "gain", "shift", "shape", "curvature", "consistency", "conservative")
 
 POLICY = (
     Figure("Entropy", "actor/entropy", "of the next-token distribution, in nats"),
-    Figure("KL of a step", "actor/kl", "from the sampling policy to the updated one, k3 estimate"),
+    Figure("KL of a step", "actor/kl", "from the sampling policy to that before each update, k3 estimate"),
     Figure("KL from the start", "actor/kl_reference", "from the starting policy, k3 estimate"),
     Figure("Clipped tokens", "actor/clip_share", "share of tokens whose gradient the clip holds back", percent=True),
     Figure("Gradient norm", "actor/grad_norm", "before clipping"),
@@ -100,8 +100,8 @@ def learning_panel(place: Place) -> Panel:
 
 def critic_panel(place: Place) -> Panel:
     terms = [
-        Figure(f"Loss term: {name}" if name != "loss" else "Critic loss", f"critic/{name}", "before its weight")
-        for name in TERMS
+        Figure("Critic loss", "critic/loss", "the terms, each with its weight"),
+        *(Figure(f"Loss term: {name}", f"critic/{name}", "before its weight") for name in TERMS),
     ]
     panel = _panel(place, [*CRITIC, *terms])
     tails = Chart(
@@ -179,7 +179,9 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
 def _over_items(runs: Sequence[Run], key: str) -> tuple[list[Point], list[Point]]:
     """The interval over held-out items that an evaluation comes with."""
     (run,) = [run for run in runs if run.curve(key)]
-    return run.curve(f"{key}_low"), run.curve(f"{key}_high")
+    known = {x for x, _ in run.curve(key)}  # an evaluation none of whose items had a reward has edges and no accuracy
+    low, high = ([(x, y) for x, y in run.curve(f"{key}{end}") if x in known] for end in ("_low", "_high"))
+    return low, high
 
 
 def _tails(place: Place) -> list[Line]:

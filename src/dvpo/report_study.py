@@ -1,6 +1,7 @@
 """What a study's report has besides the curves: how the end depends on the noise, and the study's tables."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from dvpo.charts import COLOURS, Chart, Line
@@ -17,7 +18,9 @@ def robustness_panels(study: Study, rows: Sequence[Row]) -> list[Panel]:
     wanted, panels = {cell.key for cell in study.cells}, []
     rows = [row for row in rows if row_key(row) in wanted]
     for task in study.names("task"):
-        charts = [_chart(study, [row for row in rows if row["task"] == task], *split) for split in SPLITS]
+        # A noise may be another for another task, and so may its rate.
+        of_task = replace(study, cells=tuple(cell for cell in study.cells if cell.task == task))
+        charts = [_chart(of_task, [row for row in rows if row["task"] == task], *split) for split in SPLITS]
         panels.append(Panel(task, [chart for chart in charts if not chart.empty]))
     return [panel for panel in panels if panel.charts]
 

@@ -59,11 +59,9 @@ def _end(runs: Sequence[Run], split: str, index: int) -> str:
     if not known:
         return NONE
     if len(known) == 1:
-        place = -1 if index else 0
-        points = [
-            curve[place][1] if (curve := known[0].curve(f"{key}{end}")) else None for end in ("", "_low", "_high")
-        ]
-        return _text(*points)
+        step, value = known[0].curve(key)[-1 if index else 0]
+        low, high = (dict(known[0].curve(f"{key}{end}")).get(step) for end in ("_low", "_high"))
+        return _text(value, low, high)
     pairs = [pair for run in known if (pair := ends(run, split))]
     low, middle, high = over_seeds([[(0.0, pair[index])] for pair in pairs])
     return _text(middle[0][1], max(low[0][1], 0.0), min(high[0][1], 1.0))

@@ -52,8 +52,11 @@ def knows_truth(runs: Sequence[Run]) -> bool:
     """Whether evaluations were judged by the truth; where a run knows none, they were by its reward."""
 
     def knows(run: Run) -> bool:
-        if run.settings.get("task.name") == "files":
-            return run.settings.get("task.truth") is not None
+        tasks = run.settings.get("task.mix") or [
+            {"name": run.settings.get("task.name"), "truth": run.settings.get("task.truth")}
+        ]
+        if any(task.get("name") == "files" and task.get("truth") is None for task in tasks):
+            return False
         return not run.steps or bool(run.curve("reward/true"))
 
     return all(map(knows, runs))
@@ -155,10 +158,17 @@ def _warnings(series: Series) -> list[str]:
         if run.reward_faults:
             found.append(f"{run.label}: {len(run.reward_faults)} faults were survived; they are listed below.")
         found += [
-            f"{run.label}: the alarm {name} rang from step {row.get('step')} on: {row.get('message')}."
+            f"{run.label}: the alarm {name} {_rang(run, name)}first at step {row.get('step')}: {row.get('message')}."
             for name, row in run.alarms.items()
         ]
     return found
+
+
+def _rang(run: Run, name: str) -> str:
+    """In how many steps; nothing where only an evaluation rang it, or the steps are not there."""
+    steps = run.curve(f"alarm/{name}")
+    rang = sum(value > 0 for _, value in steps)
+    return f"rang in {rang} of {len(steps)} steps, " if rang else "rang "
 
 
 def _late(series: Series, key: str) -> float | None:

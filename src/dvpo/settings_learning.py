@@ -313,7 +313,7 @@ class AlarmsConfig:
     entropy: Share = 0.05
     """entropy: rings when `actor/entropy` is below this share of its mean over the first `window` steps."""
     kl: Weight = 1.0
-    """kl: rings above so many nats a token of `actor/kl`, the way of one step."""
+    """kl: rings above so many nats a token of `actor/kl`, the way of one step up to its last update."""
     kl_reference: Weight = 0.0
     """kl: rings above so many nats a token of `actor/kl_reference`, the way from the start."""
     value: Weight = 10.0

@@ -28,6 +28,7 @@ from dvpo.settings import TaskConfig
 from dvpo.study import Cell, Study, result_hash
 from dvpo.study_results import ResultsFile, Row, finished_cells, locked, result_row
 from dvpo.tasks import make_task
+from dvpo.tasks.mixture import held_out
 
 ERROR, SAID, LOCK = "error", "output.txt", ".lock"
 """In a run's folder: why it failed; what it said; held by the process that runs it."""
@@ -85,7 +86,11 @@ def _refuse_unmakeable_tasks(cells: list[Cell]) -> None:
     for cell in cells:
         if cell.config.task not in sections:
             sections.append(cell.config.task)
-            make_task(cell.config.task)
+            if not held_out(make_task(cell.config.task)):
+                raise InputError(
+                    f"{cell.folder.name}: its task holds nothing out, and a row of a study is what evaluations say: "
+                    "set task.held_out above 0, or name task.id_path"
+                )
 
 
 def _outcome(cell: Cell, code: int | None) -> Row | str:

@@ -268,8 +268,8 @@ class Trainer(Learner):
                 figures |= task_figures(self.task.parts, tasks, rollout.true_B, all_reduce_sum)
             figures |= {
                 **fault_figures(faults),
-                "time/sample": collected.seconds,
-                "time/score": scored - started - collected.seconds,
+                "time/sample": collected.sampling_seconds,
+                "time/score": collected.scoring_seconds,
                 "time/update": ended - scored,
                 "time/step": ended - started,
                 "time/tokens_per_second": figures["rollout/tokens"] / (ended - started),
@@ -428,7 +428,8 @@ class Trainer(Learner):
         if is_main() and (said := lost_in_evaluation(faults)):
             warnings.warn(f"evaluation at step {self.step}: {said}; all of them: faults.jsonl", stacklevel=2)
         with deferred():
-            self.log.metrics(self.step, figures)
+            if figures:  # a task may hold nothing out
+                self.log.metrics(self.step, figures)
             self.log.faults(self.step, faults)
             self.alarms.on_evaluation(self.step, figures, self.log.faults)
             self.keeper.judge_evaluation(self.step, figures)

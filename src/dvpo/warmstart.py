@@ -289,7 +289,7 @@ def losses(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, lesson: 
 @contextmanager
 def progress_reports(steps: int, wanted: bool) -> Iterator[Callable[[int, str], None]]:
     """Hand out `report(step, text)`: a bar on a terminal, a line for each tenth elsewhere, or nothing."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     if not wanted:
         yield lambda step, text: None
     elif console.is_terminal:
@@ -321,7 +321,7 @@ def main(arguments: list[str] | None = None) -> None:
             folder = warm_start(options.task, options.checker, options.seed, rebuild=options.rebuild, cache=options.out)
     except InputError as error:
         parser.error(str(error))
-    Console().print(f"{folder}\n{(folder / 'warmstart.json').read_text()}", highlight=False)
+    Console(markup=False).print(f"{folder}\n{(folder / 'warmstart.json').read_text()}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -143,12 +143,13 @@ def watch(sources: Sequence[str], metrics: Sequence[str], once: bool, every: flo
         try:
             while True:
                 runs = follow(sources, followers, waiting=True)
-                live.update(picture(runs, metrics, console.width, console.height), refresh=True)
+                live.update(picture(runs, metrics, console.width, console.height, waiting=True), refresh=True)
                 time.sleep(every)
         except KeyboardInterrupt as stop:
             if isinstance(stop, Interrupted) and stop.number != signal.SIGINT:
                 raise
-    console.print(picture(runs, metrics, console.width, None))  # the screen is gone, the last picture stays
+    # The screen is gone, the last picture stays.
+    console.print(picture(runs, metrics, console.width, None, waiting=True))
 
 
 def follow(sources: Sequence[str], followers: dict[Path, Follower], waiting: bool) -> list[Follower]:
@@ -169,7 +170,9 @@ def follow(sources: Sequence[str], followers: dict[Path, Follower], waiting: boo
     return [followers[folder] for folder in folders]
 
 
-def picture(runs: Sequence[Follower], metrics: Sequence[str], width: int, height: int | None) -> RenderableType:
+def picture(
+    runs: Sequence[Follower], metrics: Sequence[str], width: int, height: int | None, waiting: bool = False
+) -> RenderableType:
     """Everything that is shown at once.
 
     Args:
@@ -177,20 +180,26 @@ def picture(runs: Sequence[Follower], metrics: Sequence[str], width: int, height
         metrics: as in `watch`.
         width: of the screen in characters.
         height: of the screen; None: as many lines as it takes.
+        waiting: a figure that is not there yet may come: its absence is said below the charts.
 
     Raises:
-        InputError: none of the runs logs a figure that is asked for.
+        InputError: unless `waiting`, if none of the runs logs a figure that is asked for.
     """
     begun = [run for run in runs if run.rows]
     head = _heads(runs)
     if not begun:
         return head
+    absent = _absent(metrics, begun)
+    if absent and not waiting:
+        raise InputError(absent[0])
     charts = _charts(runs, _chosen(metrics, begun) if metrics else PANELS)
+    if not charts:
+        return Group(head, "", *map(Text, absent))
     columns = max(min((width + GAP) // (NARROWEST + GAP), len(charts)), 1)
     rows = -(-len(charts) // columns)
     lines = USUAL + FRAME
     if height is not None:
-        free = height - len(runs) - 3  # a line below the heads, and two of the foot
+        free = height - len(runs) - 3 - len(absent)  # a line below the heads, and two of the foot
         rows = max(min(rows, free // (LOWEST + FRAME + 1)), 1)
         lines = max(free // rows - 1, LOWEST + FRAME)
     shown = charts[: rows * columns]
@@ -206,7 +215,7 @@ def picture(runs: Sequence[Follower], metrics: Sequence[str], width: int, height
     left_out = len(charts) - len(shown)
     more = f"{left_out} more charts in a larger window, or by --metric; " if left_out else ""
     foot = Text(f"{more}{MARK} evaluation; lines are means over each column's steps", "dim", no_wrap=True)
-    return Group(head, "", grid, foot)
+    return Group(head, "", grid, foot, *map(Text, absent))
 
 
 def _heads(runs: Sequence[Follower]) -> Table:
@@ -231,10 +240,13 @@ def _facts(run: Follower) -> list[Text]:
     faults = sum(y for _, y in run.curve("reward/faults"))
     trained: dict[str, Any] = next((row for row in reversed(run.rows) if not is_evaluation(row)), {})
     alarms = sorted(key.removeprefix("alarm/") for key, value in trained.items() if key.startswith("alarm/") and value)
+    left = f"about {duration((steps - step) * seconds)} left" if steps and pace else ""
+    if steps and step >= steps:
+        left = "done"
     words = [
         f"step {step}" + (f"/{steps}" if steps else ""),
         f"{seconds:.2f} s a step" if pace else "",
-        f"about {duration((steps - step) * seconds)} left" if steps and step < steps else "done" if steps else "",
+        left,
         f"newest row {duration(age)} ago",
     ]
     troubles = [*([f"{faults:.0f} faults"] if faults else []), *(f"ALARM {name}" for name in alarms)]
@@ -264,18 +276,26 @@ def _line(run: Follower, key: str, colour: int, number: int, name: str, panel: P
     return Line(visible(name), colour, points, dashed=number > 0, marks=evaluated, **interval)
 
 
+def _absent(metrics: Sequence[str], runs: Sequence[Follower]) -> list[str]:
+    """A sentence for each figure that is asked for and that no run has logged."""
+    known = sorted(set().union(*(run.keys() for run in runs)))
+    sentences = []
+    for asked in metrics:
+        for key in list(filter(None, asked.split(","))) or [""]:
+            if not any(fnmatchcase(one, key) for one in known):
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {visible(near[0])}?" if near else "docs/metrics.md has them all"
+                sentences.append(
+                    f"--metric = {asked}: {runs[0].folder} logs no figure {key or 'without a name'}; {hint}"
+                )
+    return sentences
+
+
 def _chosen(metrics: Sequence[str], runs: Sequence[Follower]) -> list[Panel]:
     known = sorted(set().union(*(run.keys() for run in runs)))
     panels = []
     for asked in metrics:
         keys = tuple(filter(None, asked.split(",")))
-        for key in keys or ("",):
-            if not any(fnmatchcase(one, key) for one in known):
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {visible(near[0])}?" if near else "docs/metrics.md has them all"
-                raise InputError(
-                    f"--metric = {asked}: {runs[0].folder} logs no figure {key or 'without a name'}; {hint}"
-                )
         if len(keys) == 1:
             panels += [Panel(key, (key,)) for key in known if fnmatchcase(key, keys[0])]
         else:

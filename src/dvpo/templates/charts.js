@@ -21,7 +21,7 @@ function readable(svg) {
     const whole = Math.abs(value - Math.round(value)) < 0.3 && x1 - x0 > 5;
     const head = names ? names[Math.round(value)] : `${svg.dataset.x} ${whole ? Math.round(value) : number(value)}`;
     const rows = lines.flatMap((line) => {
-      const point = line.points.find(([px]) => Math.abs(px - x) < 0.06);
+      const point = line.points.find(([px]) => Math.abs(px - x) < 0.0006);
       if (!point) return [];
       const y = y0 + ((bottom - point[1]) / (bottom - top)) * (y1 - y0);
       return [make("div", { class: line.series }, `${line.name} ${percent ? `${number(100 * y)}%` : number(y)}`)];
