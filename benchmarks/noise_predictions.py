@@ -44,12 +44,16 @@ def both(row: Row) -> float:
     return 50 * (row["id_true"] + row["ood_true"])
 
 
+def in_domain(row: Row) -> float:
+    return 100 * row["id_true"]
+
+
 def at_step(step: int) -> Callable[[Row], float]:
     """Mean of ID and OOD at one evaluation, in points."""
 
     def score(row: Row) -> float:
-        ((_, in_domain, out),) = [point for point in row["curve"] if point[0] == step]
-        return 50 * (in_domain + out)
+        ((_, at_id, at_ood),) = [point for point in row["curve"] if point[0] == step]
+        return 50 * (at_id + at_ood)
 
     return score
 
@@ -155,9 +159,34 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def late(table: Table) -> str:
+    """What was predicted; then, explored when the rows were there, what stands behind it."""
+
+    def melted(x: str, y: str, *noises: str) -> str:
+        where = [cell for noise in noises for cell in cells(noise, ("math", "science"))]
+        return said(minus(table.lead(where, x, y, TWELVE, at_step(15)), table.lead(where, x, y, TWELVE)))
+
     where = [cell for noise in ("flip", "labels") for cell in cells(noise, ("math", "science"))]
-    early = table.lead(where, "dvpo", "grpo", TWELVE, at_step(15))
-    return f"lead at step 15 less that at the end {said(minus(early, table.lead(where, 'dvpo', 'grpo', TWELVE)))}"
+    parts = {
+        "lead at step 15 less that at the end": melted("dvpo", "grpo", "flip", "labels"),
+        "explored afterwards, the same under flips": melted("dvpo", "grpo", "flip"),
+        "under labels": melted("dvpo", "grpo", "labels"),
+        "`ppo` less `grpo`": melted("ppo", "grpo", "flip", "labels"),
+        "`ppo_ensemble` less `ppo`": melted("ppo_ensemble", "ppo", "flip", "labels"),
+        "the lead at step 15": said(table.lead(where, "dvpo", "grpo", TWELVE, at_step(15))),
+    }
+    return "; ".join(f"{what} {value}" for what, value in parts.items())
+
+
+def dialogues(table: Table) -> str:
+    where = [cell for noise in NOISES for cell in cells(noise, ["dialogue"])]
+    names = ("ppo_huber", "ppo_delta_clip", "ppo_reward_clip")
+    return "; ".join(f"`{name}` {said(table.lead(where, name, 'ppo', FIVE, in_domain))}" for name in names)
+
+
+def pessimists(table: Table) -> str:
+    where = [cell for noise in NOISES for cell in cells(noise, ["dialogue"])]
+    pairs = (("robust_ppo", "ppo"), ("rfqi_ppo", "ppo_ensemble"))  # each beside a row of its own setting
+    return "; ".join(f"`{x}` less `{y}` {said(table.lead(where, x, y, FIVE, in_domain))}" for x, y in pairs)
 
 
 def lines() -> Iterator[Line]:
@@ -176,6 +205,8 @@ def lines() -> Iterator[Line]:
         ("6: labels limit everybody: below 60 and 64, less than 4 apart", ceiling, study),
         ("7: knowing is not using: rho within -.2 and .2", knowing, study),
         ("8: the critic helps early and misleads late: `dvpo` less `grpo`", late, study),
+        ("9: in `dialogue`, ID, less `ppo`: `ppo_huber` above 3, `ppo_reward_clip` within 3", dialogues, study),
+        ("10: in `dialogue`, ID, pessimists do not share it", pessimists, study),
     )
     for prediction, test, table in tests:
         try:
