@@ -2,7 +2,8 @@
 
     python benchmarks/reward_information.py      # a minute on one core
 
-Answers to 4,000 prompts, eight each, right with the prompt's own chance s of .1, .3, .5, .7, .9; their rewards under
+Answers to 4,000 prompts, eight each, right with the prompt's own chance s of .1, .3, .5, .7, .9, and four each as
+dialogues begin, with chances of .05 to .3; their rewards under
 the noises of docs/protocol.md; the advantages that rows of `algorithms.py` make of them. No model: a step's useful part
 is the covariance of advantage A and truth y at a given prompt, its noise A's variance, so that
 
@@ -17,7 +18,7 @@ Writes results/reward_information.json.
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +35,8 @@ from dvpo.core.risk import rank_advantage
 from dvpo.noise import make_noise
 from dvpo.settings import NoiseConfig
 
-CHANCES = (0.1, 0.3, 0.5, 0.7, 0.9)
-PROMPTS, SAMPLES, SEED = 4000, 8, 11
+CHANCES, EARLY = (0.1, 0.3, 0.5, 0.7, 0.9), (0.05, 0.1, 0.15, 0.2, 0.3)
+PROMPTS, SAMPLES, FEWER, SEED = 4000, 8, 4, 11
 ATOMS, SCALE = 32, 0.85
 CEILING = "the best of all"
 RESULT = Path(__file__).parent / "results" / "reward_information.json"
@@ -141,24 +142,24 @@ GROUPS: dict[str, Advantage] = {
     "dvpo, norm: group": lambda case: ranked_in_law(by_group(case.seen, robust=False)),
     "grpo_rank": lambda case: ranked_by_group(case.seen),
 }
-"""What groups of eight give beside a critic that cannot tell two prompts apart."""
+"""What groups give beside a critic that cannot tell two prompts apart."""
 
 
 # The ceiling
 
 
-def best(seen: Tensor, noise: str) -> Tensor:
+def best(seen: Tensor, noise: str, chances: Sequence[float]) -> Tensor:
     """E[y - s | the rewards of a prompt], by Bayes, told the noise and the distribution of chances: [P, S]."""
-    return torch.cat([_posterior(chunk, noise) for chunk in seen.split(2000)])
+    return torch.cat([_posterior(chunk, noise, chances) for chunk in seen.split(2000)])
 
 
-def _posterior(seen: Tensor, noise: str) -> Tensor:
+def _posterior(seen: Tensor, noise: str, chances: Sequence[float]) -> Tensor:
     # States are what a prompt's rewards share: its chance, and under `heavy` its offset and scale.
     offsets, scales, prior = _affine_states() if noise == "heavy" else (torch.zeros(1), torch.ones(1), torch.ones(1))
     standard = (seen[:, :, None] - offsets) / scales
     wrong, right = (_density(standard, value, noise) / scales for value in (0.0, 1.0))
     weights, found = [], []
-    for chance in CHANCES:
+    for chance in chances:
         mixed = chance * right + (1 - chance) * wrong
         weights.append(mixed.log().sum(1) + prior.log())
         found.append(chance * right / mixed - chance)
@@ -190,21 +191,26 @@ def worth(advantages: Tensor, truth: Tensor, chances: Tensor) -> float:
 
 def measure() -> dict[str, dict[str, dict[str, float]]]:
     """Part -> advantage -> noise -> worth."""
-    chances = torch.tensor(CHANCES, dtype=torch.float64).repeat(PROMPTS // len(CHANCES))
-    truth = (torch.rand(PROMPTS, SAMPLES, generator=torch.Generator().manual_seed(SEED)) < chances[:, None]).double()
-    cases = [case(truth, chances, noise) for noise in NOISES]
-    alone: Advantage = lambda case: best(case.seen.view(-1, 1), case.noise).view_as(case.seen)  # noqa: E731
-    parts = {
-        "one sample": ALONE | {CEILING: alone},
-        "one sample, an exact critic": EXACT,
-        "groups of eight": GROUPS | {CEILING: lambda case: best(case.seen, case.noise)},
+    alone: Advantage = lambda case: best(case.seen.view(-1, 1), case.noise, CHANCES).view_as(case.seen)  # noqa: E731
+    parts: dict[str, tuple[Sequence[float], int, dict[str, Advantage]]] = {
+        "one sample": (CHANCES, SAMPLES, ALONE | {CEILING: alone}),
+        "one sample, an exact critic": (CHANCES, SAMPLES, EXACT),
+        "groups of eight": (CHANCES, SAMPLES, GROUPS | {CEILING: lambda case: best(case.seen, case.noise, CHANCES)}),
+        "groups of four, as dialogues begin": (
+            EARLY,
+            FEWER,
+            GROUPS | {CEILING: lambda case: best(case.seen, case.noise, EARLY)},
+        ),
     }
+    return {part: _measured(*of) for part, of in parts.items()}
+
+
+def _measured(chances: Sequence[float], samples: int, rows: dict[str, Advantage]) -> dict[str, dict[str, float]]:
+    own = torch.tensor(chances, dtype=torch.float64).repeat(PROMPTS // len(chances))
+    truth = (torch.rand(PROMPTS, samples, generator=torch.Generator().manual_seed(SEED)) < own[:, None]).double()
+    cases = [case(truth, own, noise) for noise in NOISES]
     return {
-        part: {
-            name: {case.noise: worth(advantage(case), truth, chances) for case in cases}
-            for name, advantage in rows.items()
-        }
-        for part, rows in parts.items()
+        name: {case.noise: worth(advantage(case), truth, own) for case in cases} for name, advantage in rows.items()
     }
 
 
