@@ -13,7 +13,6 @@ from dvpo.core.returns import distributional_gae, gae
 from dvpo.core.risk import (
     cvar,
     cvar_weights,
-    noise_corrected_reward,
     noise_corrected_value,
     rank_advantage,
     spectral_value,
@@ -164,14 +163,9 @@ def test_trimming_the_wrong_way_round_is_rejected():
     close(trimmed_mean(atoms, lo=0.1, hi=0.3), 1 / 6)
 
 
-def test_noise_corrected_reward_is_unbiased_and_the_value_is_clipped():
-    # p = .1, q = .3: 1 -> .9/.6 = 1.5 and 0 -> -.1/.6. A true 1 is seen as 1 in .7: .7 * 1.5 - .3 / 6 = 1.
-    p, q = 0.1, 0.3
-    seen = noise_corrected_reward(torch.tensor([1.0, 0.0], dtype=F64), p, q)
-    close(seen, [1.5, -1 / 6])
-    close((1 - q) * seen[0] + q * seen[1], 1.0)
-    close(p * seen[0] + (1 - p) * seen[1], 0.0)
-    close(noise_corrected_value(torch.tensor([1.0, 0.0, 0.4], dtype=F64), p, q), [1.0, 0.0, 0.5])
+def test_a_noise_corrected_value_stays_a_probability():
+    # p = .1, q = .3: 1 -> .9/.6 = 1.5 and 0 -> -.1/.6, both outside.
+    close(noise_corrected_value(torch.tensor([1.0, 0.0, 0.4], dtype=F64), 0.1, 0.3), [1.0, 0.0, 0.5])
 
 
 def test_a_spectral_advantage_is_gae_on_the_spectral_value():
@@ -305,7 +299,7 @@ def test_rank_carries_no_gradient_and_is_float32_for_bf16():
         (lambda x: rank_advantage(x, x, -1.0), "width"),
         (lambda x: rank_advantage(x[None], x), "targets"),
         (lambda x: noise_corrected_value(x, 0.5, 0.5), "p and q"),
-        (lambda x: noise_corrected_reward(x, -0.1, 0.5), "p and q"),
+        (lambda x: noise_corrected_value(x, -0.1, 0.5), "p and q"),
     ],
 )
 def test_bad_input_is_a_value_error_that_names_it(call, message):
