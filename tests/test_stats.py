@@ -160,7 +160,7 @@ def test_a_run_without_a_score_is_refused_and_does_not_count_as_the_best(bad: fl
         lambda: sign_flip_test([0.1, -0.2, bad]),
         lambda: bootstrap_interval(iqm, [0.1, bad]),
     ):
-        with pytest.raises(ValueError, match="must be finite.*leave runs without a score out"):
+        with pytest.raises(ValueError, match=r"must be finite.*leave runs without a score out"):
             call()
 
 
