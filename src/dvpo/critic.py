@@ -24,7 +24,7 @@ from dvpo.errors import InputError
 from dvpo.heads import CategoricalHeads, ImplicitHeads, QuantileHeads, Verdict, VocabularyHead
 from dvpo.lora import learning, merged, shares_base
 from dvpo.parallel import inside, whole_state
-from dvpo.policy import Policy, compute_type
+from dvpo.policy import Policy, compute_type, first_line
 from dvpo.prefix import hidden_states
 from dvpo.settings_learning import CriticConfig
 
@@ -356,7 +356,6 @@ def _readable(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
-            f"critic folder {folder} cannot be read ({reason}): give the critic/ folder of a checkpoint"
+            f"critic folder {folder} cannot be read ({first_line(error)}): give the critic/ folder of a checkpoint"
         ) from None
