@@ -9,7 +9,7 @@ from dvpo.algorithms import ALGORITHMS
 from dvpo.config import load_config
 from dvpo.core.masks import identity
 from dvpo.estimates import Signals, last_token, reward_trust, shape_rewards
-from dvpo.rates import NO_RATES, Rates
+from dvpo.noise_rates import NO_RATES, Rates
 from dvpo.settings import RewardConfig
 
 NOISE = Rates(false_positive=0.1, false_negative=0.3)

@@ -33,7 +33,7 @@ MODULES = {
             for name in ("quantiles", "returns", "risk", "tail_law", "categorical", "losses", "masks", "terms", "scan")
         ],
     ),
-    "rows": ("Algorithms", ["algorithms", "estimates", "heads", "rates", "risk_control", "kl"]),
+    "rows": ("Algorithms", ["algorithms", "estimates", "heads", "noise_rates", "risk_control", "kl"]),
     "tasks": (
         "Tasks",
         [

@@ -14,7 +14,7 @@ from dvpo.config import Config
 from dvpo.diagnosis import ErrorRate, Findings
 from dvpo.faults import BROKEN
 from dvpo.nested import merge
-from dvpo.rates import ENOUGH, MOST
+from dvpo.noise_rates import ENOUGH, MOST
 from dvpo.report_words import percent
 
 NEARLY_ALL = 0.9

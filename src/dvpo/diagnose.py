@@ -17,12 +17,12 @@ from rich.table import Table
 from dvpo.advice import Advice, advise, settings
 from dvpo.answers import Answerer
 from dvpo.config import Config
-from dvpo.data import PromptStream
 from dvpo.diagnosis import Agreement, ErrorRate, Findings, Sheet, find
 from dvpo.durable import output_file, write_atomically
 from dvpo.errors import InputError
 from dvpo.faults import headline
 from dvpo.noise import make_noise
+from dvpo.prompts import PromptStream
 from dvpo.report_words import percent
 from dvpo.rewards import Fault
 from dvpo.sampling import Episode
