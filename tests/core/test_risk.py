@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from closeness import DTYPES, F64, close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,14 +28,6 @@ from dvpo.core.risk import (
 )
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "golden.json").read_text())
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
-F64 = torch.float64
-DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-
-
-def close(actual, expected, dtype=F64):
-    expected = torch.as_tensor(expected, dtype=dtype)
-    torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 # Risk functionals
