@@ -95,10 +95,10 @@ bench-gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py
 
 # TRL has an environment of its own, with our torch and transformers.
-$(TRL)/.ready: benchmarks/trl-requirements.txt constraints.txt
+$(TRL)/.ready: requirements/trl.txt constraints.txt
 	$(PYTHON) -m venv $(TRL)
 	$(TRL)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch transformers
-	$(TRL)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/trl-requirements.txt
+	$(TRL)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements/trl.txt
 	touch $@
 
 bench-trl: $(READY) $(TRL)/.ready

@@ -1,6 +1,6 @@
 """Our GRPO and DVPO steps against a step of TRL's GRPOTrainer, turn by turn.
 
-    make bench-trl    # makes TRL's environment from pins (benchmarks/trl-requirements.txt), then runs this
+    make bench-trl    # makes TRL's environment from pins (requirements/trl.txt), then runs this
 
 Both sides start from the same weights and prompts: 8 prompts of 16 tokens, 8 completions of exactly 32 tokens each, one
 optimiser step (AdamW, fused) a step on the whole batch, temperature 1, no KL term, float32, one thread, the same torch

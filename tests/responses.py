@@ -1,7 +1,8 @@
-"""Six responses as an estimate sees them, the estimate of a row, and shaped rewards."""
+"""Six responses as an estimate sees them, the estimate of a row, shaped rewards; when turns are the same."""
 
 import dataclasses
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -9,7 +10,8 @@ from dvpo.algorithms import ALGORITHMS
 from dvpo.config import load_config
 from dvpo.core.masks import identity
 from dvpo.estimates import Signals, last_token, reward_trust, shape_rewards
-from dvpo.rates import NO_RATES, Rates
+from dvpo.noise_rates import NO_RATES, Rates
+from dvpo.sampling import Turn
 from dvpo.settings import RewardConfig
 
 NOISE = Rates(false_positive=0.1, false_negative=0.3)
@@ -45,3 +47,9 @@ def shape(norm: str, clip: float | None = None, correction: str = "none", rates:
     given = signals()
     settings = RewardConfig(norm=norm, clip=clip, correction=correction)  # type: ignore[arg-type]
     return shape_rewards(given.rewards_BT, given.mask_BT, given.groups_B, given.rewarded_B, settings, identity, rates)
+
+
+def assert_same(turns: list[Turn], others: list[Turn]) -> None:
+    for turn, other in zip(turns, others, strict=True):
+        assert (turn.tokens, turn.finished) == (other.tokens, other.finished)
+        assert turn.logprobs == pytest.approx(other.logprobs, abs=1e-5)

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from dvpo.checkpoint import latest_checkpoint, load_state
 from dvpo.config import load_config
 from dvpo.critic import load_critic
-from dvpo.data import PromptStream
 from dvpo.distributed import share
 from dvpo.errors import InputError
 from dvpo.parallel import refuse_processes
 from dvpo.policy import open_policy
+from dvpo.prompts import PromptStream
 from dvpo.runlog import read_rows
 from processes import failing, launch
 from runs import LINEAR, Parity, run_config, trained

@@ -7,7 +7,7 @@ import pytest
 
 from dvpo.config import Config, load_config
 from dvpo.errors import InputError
-from dvpo.rates import NO_RATES, Rates
+from dvpo.noise_rates import NO_RATES, Rates
 from dvpo.risk_control import matched_to_noise, risk_figures
 from dvpo.trainer import Trainer
 from runs import Parity, run_config

@@ -13,6 +13,7 @@ from dvpo.policy import Policy
 from dvpo.sampling import HuggingFaceSampler, Turn
 from dvpo.seeding import derive_seed
 from dvpo.settings import SamplingConfig
+from responses import assert_same
 from tiny_models import (
     END_ID,
     FAMILIES,
@@ -38,12 +39,6 @@ def sample(
     budgets = [budget] * len(CONTEXTS) if isinstance(budget, int) else budget
     sampler = HuggingFaceSampler(policy, SamplingConfig(**settings), greedy)
     return sampler.sample(*([column[i] for i in rows] for column in (CONTEXTS, budgets, SEEDS)))
-
-
-def assert_same(turns: list[Turn], others: list[Turn]) -> None:
-    for turn, other in zip(turns, others, strict=True):
-        assert (turn.tokens, turn.finished) == (other.tokens, other.finished)
-        assert turn.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
 # Log-probs

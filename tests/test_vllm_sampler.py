@@ -21,6 +21,7 @@ from dvpo.settings import SamplingConfig, VllmConfig
 from dvpo.trainer import Trainer
 from dvpo.vllm_sampler import AwayError, VllmSampler, VllmServer, open_sampler, refuse_absent_server, side_by_side
 from fake_vllm import FakeVllm, FaultError, slowly
+from responses import assert_same
 from runs import Parity, farthest, model_folder, rows, run_config, trained, weights
 from tiny_models import response_logprobs, tiny_policy
 
@@ -64,12 +65,6 @@ class Run:
             for parameter in self.policy.model.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
         self.updates += count
-
-
-def assert_same(turns: list[Turn], others: list[Turn]) -> None:
-    for turn, other in zip(turns, others, strict=True):
-        assert (turn.tokens, turn.finished) == (other.tokens, other.finished)
-        assert turn.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
 # Tokens, log-probs, weights

@@ -33,7 +33,7 @@ MODULES = {
             for name in ("quantiles", "returns", "risk", "tail_law", "categorical", "losses", "masks", "terms", "scan")
         ],
     ),
-    "rows": ("Algorithms", ["algorithms", "estimates", "heads", "rates", "risk_control", "kl"]),
+    "rows": ("Algorithms", ["algorithms", "estimates", "heads", "noise_rates", "risk_control", "kl"]),
     "tasks": (
         "Tasks",
         [
@@ -152,10 +152,10 @@ def explained(section: type) -> dict[str, tuple[str, str]]:
 WORDS = {
     "Share": "from 0 to 1",
     "Rate": "from 0 to below 1",
-    "Decay": "from 0 to below 1",
     "Tail": "above 0, up to 1",
     "Weight": "0 or more",
     "Positive": "above 0",
+    "Finite": "a number",
     "Count": "1 or more",
     "CountOrZero": "0 or more",
     "bool": "true or false",

@@ -14,7 +14,8 @@ from dvpo.config import Config
 from dvpo.diagnosis import ErrorRate, Findings
 from dvpo.faults import BROKEN
 from dvpo.nested import merge
-from dvpo.rates import ENOUGH, MOST
+from dvpo.noise_rates import ENOUGH, MOST
+from dvpo.report_words import percent
 
 NEARLY_ALL = 0.9
 """Of the prompts that have signal with all samples, so many shall have it."""
@@ -84,7 +85,7 @@ def _troubles(findings: Findings, config: Config) -> list[Advice]:
         same = ", the same answers each time" if findings.faults_stay else ""
         found.append(
             Advice(
-                f"Mend the reward function{again}, because {_percent(findings.faults)} of scores were lost to "
+                f"Mend the reward function{again}, because {percent(findings.faults)} of scores were lost to "
                 f"faults{same}, the first of them {findings.fault}.",
                 {} if stay or config.reward.retries else {"reward": {"retries": 2}},
             )
@@ -92,7 +93,7 @@ def _troubles(findings: Findings, config: Config) -> list[Advice]:
     if findings.missing - findings.faults > OFTEN:
         found.append(
             Advice(
-                f"Find out which answers have no reward, since {_percent(findings.missing - findings.faults)} have "
+                f"Find out which answers have no reward, since {percent(findings.missing - findings.faults)} have "
                 "none by the reward's own word: if it is the bad ones, what is left flatters."
             )
         )
@@ -100,7 +101,7 @@ def _troubles(findings: Findings, config: Config) -> list[Advice]:
         length = 2 * config.sampling.max_completion_length
         found.append(
             Advice(
-                f"Allow {length} tokens if the model's context does, because {_percent(findings.truncated)} of the "
+                f"Allow {length} tokens if the model's context does, because {percent(findings.truncated)} of the "
                 "answers were cut and a reward judges their length instead of their content.",
                 {"sampling": {"max_completion_length": length}},
             )
@@ -225,8 +226,8 @@ def _samples(findings: Findings, config: Config) -> list[Advice]:
     count = min(MOST_SAMPLES, math.ceil(enough / left**2 / max(1 - findings.missing, 0.1)))
     more = "; noise wants 1 / (1 - p - q)^2 times as many for the same precision" if left < 1 else ""
     shares = findings.signal[enough - 2], findings.signal[-1]
-    least = f"with {enough} the answers to {_percent(shares[0])} of the prompts differ in their reward"
-    most = f", with {most_known} {_percent(shares[1])}" if enough < most_known else ""
+    least = f"with {enough} the answers to {percent(shares[0])} of the prompts differ in their reward"
+    most = f", with {most_known} {percent(shares[1])}" if enough < most_known else ""
     if most and count == enough:
         fewer, points = 1 - enough / most_known, 100 * (shares[1] - shares[0])
         most += f": {100 * fewer:.0f}% fewer samples for {points:.1f} points less signal"
@@ -239,16 +240,12 @@ def _samples(findings: Findings, config: Config) -> list[Advice]:
     if findings.silent >= SILENT and not config.sampling.resample_rounds:
         found.append(
             Advice(
-                f"Replace prompts without signal, because {_percent(findings.silent)} of them would fill a step with "
+                f"Replace prompts without signal, because {percent(findings.silent)} of them would fill a step with "
                 "answers that teach a group's baseline nothing.",
                 {"sampling": {"resample_rounds": 3}},
             )
         )
     return found
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
 
 
 def _rounded(value: float) -> float:

@@ -58,32 +58,28 @@ class Chart:
 
     @property
     def svg(self) -> Markup:
-        return draw(self)
-
-
-def draw(chart: Chart) -> Markup:
-    """The chart's SVG element; all text in it is escaped."""
-    x_axis, y_axis = scales(chart)
-    place = _Place(x_axis, y_axis)
-    body = Markup("").join([_grid(chart, place), *(_line(line, place) for line in chart.lines)])
-    names = ", ".join(dict.fromkeys(line.name for line in chart.lines if line.points))
-    label = f"{chart.title} by {chart.x_label}: {names}. Arrow keys read the values."
-    data = Markup('data-x0="{}" data-x1="{}" data-y0="{}" data-y1="{}"').format(*x_axis[:2], *y_axis[:2])
-    names_of_x = "|".join(chart.categories)
-    return Markup(
-        '<svg class="chart" viewBox="0 0 {} {}" role="img" tabindex="0" aria-label="{}" data-box="{}" '
-        'data-percent="{}" data-x="{}" data-names="{}" {}>{}<g class="pointer"></g></svg>'
-    ).format(
-        WIDTH,
-        HEIGHT,
-        label,
-        f"{LEFT} {TOP} {WIDTH - RIGHT} {HEIGHT - BOTTOM}",
-        int(chart.percent),
-        chart.x_label,
-        names_of_x,
-        data,
-        body,
-    )
+        """The chart's SVG element; all text in it is escaped."""
+        x_axis, y_axis = scales(self)
+        place = _Place(x_axis, y_axis)
+        body = Markup("").join([_grid(self, place), *(_line(line, place) for line in self.lines)])
+        names = ", ".join(dict.fromkeys(line.name for line in self.lines if line.points))
+        label = f"{self.title} by {self.x_label}: {names}. Arrow keys read the values."
+        data = Markup('data-x0="{}" data-x1="{}" data-y0="{}" data-y1="{}"').format(*x_axis[:2], *y_axis[:2])
+        names_of_x = "|".join(self.categories)
+        return Markup(
+            '<svg class="chart" viewBox="0 0 {} {}" role="img" tabindex="0" aria-label="{}" data-box="{}" '
+            'data-percent="{}" data-x="{}" data-names="{}" {}>{}<g class="pointer"></g></svg>'
+        ).format(
+            WIDTH,
+            HEIGHT,
+            label,
+            f"{LEFT} {TOP} {WIDTH - RIGHT} {HEIGHT - BOTTOM}",
+            int(self.percent),
+            self.x_label,
+            names_of_x,
+            data,
+            body,
+        )
 
 
 def thinned(points: Sequence[Point]) -> Sequence[Point]:

@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--colour", choices=["advantage", "value", "width"], default="advantage", help="of the tokens")
     inspect.add_argument("--compare", metavar="RUN_OR_CHECKPOINT", help="the same response under another critic")
     inspect.add_argument("--html", metavar="FILE.html", help="write the view as a page as well")
-    inspect.set_defaults(run=_inspect, go_on="nothing was written")
+    inspect.set_defaults(run=_inspect)
 
     watch = command("watch", "curves of runs in the terminal, redrawn while they go on")
     watch.add_argument("runs", nargs="+", metavar="RUN", help="run folders or folders of runs, begun or not")
@@ -423,7 +423,3 @@ def _doctor(arguments: argparse.Namespace) -> None:
     report_installation(console)
     if config is not None:
         report_needs(config, console)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from dvpo.config import Config
-from dvpo.data import MixedPrompts, PromptStream
 from dvpo.distributed import gather_objects, gather_rows, share
 from dvpo.faults import fault_rows
 from dvpo.metrics import SAME
+from dvpo.prompts import MixedPrompts, PromptStream
 from dvpo.rewards import Fault
 from dvpo.sampling import ChatEncoder, Episode, Sampler, play_draws
 from dvpo.scoring import Scored, Scorer, join

@@ -24,7 +24,7 @@ from dvpo.errors import InputError
 from dvpo.heads import CategoricalHeads, ImplicitHeads, QuantileHeads, Verdict, VocabularyHead
 from dvpo.lora import learning, merged, shares_base
 from dvpo.parallel import inside, whole_state
-from dvpo.policy import Policy, compute_type
+from dvpo.policy import Policy, compute_type, first_line
 from dvpo.prefix import hidden_states
 from dvpo.settings_learning import CriticConfig
 
@@ -264,10 +264,11 @@ def make_critic(kind: Kind, config: CriticConfig, policy: Policy, share_base: bo
         InputError: `critic.verdict_tokens` that are no tokens, or a `critic.path` without a reward model that reads
             what the policy writes.
     """
-    own = None if config.path is None else _trunk_of_reward_model(config.path, policy)
-    width = policy.model.get_output_embeddings().weight.shape[1] if own is None else width_of(own)
+    trunk: Any = None if config.path is None else _trunk_of_reward_model(config.path, policy)
+    width = policy.model.get_output_embeddings().weight.shape[1]
+    if trunk is not None:
+        width = trunk.config.get_text_config().hidden_size
     shape = _shape(kind, config, width, policy.vocabulary)
-    trunk = own
     if trunk is None and config.trunk != "shared":
         trunk = copy.deepcopy(policy.trunk, {id(p): p for p in policy.trunk.parameters()} if share_base else {})
     critic = Critic(shape, trunk, policy.dtype)
@@ -292,11 +293,6 @@ def _trunk_of_reward_model(folder: str, policy: Policy) -> nn.Module:
     if getattr(policy.trunk, "is_gradient_checkpointing", False):
         trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return trunk
-
-
-def width_of(trunk: Any) -> int:
-    """D of a transformer's hidden states."""
-    return int(trunk.config.get_text_config().hidden_size)
 
 
 def load_critic(
@@ -360,7 +356,6 @@ def _readable(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
-            f"critic folder {folder} cannot be read ({reason}): give the critic/ folder of a checkpoint"
+            f"critic folder {folder} cannot be read ({first_line(error)}): give the critic/ folder of a checkpoint"
         ) from None

@@ -14,8 +14,6 @@ from dvpo.report import write_report
 from dvpo.trainer import Trainer
 from dvpo.warmstart import starting_model
 
-ALGORITHMS = ("dvpo", "ppo")
-
 
 def run_demo(
     algorithms: Sequence[str], steps: int, rate: float, seed: int, output: str | None, overrides: Sequence[str]

@@ -17,12 +17,13 @@ from rich.text import Text
 from dvpo.advice import Advice, advise, settings
 from dvpo.answers import Answerer
 from dvpo.config import Config
-from dvpo.data import PromptStream
 from dvpo.diagnosis import Agreement, ErrorRate, Findings, Sheet, find
 from dvpo.durable import output_file, write_atomically
 from dvpo.errors import InputError
 from dvpo.faults import headline
 from dvpo.noise import make_noise
+from dvpo.prompts import PromptStream
+from dvpo.report_words import percent
 from dvpo.rewards import Fault
 from dvpo.sampling import Episode
 from dvpo.scoring import Scorer, open_reward
@@ -158,17 +159,17 @@ def _lines(findings: Findings) -> list[tuple[str, str]]:
     if findings.between is not None:
         scale += f", {findings.between:.3g} between"
     return [
-        ("same score twice", _percent(findings.repeat_equal)),
+        ("same score twice", percent(findings.repeat_equal)),
         ("deviation of one answer's scores", _number(findings.repeat_deviation)),
-        *([("flips that would explain it", _percent(findings.flip))] if findings.flip else []),
+        *([("flips that would explain it", percent(findings.flip))] if findings.flip else []),
         *[(f"agreement with {one.name}", _agreement(one)) for one in findings.agreements],
-        ("prompts without signal", _percent(findings.silent)),
-        ("  by the truth", _percent(findings.silent_truth)),
+        ("prompts without signal", percent(findings.silent)),
+        ("  by the truth", percent(findings.silent_truth)),
         ("deviation of rewards within and between prompts", scale or "-"),
-        ("missing scores", _percent(findings.missing)),
-        ("  lost to faults", _percent(findings.faults)),
+        ("missing scores", percent(findings.missing)),
+        ("  lost to faults", percent(findings.faults)),
         ("mean length (tokens)", f"{findings.length:.1f}"),
-        ("answers cut by the length limit", _percent(findings.truncated)),
+        ("answers cut by the length limit", percent(findings.truncated)),
         ("false positives (wrong taken for right)", _rate(findings.false_positive)),
         ("false negatives (right taken for wrong)", _rate(findings.false_negative)),
     ]
@@ -184,8 +185,8 @@ def print_advice(advice: Sequence[Advice], console: Console) -> None:
 
 
 def _agreement(one: Agreement) -> str:
-    order = "no pair to order" if one.order is None else f"{_percent(one.order)} of {one.pairs} pairs in one order"
-    return f"{_percent(one.equal)} equal, {order}"
+    order = "no pair to order" if one.order is None else f"{percent(one.order)} of {one.pairs} pairs in one order"
+    return f"{percent(one.equal)} equal, {order}"
 
 
 def _rate(rate: ErrorRate | None) -> str:
@@ -196,10 +197,6 @@ def _rate(rate: ErrorRate | None) -> str:
 
 def _times(count: int) -> str:
     return {1: "once", 2: "twice"}.get(count, f"{count} times")
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}%"
 
 
 def _number(value: float | None) -> str:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from dvpo.metrics import SAME
-from dvpo.rates import Tally, count_false, is_binary
+from dvpo.noise_rates import Tally, count_false, is_binary
 from dvpo.stats import clopper_pearson
 
 Array = NDArray[np.float64]

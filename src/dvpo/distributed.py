@@ -46,7 +46,7 @@ def init_from_env(device: str = "cpu", timeout: timedelta = PATIENCE) -> torch.d
 
 def shutdown() -> None:
     """Leave the process group, if there is one."""
-    if dist.is_available() and dist.is_initialized():
+    if is_launched():
         dist.destroy_process_group()
 
 
@@ -57,12 +57,12 @@ def is_launched() -> bool:
 
 def world_size() -> int:
     """The number of processes that share the global batch."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if is_launched() else 1
 
 
 def rank() -> int:
     """This process's number, from 0."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if is_launched() else 0
 
 
 def is_main() -> bool:

@@ -7,7 +7,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -21,12 +20,13 @@ from dvpo.faults import FaultTally
 from dvpo.lora import refuse_without_peft
 from dvpo.memory import predict
 from dvpo.policy import choose_device
-from dvpo.provenance import machine
+from dvpo.provenance import installed_version, machine
 from dvpo.rewards import Fault
 from dvpo.settings_learning import DistributedConfig, LogConfig
 from dvpo.sinks import refuse_unusable
 from dvpo.trainer import Trainer
 from dvpo.warmstart import starting_model
+from dvpo.watch import duration
 
 REQUIRED = (
     *("torch", "transformers", "safetensors", "pydantic", "pyyaml", "rich", "cloudpickle"),
@@ -53,9 +53,9 @@ def report_installation(console: Console) -> None:
     for column in ("package", "version", "needed for"):
         table.add_column(column)
     for name in REQUIRED:
-        table.add_row(name, _version(name) or Text("missing", "red"), "everything")
+        table.add_row(name, installed_version(name) or Text("missing", "red"), "everything")
     for name, extra in EXTRAS.items():
-        table.add_row(name, _version(name) or "-", Text(f"optional: pip install 'dvpo[{extra}]'"))
+        table.add_row(name, installed_version(name) or "-", Text(f"optional: pip install 'dvpo[{extra}]'"))
     console.print(table)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts = machine("cpu")
@@ -116,7 +116,7 @@ def report_needs(config: Config, console: Console) -> None:
         *rewards.rows(steps),
         ("response length, mean", f"{steps[-1]['rollout/length']:.0f} tokens"),
         (f"one step (of {TRIAL_STEPS}: a guess)", f"{seconds:.2f} s (sampling {steps[-1]['time/sample']:.2f} s)"),
-        (f"{config.steps} steps without evaluations", _duration(seconds * config.steps)),
+        (f"{config.steps} steps without evaluations", duration(seconds * config.steps)),
         ("one checkpoint on disk", f"{on_disk / MIB:,.0f} MiB"),
     ):
         table.add_row(what, Text(figure))
@@ -159,13 +159,6 @@ def _print_prediction(config: Config, console: Console) -> None:
     console.print(f"predicted peak of a step at full lengths: {need.peak / MIB:,.0f} MiB ({text})", soft_wrap=True)
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def _parameters(modules: Sequence[torch.nn.Module], only_trained: bool = False) -> int:
     """How many there are; what several modules share counts once."""
     every = {id(p): p for module in modules for p in module.parameters()}.values()
@@ -177,9 +170,3 @@ def _peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere but on macOS
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, seconds = divmod(rest, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"

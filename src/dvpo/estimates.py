@@ -17,7 +17,7 @@ from dvpo.core.returns import (
     group_location_scale,
     mixture_targets,
 )
-from dvpo.rates import NO_RATES, Rates
+from dvpo.noise_rates import NO_RATES, Rates
 
 if TYPE_CHECKING:  # config.py imports the rows to merge their defaults
     from dvpo.config import Config

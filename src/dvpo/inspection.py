@@ -16,9 +16,9 @@ from dvpo.critic import Critic, load_critic
 from dvpo.errors import InputError
 from dvpo.estimates import Signals, reward_trust
 from dvpo.evaluate import sound_checkpoint
+from dvpo.noise_rates import Rates
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.privilege import Privilege
-from dvpo.rates import Rates
 from dvpo.report import write_page
 from dvpo.report_data import Run
 from dvpo.report_texts import page_data, script_json

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,16 +18,15 @@ SAME = 1e-6
 
 
 class Means:
-    """Weighted means collected over micro-batches and processes: name -> sum(values) / sum(weights)."""
+    """Means collected over micro-batches and processes: name -> sum(values) / number of values."""
 
     def __init__(self) -> None:
         self._sums: dict[str, list[Tensor | float]] = defaultdict(lambda: [0.0, 0.0])
 
-    def add(self, name: str, values: Tensor, weight: Tensor | float | None = None) -> None:
-        """Add values; `weight` defaults to their number."""
+    def add(self, name: str, values: Tensor) -> None:
         entry = self._sums[name]
         entry[0] += values.detach().double().sum()
-        entry[1] += float(values.numel()) if weight is None else weight
+        entry[1] += values.numel()
 
     def result(self, reduce: Reduce, agreed: Callable[[Iterable[str]], list[str]] = list) -> dict[str, float]:
         """The means over all processes.
@@ -201,8 +200,3 @@ def _ordered_pairs(observed_B: Tensor, true_B: Tensor, groups_B: Tensor) -> Tens
     better_BB = (true_B.unsqueeze(1) - true_B > SAME) & (groups_B.unsqueeze(1) == groups_B)
     gaps = (observed_B.unsqueeze(1) - observed_B)[better_BB]
     return torch.where(gaps.abs() < SAME, 0.5, (gaps > 0).float())
-
-
-def finite(figures: Mapping[str, float]) -> dict[str, float]:
-    """The figures that say something: NaN stands for "not defined on this batch" and is left out of a table."""
-    return {name: value for name, value in figures.items() if math.isfinite(value)}

@@ -21,19 +21,19 @@ LONGEST_SHOWN = 300
 """Characters of a value that a message shows."""
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The `key: value` lines of a config file; InputError if there are none to read."""
+def read_yaml(path: str | Path, what: str = "config file") -> dict[str, Any]:
+    """The `key: value` lines of a file; InputError if there are none to read."""
     try:
         values = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise InputError(f"config file {path} cannot be read ({reason}): check the path") from None
+        raise InputError(f"{what} {path} cannot be read ({reason}): check the path") from None
     except yaml.YAMLError as error:
-        raise InputError(f"config file {path} is not valid YAML{problem(error)}: mend the syntax") from None
+        raise InputError(f"{what} {path} is not valid YAML{problem(error)}: mend the syntax") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise InputError(f"config file {path} holds a {type(values).__name__}: it must hold `key: value` lines")
+        raise InputError(f"{what} {path} holds a {type(values).__name__}: it must hold `key: value` lines")
     return values
 
 

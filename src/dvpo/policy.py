@@ -37,6 +37,10 @@ GPU_LOGITS = 8
 """So many times as many on a GPU, where every piece casts the whole head and adds a gradient of its size."""
 
 
+UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, UnpicklingError)
+"""What transformers raises where it cannot load a folder."""
+
+
 @dataclass(frozen=True)
 class Policy:
     """A causal language model in float32 master weights with its tokenizer."""
@@ -62,7 +66,7 @@ class Policy:
     @property
     def context_length(self) -> int:
         """Positions the model can attend to."""
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+        return context_of(self.model)
 
     @property
     def vocabulary(self) -> int:
@@ -173,6 +177,16 @@ class Policy:
         return write
 
 
+def context_of(model: Any) -> int:
+    """Positions a transformers model can attend to."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+
+
+def first_line(error: Exception) -> str:
+    """What it says first, or its name if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def logit_budget(on_gpu: bool) -> int:
     """Logits held at once."""
     return LOGIT_BUDGET * (GPU_LOGITS if on_gpu else 1)
@@ -232,12 +246,11 @@ def open_policy(
                 source, config=model_config, dtype=torch.float32, trust_remote_code=False
             )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except UNREADABLE as error:
         fetch = "" if local.is_dir() else f"fetch it where there is a network (hf download {path}), or "
         raise InputError(
             f"model.path = {path} cannot be loaded as a causal language model with its tokenizer "
-            f"({first_line}): {fetch}give a folder written by save_pretrained"
+            f"({first_line(error)}): {fetch}give a folder written by save_pretrained"
         ) from None
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

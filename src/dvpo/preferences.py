@@ -15,10 +15,10 @@ from rich.progress import Progress
 
 from dvpo.answers import Answerer
 from dvpo.config import Config
-from dvpo.data import PromptStream
 from dvpo.durable import output_file, write_atomically
 from dvpo.errors import InputError
 from dvpo.jsonl import json_objects
+from dvpo.prompts import PromptStream
 from dvpo.sampling import Episode
 from dvpo.seeding import derive_seed, derive_uniform
 from dvpo.tasks import Completion, Prompt, make_task

@@ -1,9 +1,9 @@
 """Live progress of a run: a redrawn line in a terminal, a plain log elsewhere."""
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -12,7 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dvpo.alarms import NAMES as ALARMS
 from dvpo.evaluate import interval_text
 from dvpo.faults import FaultTally
-from dvpo.metrics import finite
 from dvpo.rewards import Fault
 
 SHOWN = (
@@ -63,7 +62,7 @@ class RunProgress:
             self._say_faults(f"step {step}, {now}")
 
     def on_step(self, step: int, figures: dict[str, float]) -> None:
-        known = finite(figures)
+        known = {name: value for name, value in figures.items() if math.isfinite(value)}  # the rest is not defined
         shown = [*SHOWN, *((key, label) for key, label in WHEN_ABOVE_0 if known.get(key))]
         text = "  ".join(f"{label} {_figure(key, known[key])}" for key, label in shown if key in known)
         self._bar.update(self._task, completed=step, figures=text)
@@ -83,9 +82,7 @@ class RunProgress:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.stop()
         if self._tally.lost:
             self._say_faults(str(self._tally))

@@ -57,10 +57,11 @@ def _git(folder: Path | str, *arguments: str) -> str:
 def versions() -> dict[str, str | None]:
     """The versions that a result depends on."""
     packages = ("dvpo", "torch", "transformers", "numpy")
-    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+    return {"python": platform.python_version(), **{name: installed_version(name) for name in packages}}
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """None: not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -19,7 +19,7 @@ from dvpo import __version__
 from dvpo.durable import output_file, write_atomically
 from dvpo.errors import InputError
 from dvpo.report_data import Place, Run, place_of_runs, places_of_study
-from dvpo.report_panels import critic_panel, fault_lines, learning_panel, policy_panel
+from dvpo.report_panels import POLICY, critic_panel, fault_lines, learning_panel, panel
 from dvpo.report_study import robustness_panels
 from dvpo.report_summary import summary_table
 from dvpo.report_texts import page_data, script_json
@@ -57,7 +57,7 @@ def write_report(
         if results:
             raise InputError(f"--results = {results} belongs to a study: name its YAML file instead of run folders")
         folders = run_folders(sources)
-        page, home = runs_page(place_of_runs(folders), baseline), common_folder(folders)
+        page, home = _page([place_of_runs(folders)], baseline), common_folder(folders)
         title = f"Run {home.absolute().name}" if len(folders) == 1 else f"{len(folders)} runs of {home.name}"
     file = write_page(Path(output) if output else home / NAME, "report.html", {"title": title, **page}).absolute()
     here = Path.cwd()
@@ -89,11 +89,6 @@ def common_folder(folders: Sequence[Path]) -> Path:
     return shared[0]
 
 
-def runs_page(place: Place, baseline: str) -> dict[str, Any]:
-    """What the template needs for runs side by side."""
-    return _page([place], baseline)
-
-
 def study_page(study: Study, rows: Sequence[Row], baseline: str) -> dict[str, Any]:
     """What the template needs for a study."""
     places = places_of_study(study, rows)
@@ -108,6 +103,7 @@ def study_page(study: Study, rows: Sequence[Row], baseline: str) -> dict[str, An
 
 
 def _page(places: Sequence[Place], baseline: str) -> dict[str, Any]:
+    """What the template needs for the runs of some places side by side."""
     runs = [run for place in places for run in place.runs]
     data = page_data(runs)
     return {
@@ -117,7 +113,7 @@ def _page(places: Sequence[Place], baseline: str) -> dict[str, Any]:
         "series": [series.name for series in places[0].series],
         "learning": [learning_panel(place) for place in places],
         "critic": _with_charts([critic_panel(place) for place in places]),
-        "policy": _with_charts([policy_panel(place) for place in places]),
+        "policy": _with_charts([panel(place, POLICY) for place in places]),
         "faults": fault_lines(runs),
         "robustness": [],
         "sheets": [],

@@ -95,7 +95,7 @@ def learning_panel(place: Place) -> Panel:
     figures = [*LEARNING, *extra]
     if not knows_truth(place.runs):
         figures = [replace(f, title=f.title.replace("True accuracy", f"Accuracy {BY_REWARD}")) for f in figures]
-    return _panel(place, figures)
+    return panel(place, figures)
 
 
 def critic_panel(place: Place) -> Panel:
@@ -103,19 +103,15 @@ def critic_panel(place: Place) -> Panel:
         Figure("Critic loss", "critic/loss", "the terms, each with its weight"),
         *(Figure(f"Loss term: {name}", f"critic/{name}", "before its weight") for name in TERMS),
     ]
-    panel = _panel(place, [*CRITIC, *terms])
+    figures = panel(place, [*CRITIC, *terms])
     tails = Chart(
         "Tails of the value law", _tails(place), "upper tail's mean less V (solid), V less the lower tail's (dashed), "
         "over the kept tokens", whole=True
     )  # fmt: skip
-    return panel if tails.empty else replace(panel, charts=[*panel.charts, tails])
+    return figures if tails.empty else replace(figures, charts=[*figures.charts, tails])
 
 
-def policy_panel(place: Place) -> Panel:
-    return _panel(place, POLICY)
-
-
-def _panel(place: Place, figures: Sequence[Figure]) -> Panel:
+def panel(place: Place, figures: Sequence[Figure]) -> Panel:
     charts = [chart for figure in figures if not (chart := _chart(place, figure)).empty]
     zero = [chart.title for chart in charts if all(y == 0 for line in chart.lines for _, y in line.points)]
     return Panel(place.title, [chart for chart in charts if chart.title not in zero], zero)

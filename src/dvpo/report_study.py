@@ -6,11 +6,10 @@ from statistics import fmean
 
 from dvpo.charts import COLOURS, Chart, Line
 from dvpo.report_panels import Panel
+from dvpo.report_words import SPLITS
 from dvpo.stats import bootstrap_interval, iqm
 from dvpo.study import Study
 from dvpo.study_results import Row, row_key
-
-SPLITS = (("id", "in distribution"), ("ood", "out of distribution"))
 
 
 def robustness_panels(study: Study, rows: Sequence[Row]) -> list[Panel]:

@@ -71,9 +71,9 @@ def _reached(series: Series) -> str:
             before, after = fmean(first for first, _ in pairs), fmean(last for _, last in pairs)
             verb = "rose" if after - before > 0.005 else "fell" if before - after > 0.005 else "stayed"
             again, said = verb == said, verb
-            moved = f"from {_percent(before)} to {_percent(after)}"
-            if _percent(before) == _percent(after):
-                moved = f"at {_percent(after)}"
+            moved = f"from {percent(before)} to {percent(after)}"
+            if percent(before) == percent(after):
+                moved = f"at {percent(after)}"
             parts.append(f"{'' if again else f'{verb} '}{moved} {name}")
     if not parts:
         return ""
@@ -122,7 +122,7 @@ def _noise(place: Place) -> str:
     wrong = 1 - fmean(shares)
     if wrong < 1e-3:
         return "The observed rewards were the true ones."
-    return f"{_percent(wrong)} of the observed rewards were not the true ones."
+    return f"{percent(wrong)} of the observed rewards were not the true ones."
 
 
 def _critic(series: Series) -> str:
@@ -137,7 +137,7 @@ def _critic(series: Series) -> str:
     )  # fmt: skip
     return (
         f"{series.name}: towards the end the critic's V correlates with the true outcome by {correlation:.2f} and "
-        f"explains {_percent(max(explained, 0.0))} of the observed return's variance: {opinion}."
+        f"explains {percent(max(explained, 0.0))} of the observed return's variance: {opinion}."
     )
 
 
@@ -148,7 +148,7 @@ def _warnings(series: Series) -> list[str]:
         if len(curve) > 1 and (lost := max(value for _, value in curve) - curve[-1][1]) > LOST:
             found.append(f"{run.label}: it ends {100 * lost:.0f} points below its highest accuracy in distribution.")
         if (cut := _late_of(run, "rollout/truncated")) is not None and cut > 0.2:
-            found.append(f"{run.label}: {_percent(cut)} of the last responses were cut by the length limit.")
+            found.append(f"{run.label}: {percent(cut)} of the last responses were cut by the length limit.")
         if (mismatch := _late_of(run, "actor/sampler_mismatch")) is not None and mismatch > 0.01:
             found.append(
                 f"{run.label}: sampler and trainer differ by {mismatch:.2g} in log-prob; it should be rounding."
@@ -182,5 +182,5 @@ def _late_of(run: Run, key: str) -> float | None:
     return fmean(value for _, value in curve[-max(len(curve) // LATE, 1) :]) if curve else None
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%"

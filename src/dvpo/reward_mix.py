@@ -9,7 +9,6 @@ of the right form whose correctness nobody could judge would get the reward of a
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -88,9 +87,7 @@ class RewardMix:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _sum(self, values: Sequence[Reward]) -> Reward | str:

@@ -11,12 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from types import TracebackType
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -30,7 +27,7 @@ from transformers.utils import logging
 
 from dvpo.durable import disk_full_named, flush_file, flush_folder
 from dvpo.errors import InputError
-from dvpo.policy import compute_type, without_dropout
+from dvpo.policy import UNREADABLE, compute_type, context_of, first_line, without_dropout
 from dvpo.rewards import Fault, Scores
 from dvpo.sampling import pad_right
 from dvpo.tasks import Completion, Message, Prompt
@@ -63,7 +60,7 @@ class RewardModel:
             said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
             tokens = list(self.tokenizer(self._render([*said, *answer]), add_special_tokens=False)["input_ids"])
-        return tokens[-self._context :]
+        return tokens[-context_of(self.model) :]
 
     def scores(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """float32 scores [B] of token rows, with gradient; padded on the right, which no score depends on."""
@@ -102,10 +99,6 @@ class RewardModel:
                 flush_folder(folder.absolute().parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-
-    @property
-    def _context(self) -> int:
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30))
 
     def _render(self, messages: Sequence[Message]) -> str:
         if self.tokenizer.chat_template is None:
@@ -165,10 +158,9 @@ def _open(source: str, field: str, device: torch.device, dtype: str) -> tuple[Re
                 source, config=config, dtype=torch.float32, trust_remote_code=False,
                 ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except UNREADABLE as error:
         raise InputError(
-            f"{field}: {source!r} cannot be loaded as a sequence classifier with its tokenizer ({first_line}): "
+            f"{field}: {source!r} cannot be loaded as a sequence classifier with its tokenizer ({first_line(error)}): "
             "give a folder written by save_pretrained"
         ) from None
     if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -231,7 +223,5 @@ class ModelReward:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -3,7 +3,7 @@
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from dvpo.rates import NO_RATES, Rates
+from dvpo.noise_rates import NO_RATES, Rates
 
 if TYPE_CHECKING:
     from dvpo.config import Config

@@ -13,7 +13,7 @@ from dvpo.noise import PARAMETERS
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Tail = Annotated[float, Field(gt=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -229,7 +229,7 @@ class RewardPartConfig:
 
     function: str
     """As `reward.function`."""
-    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    weight: Finite = 1.0
     """What the part is multiplied by; a penalty has a negative one."""
     name: str = ""
     """In the log; empty: the function's own name, or the folder's."""
@@ -325,9 +325,9 @@ class NoiseModelConfig:
     """affine: deviation of the logarithm of a prompt's scale."""
     path: str | None = None
     """pseudo_labels: JSONL file with `id` and `answer`."""
-    low: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    low: Finite = 0.0
     """Reward of a wrong response."""
-    high: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    high: Finite = 1.0
     """Reward of a right one. A flip turns r into low + high - r, also where r is outside the two."""
     seed: int | None = None
     """None: the run's seed."""

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dvpo.settings import Count, CountOrZero, Decay, Positive, Share, Tail, Weight, section
+from dvpo.settings import Count, CountOrZero, Finite, Positive, Rate, Share, Tail, Weight, section
 
 
 @section
@@ -20,7 +20,7 @@ class LawConfig:
     """cvar: mass of the lower tail; trimmed: mass dropped below."""
     upper: Share = 0.1
     """upper_mean: mass of the upper tail; trimmed: mass dropped above."""
-    eta: Annotated[float, Field(allow_inf_nan=False)] = 0.75
+    eta: Finite = 0.75
     """wang: > 0 pessimistic, < 0 optimistic."""
     radius: Share = 0.1
     """tv_worst_case: radius of the total-variation ball."""
@@ -102,9 +102,9 @@ class HistogramConfig:
 
     bins: Annotated[int, Field(ge=2)] = 51
     """Bins from `low` to `high`; a few more on either side make room for the smoothing."""
-    low: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    low: Finite = 0.0
     """Least return in units of the reward; targets outside are clipped, and counted in `critic/outside`."""
-    high: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    high: Finite = 1.0
     """Greatest return."""
     sigma: Positive = 0.75
     """Deviation of the smoothing in widths of a bin."""
@@ -247,7 +247,7 @@ class OptimiserConfig:
 
     lr: Weight = 3e-4
     """For the embedded model; about 1e-6 for a large one."""
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    betas: tuple[Rate, Rate] = (0.9, 0.999)
     """AdamW's decay rates."""
     eps: Positive = 1e-8
     """AdamW's."""

@@ -153,17 +153,11 @@ class _WandB:
         self._run.finish()
 
 
-class _Trackio:
+class _Trackio(_WandB):
     def __init__(self, module: Any, config: LogConfig, identity: Identity) -> None:
         # trackio finds a run by its name: the id makes that unique.
         name = f"{run_name(config, identity)}-{identity.run_id}"
         self._run = module.init(project=config.project, name=name, resume="allow", config=dict(identity.settings))
-
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        self._run.log(dict(figures), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 OPENERS: dict[str, Callable[[Any, LogConfig, Identity], Sink]] = {

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 EXACT_PAIRS = 16
 """So many pairs are flipped in every possible way (65,536 of them); more are flipped at random."""
 
+RANDOM_FLIPS = 20_000
+
 MOST_DRAWN = 2**20
 """So many scores are redrawn at once."""
 
@@ -228,18 +230,17 @@ def paired_difference(x: Sequence[float], y: Sequence[float], level: float = 0.9
     return PairedDifference(mean, mean - half, mean + half, sign_flip_test(difference), pairs)
 
 
-def sign_flip_test(differences: Sequence[float] | NDArray, draws: int = 20_000, seed: int = 0) -> float:
+def sign_flip_test(differences: Sequence[float] | NDArray) -> float:
     """Two-sided p-value of paired differences under the hypothesis that each could as well have the other sign.
 
         p = share of sign vectors s with |sum_i s_i d_i| >= |sum_i d_i|
 
     Exact (all 2^n vectors) up to `EXACT_PAIRS` pairs: n pairs cannot give less than 2 / 2^n, so that five seeds
-    never reach .05. Beyond, `draws` random vectors and the observed one, p = (1 + hits) / (1 + draws).
+    never reach .05. Beyond, `RANDOM_FLIPS` random vectors and the observed one, p = (1 + hits) / (1 + flips), the same
+    for the same differences.
 
     Args:
         differences: one for each pair.
-        draws: random sign vectors where there are too many to take all.
-        seed: the same seed gives the same p-value.
 
     Raises:
         ValueError: if there is no difference, or one is not finite.
@@ -256,8 +257,8 @@ def sign_flip_test(differences: Sequence[float] | NDArray, draws: int = 20_000, 
         for value in size:
             sums = np.concatenate([sums + value, sums - value])
         return float(np.mean(np.abs(sums) >= threshold))
-    signs = np.random.default_rng(seed).integers(0, 2, size=(draws, pairs), dtype=np.int8) * 2 - 1
-    return float((1 + np.sum(np.abs(signs @ size) >= threshold)) / (1 + draws))
+    signs = np.random.default_rng(0).integers(0, 2, size=(RANDOM_FLIPS, pairs), dtype=np.int8) * 2 - 1
+    return float((1 + np.sum(np.abs(signs @ size) >= threshold)) / (1 + RANDOM_FLIPS))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

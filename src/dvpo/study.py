@@ -22,13 +22,10 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dvpo.config import Config, load_config, to_plain
 from dvpo.errors import InputError
-from dvpo.nested import merge
+from dvpo.nested import merge, read_yaml
 from dvpo.provenance import config_hash
-from dvpo.safe_yaml import parse_yaml, problem
 from dvpo.settings_learning import CheckpointConfig, LogConfig
 
 KEYS = ("output", "config", "tasks", "noises", "algorithms", "seeds")
@@ -175,7 +172,7 @@ def read_study(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: no readable study, a key that is missing or unknown, or a `like` that names nothing.
     """
-    values, where = _read(path), f"study {path}"
+    values, where = read_yaml(path, "study"), f"study {path}"
     _check_keys(values, (*KEYS, "like"), where)
     named: dict[str, dict[str, Any]] = {}
     if "like" in values:
@@ -195,7 +192,7 @@ def _other(name: Any, path: str | Path) -> dict[str, Any]:
     if not isinstance(name, str):
         raise InputError(f"study {path}: like = {name!r} is no file's name: write for example like: noise.yaml")
     other = Path(path).parent / name
-    values = _read(other)
+    values = read_yaml(other, "study")
     if "like" in values:
         raise InputError(f"study {path}: like = {name!r}, which is like {values['like']!r}: name that one")
     _check_keys(values, KEYS, f"study {other}")
@@ -224,19 +221,6 @@ def _entries(values: Any, named: Mapping[str, dict[str, Any]], where: str) -> li
         entries.append({"name": name, "algorithm": entry.get("algorithm", name), "overrides": own})
         found[name] = entries[-1]
     return entries
-
-
-def _read(path: str | Path) -> dict[str, Any]:
-    try:
-        values = parse_yaml(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise InputError(f"study {path} cannot be read ({reason}): check the path") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"study {path} is not valid YAML{problem(error)}: mend the syntax") from None
-    if not isinstance(values, dict):
-        raise InputError(f"study {path} holds no `key: value` lines: a study names {', '.join(KEYS)}")
-    return values
 
 
 def _own_output(output: Any, overrides: Sequence[str], path: str | Path) -> tuple[Path, list[str]]:

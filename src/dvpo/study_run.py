@@ -29,6 +29,7 @@ from dvpo.study import Cell, Study, result_hash
 from dvpo.study_results import ResultsFile, Row, finished_cells, locked, result_row
 from dvpo.tasks import make_task
 from dvpo.tasks.mixture import held_out
+from dvpo.watch import duration
 
 ERROR, SAID, LOCK = "error", "output.txt", ".lock"
 """In a run's folder: why it failed; what it said; held by the process that runs it."""
@@ -213,11 +214,5 @@ class _Progress:
         self._ended += 1
         more = self.left - self._ended
         seconds = (time.monotonic() - self._began) / self._ended * more
-        left = f"  about {_duration(seconds)} left" if more else ""
+        left = f"  about {duration(seconds)} left" if more else ""
         self.console.print(f"{self.total - more}/{self.total}  {cell.id}  {text}{left}", soft_wrap=True, markup=False)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

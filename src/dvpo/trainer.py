@@ -29,7 +29,6 @@ from dvpo.core.masks import masked_variance, whiten
 from dvpo.core.returns import gae
 from dvpo.critic import open_critic
 from dvpo.critic_pass import CriticPass
-from dvpo.data import open_prompts, warn_of_few
 from dvpo.distributed import (
     PATIENCE,
     agreed,
@@ -56,11 +55,12 @@ from dvpo.kl import KLController
 from dvpo.lora import Adapters, refuse_without_peft
 from dvpo.metrics import Means, critic_figures, mean_of, reward_figures, rollout_figures, task_figures
 from dvpo.noise import make_noise
+from dvpo.noise_rates import NO_RATES, open_rates
 from dvpo.optimiser import Optimiser
 from dvpo.parallel import WholeCopy, refuse_processes, shard
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.privilege import open_privilege
-from dvpo.rates import NO_RATES, open_rates
+from dvpo.prompts import open_prompts, warn_of_few
 from dvpo.replay import Replay
 from dvpo.resume import find_checkpoint
 from dvpo.rewards import Fault

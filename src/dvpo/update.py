@@ -20,10 +20,10 @@ from dvpo.critic_pass import CriticPass
 from dvpo.distributed import agreed, all_reduce_sum, gather_objects, rank
 from dvpo.kl import KLController
 from dvpo.metrics import Means
+from dvpo.noise_rates import KnownRates, RateEstimator
 from dvpo.optimiser import Optimiser
 from dvpo.parallel import idle_passes, inside
 from dvpo.policy import Policy
-from dvpo.rates import KnownRates, RateEstimator
 from dvpo.risk_control import matched_to_noise
 from dvpo.seeding import derive_seed
 from dvpo.skips import Skips

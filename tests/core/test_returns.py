@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from closeness import DTYPES, F64, close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,14 +19,12 @@ from dvpo.core.returns import (
 
 pytestmark = pytest.mark.usefixtures("form")
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "golden.json").read_text())["distributional_gae"]
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
-F64 = torch.float64
 
 
 # Golden numbers and a worked example
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@DTYPES
 @pytest.mark.parametrize("case", GOLDEN)
 def test_golden_numbers(case, dtype):
     bootstrap = None if case["bootstrap"] is None else torch.tensor([case["bootstrap"]], dtype=dtype)
@@ -37,10 +36,8 @@ def test_golden_numbers(case, dtype):
         case["lam"],
         bootstrap,
     )
-    tolerance = TOLERANCE[dtype]
     for output_BTM, name in zip(outputs, ("advantages", "targets"), strict=True):
-        expected_BTM = torch.tensor([case[name]], dtype=dtype)
-        torch.testing.assert_close(output_BTM, expected_BTM, rtol=tolerance, atol=tolerance)
+        close(output_BTM, [case[name]], dtype)
 
 
 # Two policy turns with a user turn between them; the user's tokens hold rubbish.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from closeness import DTYPES, F64, close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import naive_critic_terms
@@ -17,15 +18,7 @@ from largest_tensor import LargestTensor
 
 pytestmark = pytest.mark.usefixtures("form")
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "golden.json").read_text())["critic_terms"]
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 TERMS = ["qr", "risk", "cvar", "gain", "shift", "shape", "curvature", "consistency"]
-F64 = torch.float64
-DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-
-
-def close(actual, expected, dtype=F64):
-    expected = torch.as_tensor(expected, dtype=dtype)
-    torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @DTYPES

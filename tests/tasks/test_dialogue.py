@@ -8,20 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dialogues import random_agent, replay, silent, turns_of
+from dvpo.config import TASK_DEFAULTS
 from dvpo.embedded import make_tokenizer
 from dvpo.errors import InputError
 from dvpo.sampling import ChatEncoder
 from dvpo.tasks import Task, make_task
-from dvpo.tasks.dialogue import MOST_TURNS, Conversation, SlotFilling, parse_turn, replay
+from dvpo.tasks.dialogue import MOST_TURNS, Conversation, SlotFilling, parse_turn
 from dvpo.tasks.dialogue_agents import (
     Slip,
     converse,
     demonstrate,
     draw_demonstration,
     expert,
-    random_agent,
     read_schema,
-    silent,
     slip_probability,
 )
 from dvpo.tasks.dialogue_goals import SEEN, UNSEEN, Goal, draw_goal
@@ -56,13 +56,9 @@ def said(messages):
     return [(message["role"], message["content"]) for message in messages]
 
 
-def turns_of(messages):
-    return [message["content"] for message in messages if message["role"] == "assistant"]
-
-
-def played(goal, agent, payment="mean"):
+def played(goal, agent):
     """The conversation of an agent about a goal, and its environment afterwards."""
-    conversation = Conversation(goal, payment)
+    conversation = Conversation(goal)
     return converse(conversation, agent), conversation
 
 
@@ -71,8 +67,8 @@ def wavering(rng, share):
     return lambda so_far: random_agent(rng)(so_far) if rng.random() < share else expert(so_far)
 
 
-def rewards(goal, turns, payment):
-    conversation = Conversation(goal, payment)
+def rewards(goal, turns):
+    conversation = Conversation(goal)
     return [conversation.step(turn).reward for turn in turns]
 
 
@@ -133,11 +129,9 @@ def test_a_goal_has_its_id_and_its_conversation_the_same_everywhere():
     ]
 
 
-def test_bad_sizes_and_payments_are_refused_in_one_sentence():
+def test_a_bad_size_is_refused_in_one_sentence():
     with pytest.raises(InputError, match="split of 1000000"):
         SlotFilling(train=1_000_000)
-    with pytest.raises(InputError, match="payment = 'acr'"):
-        SlotFilling(train=1, id=0, ood=0, payment="acr")
 
 
 def test_the_schema_that_is_written_is_the_one_that_is_read():
@@ -319,9 +313,10 @@ def test_the_oracle_scores_one_on_all_with_a_turn_to_spare_and_in_the_room_there
     assert conversation.metrics == (1, 1, 1)
     assert len(turns_of(messages)) < MOST_TURNS
     assert max(len(message["content"]) for message in messages[1:]) <= 44
+    room = TASK_DEFAULTS["dialogue"]["sampling"]
     prompt = len(ENCODER.prompt(messages[:2]))
-    assert prompt <= SlotFilling.max_prompt_length
-    assert len(ENCODER.prompt(messages)) - prompt <= SlotFilling.max_completion_length - 40
+    assert prompt <= room["max_prompt_length"]
+    assert len(ENCODER.prompt(messages)) - prompt <= room["max_completion_length"] - 40
     assert all(message["content"].isascii() for message in messages)
 
 
@@ -330,14 +325,14 @@ def test_the_silent_agent_scores_zero_on_all_and_is_let_go_after_the_last_turn(g
     messages, conversation = played(goal, silent)
     assert conversation.metrics == (0, 0, 0)
     assert turns_of(messages) == [""] * MOST_TURNS
-    assert rewards(goal, [""] * MOST_TURNS, "turns") == [0] * MOST_TURNS
+    assert rewards(goal, [""] * MOST_TURNS) == [None] * (MOST_TURNS - 1) + [0]
 
 
 def test_ten_thousand_random_agents_never_crash_it_and_hardly_ever_succeed():
     rng = random.Random(0)
     counts: Counter[str] = Counter()
     for i in range(10_000):
-        messages, conversation = played(GOALS[i % len(GOALS)], random_agent(rng), rng.choice(("mean", "gcr", "turns")))
+        messages, conversation = played(GOALS[i % len(GOALS)], random_agent(rng))
         assert 1 <= len(turns_of(messages)) <= MOST_TURNS
         counts["tcr"] += conversation.metrics.tcr
         counts["gcr"] += conversation.metrics.gcr
@@ -364,10 +359,10 @@ def test_the_same_turns_meet_the_same_replies(goal, seed):
 
 @given(goals, st.integers(0, 2**32))
 def test_an_environment_that_is_reset_remembers_nothing(goal, seed):
-    _, used = played(goal, wavering(random.Random(seed), 0.3), "turns")
+    _, used = played(goal, wavering(random.Random(seed), 0.3))
     turns = turns_of(played(goal, expert)[0])
     used.reset()
-    fresh = Conversation(goal, "turns")
+    fresh = Conversation(goal)
     assert [used.step(turn) for turn in turns] == [fresh.step(turn) for turn in turns]
     assert used.metrics == (1, 1, 1)
 
@@ -375,24 +370,22 @@ def test_an_environment_that_is_reset_remembers_nothing(goal, seed):
 # Demonstrations
 
 
-def test_a_demonstration_is_a_whole_conversation_of_which_the_assistants_turns_are_learnt():
+def test_a_demonstration_is_a_whole_conversation_that_earns_all_unless_a_slip_is_in_it():
     rng = random.Random(0)
     for _ in range(200):
-        goal, messages, learnt, slips, metrics = draw_demonstration(rng)
+        goal, messages, slips = draw_demonstration(rng)
         assert goal.domain in SEEN
         assert not goal.held_out
         assert said(messages[:2]) == said(Conversation(goal).reset())
-        assert [m["role"] == "assistant" for m in messages] == list(learnt)
-        assert learnt[-1]
-        assert replay(goal, turns_of(messages)) == metrics
-        assert bool(slips) == (metrics != (1, 1, 1))
+        assert messages[-1]["role"] == "assistant"
+        assert bool(slips) == (replay(goal, turns_of(messages)) != (1, 1, 1))
 
 
 def test_the_demonstrator_slips_by_slot_at_its_own_rate_and_never_where_it_is_sound():
     slipped, met = Counter(), Counter()
     rng = random.Random(0)
     for _ in range(6000):
-        goal, _, _, slips, _ = draw_demonstration(rng)
+        goal, _, slips = draw_demonstration(rng)
         met.update([Slip("change", goal.change[0]), *(Slip("ask", slot) for slot in goal.missing)])
         slipped.update(slips)
     assert len(met) == 30
@@ -424,27 +417,7 @@ def test_a_slip_shows_where_it_is_made_and_nowhere_else():
 def test_the_reward_of_an_episode_is_paid_at_its_end():
     turns = ["ask city", "city=oslo;ask seat", "ride city=oslo;day=mon;seat=left"]
     # TCR 1, ACR 1/2, GCR 0: the mean is .5.
-    assert rewards(RIDE, turns, "mean") == [None, None, pytest.approx(0.5)]
-    assert rewards(RIDE, turns, "gcr") == [None, None, 0]
-    assert rewards(RIDE, turns_of(played(RIDE, expert)[0]), "gcr")[-1] == 1
-
-
-def test_payment_by_turns_pays_each_slot_as_soon_as_it_is_recorded_and_never_takes_back():
-    turns = turns_of(played(RIDE, expert)[0])
-    # City and seat are noted in turns 2 and 3, each worth 1/2 * 1/3; TCR and GCR, 1/3 each, come at the end.
-    assert rewards(RIDE, turns, "turns") == pytest.approx([0, 1 / 6, 1 / 6, 0, 2 / 3])
-    spoilt = ["ask city", "city=oslo;ask seat", "city=rome;ask day", "city=oslo;ask day", "", ""]
-    assert rewards(RIDE, spoilt, "turns") == pytest.approx([0, 1 / 6, 0, 0, 0, 0])
-
-
-@given(goals, st.integers(0, 2**32))
-def test_payment_by_turns_adds_up_to_the_mean_unless_a_right_record_was_spoilt(goal, seed):
-    messages, conversation = played(goal, wavering(random.Random(seed), 0.3))
-    paid = rewards(goal, turns_of(messages), "turns")
-    assert all(0 <= reward <= 1 for reward in paid)
-    assert sum(paid) >= conversation.metrics.mean - 1e-9
-    assert (sum(paid) > 1 - 1e-9) == (conversation.metrics == (1, 1, 1))
-    assert sum(rewards(goal, turns_of(played(goal, expert)[0]), "turns")) == pytest.approx(1)
+    assert rewards(RIDE, turns) == [None, None, pytest.approx(0.5)]
 
 
 def test_the_task_is_made_by_its_name_and_knows_the_truth():

@@ -3,15 +3,19 @@
 import re
 
 import pytest
-from test_dialogue import ENCODER, TASK, turns_of
+from test_dialogue import ENCODER, TASK
 
+from dialogues import replay, turns_of
+from dvpo.config import TASK_DEFAULTS
 from dvpo.embedded import make_config, make_model
 from dvpo.sampling import Episode, HuggingFaceSampler, Turn, collate, play
 from dvpo.scoring import Scorer
 from dvpo.settings import SamplingConfig
-from dvpo.tasks.dialogue import Conversation, Metrics, SlotFilling
+from dvpo.tasks.dialogue import Conversation, SlotFilling
 from dvpo.tasks.dialogue_agents import converse, expert
 from tiny_models import AsciiPolicy
+
+ROOM = TASK_DEFAULTS["dialogue"]["sampling"]["max_completion_length"]
 
 
 class Script:
@@ -26,7 +30,7 @@ class Script:
         return [Turn(tokens[:budget], [-1.0] * len(tokens[:budget]), len(tokens) <= budget)]
 
 
-def episode_of(task, example, sampler, room=SlotFilling.max_completion_length):
+def episode_of(task, example, sampler, room=ROOM):
     """One episode of the sampler with the task's environment."""
     environment = task.environment(example)
     episode = Episode(example, visit=0, sample=0, prompt_tokens=ENCODER.prompt(environment.reset()))
@@ -40,9 +44,8 @@ def rollout_of(task, *episodes):
     return collate(episodes, scored.fields, pad_id=0, policy_version=0)
 
 
-@pytest.mark.parametrize("payment", ["mean", "turns"])
-def test_the_oracles_episode_reads_as_the_chat_does_and_its_reward_lands_on_the_policys_last_token(payment):
-    task = SlotFilling(train=20, id=0, ood=0, payment=payment)
+def test_the_oracles_episode_reads_as_the_chat_does_and_its_reward_lands_on_the_policys_last_token():
+    task = SlotFilling(train=20, id=0, ood=0)
     for example in task.split("train"):
         messages = converse(task.environment(example), expert)
         episode = episode_of(task, example, Script(turns_of(messages)))
@@ -55,14 +58,9 @@ def test_the_oracles_episode_reads_as_the_chat_does_and_its_reward_lands_on_the_
         assert bool(rollout.terminated_B[0])
         assert float(rollout.true_B[0]) == pytest.approx(1)
         assert (rewards_T[~rollout.mask_BT[0]] == 0).all()
-        places = rewards_T.nonzero().flatten().tolist()
-        assert places[-1] == len(episode.tokens) - 1
-        ends = [
-            i for i, t in enumerate(episode.tokens) if rollout.mask_BT[0][i] and t == ENCODER.tokenizer.eos_token_id
-        ]
-        assert places == ends[-1:] if payment == "mean" else set(places) <= set(ends)
-        assert len(places) == (1 if payment == "mean" else 1 + len(task.goal(example).missing))
-        assert task.metrics(example, turns_of(episode.messages)) == {"tcr": 1, "acr": 1, "gcr": 1}
+        assert rewards_T.nonzero().flatten().tolist() == [len(episode.tokens) - 1]
+        assert episode.tokens[-1] == ENCODER.tokenizer.eos_token_id
+        assert replay(task.goal(example), turns_of(episode.messages)) == (1, 1, 1)
 
 
 def test_the_environment_tells_an_evaluation_its_figures():
@@ -73,23 +71,22 @@ def test_the_environment_tells_an_evaluation_its_figures():
     assert conversation.figures() == {"tcr": 1, "acr": 1, "gcr": 1}
 
 
-def test_an_episode_that_is_cut_has_earned_what_its_steps_paid_and_a_known_zero_otherwise():
-    for payment in ("mean", "gcr", "turns"):
-        task = SlotFilling(train=20, id=0, ood=0, payment=payment)
-        example = next(e for e in task.split("train") if len(task.goal(e).missing) == 2)
-        script = turns_of(converse(task.environment(example), expert))
-        whole = episode_of(task, example, Script(script))
-        in_last_turn = episode_of(task, example, Script(script), room=len(whole.tokens) - 3)
-        no_room_for_a_reply = episode_of(task, example, Script(script), room=whole.turns.index(1))
-        rollout = rollout_of(task, whole, in_last_turn, no_room_for_a_reply)
-        assert rollout.truncated_B.tolist() == [False, True, True]
-        assert rollout.rewarded_B.tolist() == [True, True, True]  # not withheld from learning
-        assert rollout.true_B.tolist() == pytest.approx([1, 1 / 3 if payment == "turns" else 0, 0])
+def test_an_episode_that_is_cut_has_earned_a_known_zero():
+    task = SlotFilling(train=20, id=0, ood=0)
+    example = next(e for e in task.split("train") if len(task.goal(e).missing) == 2)
+    script = turns_of(converse(task.environment(example), expert))
+    whole = episode_of(task, example, Script(script))
+    in_last_turn = episode_of(task, example, Script(script), room=len(whole.tokens) - 3)
+    no_room_for_a_reply = episode_of(task, example, Script(script), room=whole.turns.index(1))
+    rollout = rollout_of(task, whole, in_last_turn, no_room_for_a_reply)
+    assert rollout.truncated_B.tolist() == [False, True, True]
+    assert rollout.rewarded_B.tolist() == [True, True, True]  # not withheld from learning
+    assert rollout.true_B.tolist() == pytest.approx([1, 0, 0])
 
 
 def test_a_random_model_talks_with_the_user_in_several_turns_whose_tokens_are_masked():
     policy = AsciiPolicy(make_model(make_config(32, 1, 64)).eval(), ENCODER.tokenizer)
-    sampling = SamplingConfig(max_completion_length=SlotFilling.max_completion_length)
+    sampling = SamplingConfig(max_completion_length=ROOM)
     examples = TASK.split("train")[:8]
     environments = [TASK.environment(example) for example in examples]
     episodes = [
@@ -104,4 +101,4 @@ def test_a_random_model_talks_with_the_user_in_several_turns_whose_tokens_are_ma
         replies = "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in episode.messages if m["role"] != "assistant")
         assert re.sub(r"<\|assistant\|>", "", ENCODER.tokenizer.decode(heard)) == replies
         assert (rewards_T == 0).all()  # babble earns nothing
-        assert TASK.metrics(episode.example, turns_of(episode.messages)) == Metrics(0, 0, 0)._asdict()
+        assert replay(TASK.goal(episode.example), turns_of(episode.messages)) == (0, 0, 0)

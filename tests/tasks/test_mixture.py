@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from dvpo.config import load_config, to_yaml
-from dvpo.data import MixedPrompts, open_prompts
 from dvpo.errors import InputError
 from dvpo.evaluate import evaluate_checkpoint
+from dvpo.prompts import MixedPrompts, open_prompts
 from dvpo.runlog import read_rows
 from dvpo.study_results import result_row
 from dvpo.tasks import Example, Reward, make_task

@@ -233,14 +233,29 @@ def test_untrained_questions_are_familiar_ones_that_training_lacks_and_put_toget
     assert len(needed - facts(trained)) < 0.06 * len(needed)  # some are too rare for 4,000 draws
 
 
+def composition(problem):
+    """What is put together."""
+    match problem:
+        case Conversion():
+            return f"{problem.source} to {problem.target}"
+        case MolarMass():
+            return f"{len(problem.parts)} elements"
+        case Lookup():
+            return f"{problem.given} to {problem.wanted}"
+        case Equation():
+            return f"{problem.law} {problem.target}"
+        case Order():
+            return f"{len(problem.symbols)} by {problem.quantity}"
+
+
 def test_no_composition_is_both_familiar_and_unseen():
-    familiar, unseen = ({(q.problem.kind, q.problem.composition) for q in part} for part in (FAMILIAR, UNSEEN))
+    familiar, unseen = ({(q.problem.kind, composition(q.problem)) for q in part} for part in (FAMILIAR, UNSEEN))
     assert not familiar & unseen
     kinds = {kind.kind for kind in KINDS}
     assert {kind for kind, _ in familiar} == {kind for kind, _ in unseen} == kinds
     by_kind = defaultdict(set)
-    for kind, composition in unseen:
-        by_kind[kind].add(composition)
+    for kind, name in unseen:
+        by_kind[kind].add(name)
     assert by_kind["molar_mass"] == {"3 elements", "4 elements"}
     assert by_kind["element"] == {"symbol to name"}
     assert by_kind["law"] == {"photons f", "gas T", "wave p"}
@@ -273,7 +288,7 @@ def test_prompts_and_solutions_are_short_ascii_and_the_longest_fits():
     for question in ALL:
         solution = solve(question, oracle)
         assert len(question.text) <= 66
-        assert len(solution) < TASK.max_completion_length
+        assert len(solution) < 56  # docs/tasks.md; the end token is one more
         assert (question.text + solution).isascii()
 
 
@@ -456,15 +471,13 @@ def test_malformed_completions_never_crash_and_never_score(text, question):
 # The demonstrator.
 
 
-def test_a_demonstration_names_every_slip_and_says_whether_its_answer_is_right():
+def test_a_demonstration_names_every_slip_and_is_right_without_one():
     rng = random.Random(1)
     for question in ALL:
         demonstration = demonstrate(question, rng)
         assert demonstration.question is question
         assert demonstration.solution == solve(question, believing(dict(demonstration.slips)))
-        scored = reward(demonstration.solution, question.answer, question.problem.kind)
-        assert demonstration.correct == (scored == 1.0)
-        assert demonstration.correct or demonstration.slips
+        assert demonstration.slips or reward(demonstration.solution, question.answer, question.problem.kind) == 1
 
 
 def test_a_flawed_fact_errs_by_its_own_value_at_its_own_rate_and_a_sound_one_never():
@@ -488,5 +501,6 @@ def test_imitation_errs_greedily_too_and_knows_the_right_value_of_every_fact():
     by_kind = defaultdict(list)
     rng = random.Random(3)
     for question in FAMILIAR:
-        by_kind[question.problem.kind].append(demonstrate(question, rng).correct)
+        kind = question.problem.kind
+        by_kind[kind].append(reward(demonstrate(question, rng).solution, question.answer, kind))
     assert all(0.5 < sum(right) / len(right) < 0.9 for right in by_kind.values())

@@ -3,7 +3,7 @@
 A loss leaves this file as one number a token. `aggregation_weights` says what each token counts and what the
 whole is divided by, over the *global* batch of an optimiser step, so that
 
-    loss = sum over processes and micro-batches of weighted_sum(loss_BT, weights_BT)  /  denominator
+    loss = sum over processes and micro-batches of sum_bt weights_bt loss_bt  /  denominator
 
 does not depend on how the batch was cut. The per-token losses take any shape: the flat policy tokens [K], or
 [B,T]. Where masked positions of [B,T] may hold NaN, pass the *inputs* through `masks.zero_masked` (it says
@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dvpo.core.masks import Reduce, at_least_float32, identity, token_count, zero_masked
+from dvpo.core.masks import Reduce, at_least_float32, identity, token_count
 
 LOG_RATIO_BOUND = 20.0
 """exp(20) = 4.9e8: far outside every clip range, still far from float32's infinity and its NaN gradients."""
@@ -216,23 +216,6 @@ def aggregation_weights(
                 raise ValueError(f"seq_sum_fixed_length needs a positive fixed_length, got {fixed_length}")
             return weights_BT, fixed_length * token_count(tokens_B1, reduce)
     raise ValueError(f"kind must be token_mean, seq_mean_token_mean or seq_sum_fixed_length, got {kind!r}")
-
-
-def weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
-    """Add up per-token losses, sum_bt w_bt l_bt; tokens of weight 0 are left out whatever their loss.
-
-    Args:
-        losses: [B,T], or any shape.
-        weights: the same shape, the matching part of `aggregation_weights`.
-
-    Returns:
-        A scalar tensor, to be divided by the global denominator.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    _one_shape(losses=losses, weights=weights)
-    return (zero_masked(losses, weights != 0) * weights).sum()
 
 
 def _log_ratio(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:

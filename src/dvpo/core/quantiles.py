@@ -16,7 +16,6 @@ def quantile_levels(
     kind: Literal["midpoint", "paper"] = "midpoint",
     *,
     dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
 ) -> Tensor:
     """Return the M levels at which a critic's quantiles stand.
 
@@ -27,7 +26,6 @@ def quantile_levels(
         num_quantiles: M >= 1.
         kind: `midpoint` is the grid of least 1-Wasserstein error, `paper` is DVPO's.
         dtype: Floating dtype of the result.
-        device: Device of the result.
 
     Returns:
         [M], increasing, inside (0, 1).
@@ -39,7 +37,7 @@ def quantile_levels(
     """
     if num_quantiles < 1:
         raise ValueError(f"num_quantiles must be at least 1, got {num_quantiles}")
-    index_M = torch.arange(1, num_quantiles + 1, dtype=torch.float64, device=device)
+    index_M = torch.arange(1, num_quantiles + 1, dtype=torch.float64)
     if kind == "midpoint":
         levels_M = (index_M - 0.5) / num_quantiles
     elif kind == "paper":

@@ -61,9 +61,6 @@ def critic_terms(
 
     Source: DVPO, arXiv 2512.03847; quantile Huber loss of Dabney et al. 2018.
     """
-    if predictions.dim() < 2 or targets.shape[:-1] != predictions.shape[:-2]:
-        shapes = f"{tuple(predictions.shape)} and {tuple(targets.shape)}"
-        raise ValueError(f"predictions must be [..., N, M] and targets [..., L] with the same ..., got {shapes}")
     _check_share("alpha", alpha)
     _check_share("beta", beta)
     _check_finite("eta", eta)
@@ -307,31 +304,11 @@ def noise_corrected_value(value: Tensor, p: float, q: float) -> Tensor:
 
     Raises:
         ValueError: the rates are out of range.
-    """
-    return noise_corrected_reward(value, p, q).clamp(0.0, 1.0)
-
-
-def noise_corrected_reward(reward: Tensor, p: float, q: float) -> Tensor:
-    """The unbiased estimate of a true binary reward, (r - p) / (1 - p - q).
-
-    For the actor's delta only, beside a denoised value; critic targets keep the observed reward, or the noise
-    would be taken out twice.
-
-    Args:
-        reward: any shape, observed.
-        p: false-positive rate, >= 0.
-        q: false-negative rate, >= 0; p + q < 1.
-
-    Returns:
-        The shape of `reward`; outside [0, 1] by design.
-
-    Raises:
-        ValueError: the rates are out of range.
 
     Source: Natarajan et al. 2013; "backward correction" of arXiv 2510.00915.
     """
     _check_rates("p", p, "q", q)
-    return (at_least_float32(reward) - p) / (1.0 - p - q)
+    return ((at_least_float32(value) - p) / (1.0 - p - q)).clamp(0.0, 1.0)
 
 
 def _check_share(name: str, share: float) -> None:

@@ -32,9 +32,8 @@ and coded so that a byte-level model of 165,000 parameters with 512 positions ca
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from dvpo.errors import InputError
 from dvpo.tasks import Environment, Example, Message, OodKind, Prompt, Reward, Step
 from dvpo.tasks.dialogue_goals import SEEN, TRAINED, UNSEEN, UNTRAINED, Domain, Goal, draw_goal
 from dvpo.tasks.splits import draw_split
@@ -43,10 +42,6 @@ DIALOGUE_VERSION = 1
 """Raised when goals, user, grammar or demonstrations change, so that no cached warm start outlives its task."""
 
 MOST_TURNS = 6
-
-Payment = Literal["mean", "gcr", "turns"]
-"""`mean`: (TCR + ACR + GCR) / 3 at the end. `gcr`: GCR at the end. `turns`: as `mean`, but the ACR's third is paid slot
-by slot, as soon as a slot is recorded correctly, and never taken back: all rewards lie in [0, 1], as noise demands."""
 
 
 class Metrics(NamedTuple):
@@ -131,11 +126,10 @@ class Conversation:
 
     Args:
         goal: what the user wants.
-        payment: which reward the steps carry.
     """
 
-    def __init__(self, goal: Goal, payment: Payment = "mean") -> None:
-        self.goal, self.payment = goal, payment
+    def __init__(self, goal: Goal) -> None:
+        self.goal = goal
         self.reset()
 
     def reset(self) -> Prompt:
@@ -145,7 +139,6 @@ class Conversation:
         """Rows written by final actions: (verb, arguments)."""
         self.recorded: dict[str, str] = {}
         self.turns = 0
-        self._paid = 0.0
         return [
             {"role": "system", "content": self.goal.schema_text},
             {"role": "user", "content": self.user.opening()},
@@ -159,7 +152,7 @@ class Conversation:
             self.recorded.update(act.notes)
         reply = self._reply(act)
         done = bool(self.database) or self.turns == MOST_TURNS
-        return Step(() if done else (reply,), self._reward(done), done)
+        return Step(() if done else (reply,), self.metrics.mean if done else None, done)
 
     @property
     def metrics(self) -> Metrics:
@@ -194,66 +187,30 @@ class Conversation:
         known = len(pairs) == 1 and pairs[0][0] == self.goal.key and pairs[0][1] in self.goal.facts
         return f"{self.goal.attribute}={self.goal.facts[pairs[0][1]]}" if known else "error"
 
-    def _reward(self, done: bool) -> float | None:
-        metrics = self.metrics
-        if self.payment != "turns":
-            return None if not done else metrics.gcr if self.payment == "gcr" else metrics.mean
-        earned = max(metrics.acr, self._paid)
-        rise, self._paid = earned - self._paid, earned
-        return (rise + (metrics.tcr + metrics.gcr if done else 0.0)) / 3
-
-
-def replay(goal: Goal, turns: Sequence[str]) -> Metrics:
-    """The figures of an episode from its goal and the agent's turns, since the same turns meet the same replies.
-
-    Args:
-        goal: what the user wanted.
-        turns: the agent's turns in order; one that the length limit cut is not among them.
-    """
-    conversation = Conversation(goal)
-    for turn in turns:
-        if conversation.step(turn).done:
-            break
-    return conversation.metrics
-
 
 class SlotFilling:
     """The embedded dialogue task: train and `id` are goals of three domains, `ood` those of two unseen ones.
 
-    The reward comes from the environment's steps. `true_reward` adds 0: an episode that the length limit cuts has
-    therefore earned what its steps had paid before, which is 0 unless `payment` is `turns`.
+    The reward, the mean of TCR, ACR and GCR, comes from the environment's last step. `true_reward` adds 0: an episode
+    that the length limit cuts has earned nothing.
 
     Args:
         train: number of training goals.
         id: number of held-out goals of the training domains.
         ood: number of goals of the unseen domains.
         seed: which goals are drawn.
-        payment: `mean`, `gcr` or `turns`, see `Payment`.
         ood_kind: `untrained`: `ood` holds goals of `UNTRAINED`, a domain that the warm start has met, and `train` and
             `id` those of the other two.
 
     Raises:
-        InputError: a size out of range, an unknown payment.
+        InputError: a size out of range.
     """
 
     name = "dialogue"
-    max_prompt_length = 128
-    """Bytes of the longest prompt, chat template included, with room to spare."""
-    max_completion_length = 256
-    """Tokens of the longest right conversation after its prompt, replies included, with room for a detour."""
 
     def __init__(
-        self,
-        train: int = 4096,
-        id: int = 256,
-        ood: int = 256,
-        seed: int = 0,
-        payment: Payment = "mean",
-        ood_kind: OodKind = "unseen",
+        self, train: int = 4096, id: int = 256, ood: int = 256, seed: int = 0, ood_kind: OodKind = "unseen"
     ) -> None:
-        if payment not in ("mean", "gcr", "turns"):
-            raise InputError(f"the dialogue task's payment = {payment!r} is unknown: take mean, gcr or turns")
-        self.payment = payment
         trained, other = (SEEN, UNSEEN) if ood_kind == "unseen" else (TRAINED, UNTRAINED)
         goals = {
             "train": draw_goals(train, trained, held_out=False, seed=f"train {seed}"),
@@ -272,11 +229,7 @@ class SlotFilling:
         return self._goals[example.id]
 
     def environment(self, example: Example) -> Environment:
-        return Conversation(self.goal(example), self.payment)
-
-    def metrics(self, example: Example, turns: Sequence[str]) -> dict[str, float]:
-        """`tcr`, `acr` and `gcr` of an episode, from the agent's turns (see `replay`)."""
-        return replay(self.goal(example), turns)._asdict()
+        return Conversation(self.goal(example))
 
     def true_reward(
         self,

@@ -1,9 +1,7 @@
-"""Agents for `dvpo.tasks.dialogue`: one that is always right, a flawed demonstrator, and two to be beaten.
+"""Agents for `dvpo.tasks.dialogue`: one that is always right, and a flawed demonstrator.
 
     expert           the oracle; it reads the conversation as a model does and nothing else: that it scores 1 on every
                      goal shows that whatever is needed is said
-    silent           says nothing
-    random_agent     says anything
     demonstrate      a conversation of the expert with *systematic* slips, to be imitated by a warm start
 
 The demonstrator does not hear changes of mind of certain slots, and takes the value of certain slots for granted
@@ -13,14 +11,13 @@ that slot.
 """
 
 import random
-import re
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from typing import NamedTuple
 
 from dvpo.seeding import derive_uniform
 from dvpo.tasks import Environment, Message
-from dvpo.tasks.dialogue import Conversation, Metrics
+from dvpo.tasks.dialogue import Conversation
 from dvpo.tasks.dialogue_goals import SEEN, Goal, draw_goal
 
 FLAWED_SHARE = 0.5
@@ -50,35 +47,6 @@ def converse(environment: Environment, agent: Agent) -> list[Message]:
         replies, _, done = environment.step(turn)
         messages += [{"role": "assistant", "content": turn}, *replies]
     return messages
-
-
-def silent(messages: Sequence[Message]) -> str:
-    """Say nothing."""
-    del messages
-    return ""
-
-
-def random_agent(rng: random.Random) -> Agent:
-    """An agent that mixes sense and nonsense: words of the conversation in acts right and wrong, and stray text."""
-
-    def agent(messages: Sequence[Message]) -> str:
-        verb, slots, _, _ = read_schema(messages[0]["content"])
-        words = re.findall("[a-z0-9]+", " ".join(message["content"] for message in messages))
-
-        def pairs(count: int) -> str:
-            return ";".join(f"{rng.choice(words)}={rng.choice(words)}" for _ in range(count))
-
-        turns = (
-            "ask " + rng.choice([*slots, rng.choice(words)]),
-            f"{rng.choice(('look', 'tell', 'ask', verb))} {pairs(rng.randint(0, 4))}",
-            f"{verb} " + ";".join(f"{slot}={rng.choice(values)}" for slot, values in slots.items()),
-            f"{rng.choice(words)} {rng.choice(words)}",
-            "".join(chr(rng.randrange(0x300)) for _ in range(rng.randrange(60))),
-        )
-        notes = f"{pairs(1)};" * rng.randrange(3)
-        return notes + rng.choice(turns)
-
-    return agent
 
 
 class Schema(NamedTuple):
@@ -140,21 +108,16 @@ class Demonstration(NamedTuple):
     goal: Goal
     messages: tuple[Message, ...]
     """All of it, the prompt included, as a chat template takes it."""
-    learnt: tuple[bool, ...]
-    """For each message whether it is to be imitated: the assistant's are, those of system, user and tool are not."""
     slips: tuple[Slip, ...]
     """Where the demonstrator slipped."""
-    metrics: Metrics
 
 
 def demonstrate(goal: Goal, rng: random.Random) -> Demonstration:
     """Hold the conversation as the flawed demonstrator does."""
     occasions = [Slip("change", goal.change[0]), *(Slip("ask", slot) for slot in goal.missing)]
     slips = tuple(slip for slip in occasions if rng.random() < slip_probability(slip))
-    conversation = Conversation(goal)
-    messages = tuple(converse(conversation, lambda so_far: expert(so_far, slips)))
-    learnt = tuple(message["role"] == "assistant" for message in messages)
-    return Demonstration(goal, messages, learnt, slips, conversation.metrics)
+    messages = converse(Conversation(goal), lambda so_far: expert(so_far, slips))
+    return Demonstration(goal, tuple(messages), slips)
 
 
 def draw_demonstration(rng: random.Random) -> Demonstration:

@@ -103,11 +103,6 @@ class Demonstration(NamedTuple):
     solution: str
     slips: tuple[tuple[str, int], ...]
 
-    @property
-    def correct(self) -> bool:
-        """Whether the final answer is right; two slips may cancel."""
-        return sum(error for _, error in self.slips) == 0
-
 
 def demonstrate(question: Question, rng: random.Random) -> Demonstration:
     """Work through a question as the flawed demonstrator does, carrying on from each wrong result.
@@ -149,8 +144,6 @@ class ChainArithmetic:
     """
 
     name = "math"
-    max_completion_length = 8 * OOD_OPERATIONS[1] + 4
-    """Tokens that the longest right solution needs, end token included (28 for `train` and `id`)."""
 
     def __init__(self, train: int = 4096, id: int = 256, ood: int = 256, seed: int = 0) -> None:
         self._splits = {

@@ -176,11 +176,6 @@ class Demonstration(NamedTuple):
     solution: str
     slips: tuple[tuple[str, float], ...]
 
-    @property
-    def correct(self) -> bool:
-        """Whether the final answer is right; a slip may be too small to matter."""
-        return agrees(parse_answer(self.solution), self.question.answer, self.question.problem.kind)
-
 
 def solve(question: Question, recall: Recall) -> str:
     """Write out the solution of somebody who recalls facts in this way."""
@@ -220,13 +215,11 @@ class Science:
     """
 
     name = "science"
-    max_completion_length = 56
-    """Tokens that the longest right solution needs, end token included."""
 
     def __init__(
         self, train: int = 4096, id: int = 256, ood: int = 256, seed: int = 0, ood_kind: OodKind = "unseen"
     ) -> None:
-        trained, other = (familiar, unseen) if ood_kind == "unseen" else (trained_only, untrained)
+        trained, other = (Question.draw, unseen) if ood_kind == "unseen" else (trained_only, untrained)
         self._splits = {
             "train": draw_examples(train, trained, held_out=False, seed=f"train {seed}"),
             "id": draw_examples(id, trained, held_out=True, seed=f"id {seed}"),
@@ -261,24 +254,19 @@ class Science:
 Draw = Callable[[random.Random], Question]
 
 
-def familiar(rng: random.Random) -> Question:
-    """Draw a question whose composition belongs to the training distribution."""
-    return Question.draw(rng)
-
-
 def unseen(rng: random.Random) -> Question:
-    """Draw one whose composition does not."""
+    """Draw a question whose composition does not belong to the training distribution."""
     return Question.draw(rng, ood=True)
 
 
 def trained_only(rng: random.Random) -> Question:
     """Draw one whose composition is not kept from training."""
-    return next(question for question in iter(lambda: familiar(rng), None) if not question.problem.untrained)
+    return next(question for question in iter(lambda: Question.draw(rng), None) if not question.problem.untrained)
 
 
 def untrained(rng: random.Random) -> Question:
     """Draw one whose composition is."""
-    return next(question for question in iter(lambda: familiar(rng), None) if question.problem.untrained)
+    return next(question for question in iter(lambda: Question.draw(rng), None) if question.problem.untrained)
 
 
 def draw_examples(count: int, draw: Draw, held_out: bool, seed: str) -> tuple[Example, ...]:

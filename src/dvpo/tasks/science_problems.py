@@ -57,11 +57,6 @@ class Problem(ABC):
     def text(self) -> str: ...
 
     @property
-    @abstractmethod
-    def composition(self) -> str:
-        """What is put together; none is both in and out of the training distribution."""
-
-    @property
     def untrained(self) -> bool:
         """Whether it belongs to `ood` where `task.ood` is `untrained`: the warm start has met its composition, and
         training meets each of its facts in another one."""
@@ -107,10 +102,6 @@ class Conversion(Problem):
     @property
     def text(self) -> str:
         return f"{self.count}{self.source} to {self.target}?"
-
-    @property
-    def composition(self) -> str:
-        return f"{self.source} to {self.target}"
 
     @property
     def untrained(self) -> bool:
@@ -166,10 +157,6 @@ class MolarMass(Problem):
         return f"{symbol}{count if count > 1 else ''}"
 
     @property
-    def composition(self) -> str:
-        return f"{len(self.parts)} elements"
-
-    @property
     def untrained(self) -> bool:
         """Two elements, each of which has a mass by itself."""
         return len(self.parts) == 2
@@ -210,10 +197,6 @@ class Lookup(Problem):
     @property
     def text(self) -> str:
         return f"{self.wanted} of {getattr(self.element, self.given)}?"
-
-    @property
-    def composition(self) -> str:
-        return f"{self.given} to {self.wanted}"
 
     @property
     def answer(self) -> str:
@@ -261,10 +244,6 @@ class Equation(Problem):
     @property
     def text(self) -> str:
         return f"{self.law} {' '.join(f'{name}={written(value)}' for name, value in self.givens)} {self.target}?"
-
-    @property
-    def composition(self) -> str:
-        return f"{self.law} {self.target}"
 
     @property
     def untrained(self) -> bool:
@@ -350,10 +329,6 @@ class Order(Problem):
     @property
     def text(self) -> str:
         return f"{','.join(self.symbols)} by {self.quantity}?"
-
-    @property
-    def composition(self) -> str:
-        return f"{len(self.symbols)} by {self.quantity}"
 
     @property
     def untrained(self) -> bool:

@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from dvpo.data import PromptStream, warn_of_few
 from dvpo.errors import InputError
+from dvpo.prompts import PromptStream, warn_of_few
 from dvpo.settings import TaskConfig
 from dvpo.tasks import Example
 

@@ -13,7 +13,7 @@ from dvpo.config import load_config
 from dvpo.core.masks import identity
 from dvpo.errors import InputError
 from dvpo.noise import make_noise
-from dvpo.rates import NO_RATES, RateEstimator
+from dvpo.noise_rates import NO_RATES, RateEstimator
 from dvpo.tasks import Example
 from dvpo.trainer import Trainer
 from runs import Parity, run_config
