@@ -84,6 +84,15 @@ def test_rates_of_a_few_answers_are_not_acted_on():
     assert "reward" not in settings(advice)
 
 
+@pytest.mark.parametrize(("low", "high", "noise"), [(-1.0, 1.0, 0.0), (0.0, 1.0, 0.5)])
+def test_a_truth_that_is_known_is_not_asked_for_where_scores_are_not_0_and_1(low: float, high: float, noise: float):
+    true = np.tile([low, high], (30, 1))
+    observed = true + noise * np.random.default_rng(0).normal(size=(2, 30, 2))
+    sentences = [one.sentence for one in advise(find(sheet(observed, true)), CONFIG)]
+    assert any(text.startswith("Give a reward and a truth of 0 and 1") for text in sentences)
+    assert not any("task.truth" in text or "--prompts" in text for text in sentences)
+
+
 def test_without_the_truth_scores_that_scatter_want_a_critic_and_outliers_a_rank():
     rng = np.random.default_rng(0)
     unknown = np.full((32, 4), np.nan)

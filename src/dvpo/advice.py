@@ -150,10 +150,15 @@ def _about_noise(findings: Findings, config: Config) -> list[Advice]:
 
 def _about_truth(findings: Findings) -> Advice:
     p, q = findings.false_positive, findings.false_negative
-    if p and q and p.seen + q.seen:
+    if p and q:
         return Advice(
             f"Diagnose with more --prompts, because {p.seen} truly wrong and {q.seen} truly right answers were seen, "
             f"and a rate from fewer than {ENOUGH} is a guess."
+        )
+    if findings.silent_truth is not None:
+        return Advice(
+            "Give a reward and a truth of 0 and 1 if you want rates of false verdicts, because the truth is known but "
+            "some rewards or truths are neither, and those that are would be chosen by what is to be counted."
         )
     return Advice(
         "Name a verified reward for some prompts (task.truth with your own files), because false verdicts that repeat "
