@@ -130,6 +130,11 @@ def test_an_outlier_is_measured_in_median_deviations():
     assert outlier(np.ones(4)) == 0
 
 
+def test_an_outlier_is_seen_where_most_rewards_are_equal():
+    # Median 0 and median deviation 0; the distances of those that differ are 0.5 1 1 100, their median 1.
+    assert outlier(np.array([0.0] * 9 + [0.5, 1.0, -1.0, 100.0])) == pytest.approx(100 / 1.4826)
+
+
 def test_signal_is_told_up_to_the_most_scores_that_a_prompt_has():
     observed = np.array([[[0.0, 1.0, NAN, NAN], [1.0, 0.0, 1.0, NAN]]])
     cells = {"lengths_PK": np.ones((2, 4)), "truncated_PK": np.zeros((2, 4), bool)}

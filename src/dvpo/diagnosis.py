@@ -80,7 +80,7 @@ class Findings:
     spread: float
     """5% to 95% quantile of the observed rewards; 1 if they are binary."""
     outlier: float
-    """Largest distance from the median in units of the scaled median deviation; 0 if binary or without deviation."""
+    """Largest distance from the median in units of the scaled median deviation (`outlier`); 0 if binary or all equal."""
     missing: float
     faults: float
     fault: str | None
@@ -242,12 +242,15 @@ def agreement(name: str, one_PK: Array, other_PK: Array) -> Agreement:
 
 
 def outlier(rewards: Array) -> float:
-    """max |r - median| / (1.4826 median |r - median|), which a normal law keeps below 5 or so; 0 without deviation."""
-    if not len(rewards):
+    """max |r - median| / (1.4826 median |r - median|), which a normal law keeps below 5 or so; 0 without deviation.
+
+    Where most rewards are equal the median deviation is 0, and that of the others takes its place.
+    """
+    distance = np.abs(rewards - np.median(rewards)) if len(rewards) else rewards
+    if not (distance > SAME).any():
         return 0.0
-    distance = np.abs(rewards - np.median(rewards))
-    scale = 1.4826 * float(np.median(distance))
-    return float(distance.max()) / scale if scale > SAME else 0.0
+    scale = float(np.median(distance))
+    return float(distance.max()) / (1.4826 * (scale if scale > SAME else float(np.median(distance[distance > SAME]))))
 
 
 def _binary(rewards: Array) -> bool:
