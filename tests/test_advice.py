@@ -8,6 +8,7 @@ import pytest
 from dvpo.advice import MOST_SAMPLES, advise, kept, settings
 from dvpo.config import Config, load_config
 from dvpo.diagnosis import Findings, Sheet, find
+from dvpo.nested import merge
 
 CONFIG = load_config()
 
@@ -58,6 +59,23 @@ def test_a_run_that_estimates_its_rates_goes_on_to_and_a_mix_is_not_corrected():
     found = chosen(verdicts(10, 30), mix)
     assert "reward" not in found
     assert found["critic"]["kappa"] == 0.1  # what is not corrected keeps its scale
+
+
+@pytest.mark.parametrize("algorithm", ["ppo_corrected", "grpo_corrected"])
+def test_what_a_row_trusts_by_default_is_replaced_by_rates_and_a_norm_is_switched_off(algorithm: str):
+    own = {"algorithm": algorithm, "reward": {"trusted": 0.05, "norm": "batch"}}  # 0.05 is the row's default
+    found = chosen(verdicts(10, 30), load_config(own))
+    assert found["reward"]["rates"] == {"false_positive": 0.104, "false_negative": 0.302}
+    merged = load_config(merge(own, found))
+    assert (merged.algorithm, merged.reward.trusted, merged.reward.norm) == ("dvpo_paper", 0, "none")
+
+
+def test_settings_that_the_users_config_does_not_go_with_are_said():
+    law = load_config({"algorithm": "dvpo_plain", "advantage": {"law": {"functional": "tv_worst_case"}}})
+    last = advise(verdicts(0, 0), law)[-1].sentence  # advises ppo, which has no law
+    assert "dvpo train would refuse it with these settings: " in last
+    assert "advantage.law.functional = tv_worst_case reads a law of returns" in last
+    assert not any("refuse" in one.sentence for one in advise(verdicts(0, 0), CONFIG))
 
 
 def test_no_certain_false_verdict_means_no_correction_and_the_plain_baseline():

@@ -80,7 +80,7 @@ class Findings:
     spread: float
     """5% to 95% quantile of the observed rewards; 1 if they are binary."""
     outlier: float
-    """Largest distance from the median in units of the scaled median deviation (`outlier`); 0 if binary or all equal."""
+    """Largest distance from the median in scaled median deviations (see `outlier`); 0 if binary or all equal."""
     missing: float
     faults: float
     fault: str | None

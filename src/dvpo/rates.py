@@ -88,8 +88,8 @@ class RateEstimator:
         """
         trusted_B = torch.tensor([i in self.trusted for i in prompt_ids], dtype=torch.bool, device=observed_B.device)
         observed_B, true_B = observed_B[trusted_B], true_B[trusted_B]
-        graded = (observed_B.isfinite() & ~is_binary(observed_B)).sum()
-        counts = reduce(torch.cat([count_false(observed_B, true_B), graded.unsqueeze(0)])).tolist()
+        graded_B = observed_B.isfinite() & ~is_binary(observed_B)
+        counts = reduce(torch.cat([count_false(observed_B, true_B), graded_B.sum(dim=0, keepdim=True)]))
         false_positives, wrong, false_negatives, right_ones, graded = map(int, counts)
         if graded and self.binary:
             self.binary, self.false_positives, self.false_negatives = False, Tally(), Tally()
