@@ -21,7 +21,7 @@ from dvpo.errors import InputError
 from dvpo.faults import fault_rows, lost_in_evaluation
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.rewards import Scores
-from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Sampler, play
+from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Sampler, environment_at, play
 from dvpo.scoring import Scorer, open_reward
 from dvpo.seeding import derive_seed
 from dvpo.settings import SamplingConfig
@@ -153,8 +153,10 @@ def take(
     environments, episodes = [], []
     for example in examples:
         for sample in range(count):
-            environment = task.environment(example)
-            tokens = encoder.prompt(environment.reset())[-limit:]
+            with environment_at(example):
+                environment = task.environment(example)
+                prompt = environment.reset()
+            tokens = encoder.prompt(prompt)[-limit:]
             environments.append(environment)
             episodes.append(Episode(example, visit=0, sample=sample, prompt_tokens=tokens))
     sampler = drawer(greedy) if drawer else HuggingFaceSampler(policy, settings, greedy=greedy)

@@ -22,7 +22,7 @@ from dvpo.rates import Rates
 from dvpo.report import write_page
 from dvpo.report_data import Run
 from dvpo.report_texts import page_data, script_json
-from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, collate, play
+from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, collate, environment_at, play, step
 from dvpo.scoring import Scorer
 from dvpo.seeding import derive_seed
 from dvpo.tasks import Example, SingleTurn, Task, make_task
@@ -133,8 +133,10 @@ def find_example(subject: Subject, question: Question) -> Example:
 def answered(subject: Subject, example: Example, question: Question) -> Episode:
     """The example with the given response, or with one that the policy draws."""
     settings, encoder = subject.config.sampling, subject.encoder
-    environment = SingleTurn(example) if question.prompt is not None else subject.task.environment(example)
-    episode = Episode(example, visit=0, sample=0, prompt_tokens=encoder.prompt(environment.reset()))
+    with environment_at(example):
+        environment = SingleTurn(example) if question.prompt is not None else subject.task.environment(example)
+        prompt = environment.reset()
+    episode = Episode(example, visit=0, sample=0, prompt_tokens=encoder.prompt(prompt))
     room = subject.policy.context_length - len(episode.prompt_tokens)
     if question.response is None:
         limit = min(settings.max_completion_length, room)
@@ -149,7 +151,7 @@ def answered(subject: Subject, example: Example, question: Question) -> Episode:
         raise InputError("--response is empty: give a text, or leave it out to have one sampled")
     episode.tokens, episode.turns, episode.logprobs = tokens, [0] * len(tokens), [0.0] * len(tokens)
     episode.messages.append({"role": "assistant", "content": question.response})
-    episode.turn_rewards.append(environment.step(question.response).reward)
+    episode.turn_rewards.append(step(environment, example, question.response).reward)
     episode.terminated = True
     return episode
 
