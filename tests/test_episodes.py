@@ -254,7 +254,7 @@ def test_overlong_prompts_are_refused_left_out_or_keep_their_last_tokens():
         fit(["abc", "abcdefg"])
     assert fit(["abc", "abcdefg"], long_prompts="skip") == {"p0": ids("abc")}
     assert fit(["abc", "abcdefg"], long_prompts="truncate")["p1"] == ids("cdefg")
-    with pytest.raises(InputError, match="no prompt fits"):
+    with pytest.raises(InputError, match="no prompt of train fits"):
         fit(["abcdefg"], long_prompts="skip")
 
 

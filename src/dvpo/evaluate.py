@@ -2,9 +2,10 @@
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from dvpo.checkpoint import checkpoint_step, find_fault, latest_checkpoint
-from dvpo.config import load_config
-from dvpo.distributed import gather_rows, share
+from dvpo.config import Config, load_config
+from dvpo.distributed import gather_rows, is_main, share
 from dvpo.durable import output_file, write_atomically
 from dvpo.errors import InputError
 from dvpo.faults import fault_rows, lost_in_evaluation
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.rewards import Scores
-from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Sampler, environment_at, play
+from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Sampler, begin, fit_prompts, play
 from dvpo.scoring import Scorer, open_reward
 from dvpo.seeding import derive_seed
 from dvpo.settings import SamplingConfig
@@ -46,6 +47,25 @@ class Evaluation:
     """One an item: id, prompt, greedy completion and reward, rewards of the draws."""
     faults: list[dict[str, Any]] = field(default_factory=list)
     """One a fault of the reward, as `faults.jsonl` shows it."""
+
+
+def fitting_examples(task: Task, split: str, config: Config, policy: Policy) -> list[Example]:
+    """The first `evaluation.prompts` examples of a split, less those that `sampling.long_prompts: skip` leaves out.
+
+    Raises:
+        InputError: a prompt that is too long where none may be, or none that fits.
+    """
+    examples = task.split(split)[: config.evaluation.prompts]
+    fitting = fit_prompts(examples, ChatEncoder(policy.tokenizer), config.sampling, policy.context_length, split)
+    kept = [example for example in examples if example.id in fitting]
+    left_out = len(examples) - len(kept)
+    if left_out and is_main():
+        warnings.warn(
+            f"sampling.long_prompts = skip: {left_out} of {len(examples)} prompts of {split} are longer than "
+            f"sampling.max_prompt_length = {config.sampling.max_prompt_length} and count in no evaluation",
+            stacklevel=2,
+        )
+    return kept
 
 
 def evaluate(
@@ -150,15 +170,11 @@ def take(
             f"sampling.max_completion_length = {settings.max_completion_length} fills the model's context of "
             f"{policy.context_length} tokens: lower it"
         )
-    environments, episodes = [], []
+    fitted, begun = replace(settings, max_prompt_length=limit), []
     for example in examples:
-        for sample in range(count):
-            with environment_at(example):
-                environment = task.environment(example)
-                prompt = environment.reset()
-            tokens = encoder.prompt(prompt)[-limit:]
-            environments.append(environment)
-            episodes.append(Episode(example, visit=0, sample=sample, prompt_tokens=tokens))
+        tokens = {example.id: encoder.prompt(example.prompt)[-limit:]}
+        begun += [begin(task, example, 0, sample, tokens, encoder, fitted) for sample in range(count)]
+    episodes, environments = [episode for episode, _ in begun], [environment for _, environment in begun]
     sampler = drawer(greedy) if drawer else HuggingFaceSampler(policy, settings, greedy=greedy)
     play(episodes, environments, sampler, encoder, settings, derive_seed(seed, "evaluation"))
     return episodes, environments
@@ -244,7 +260,7 @@ def evaluate_checkpoint(
         The file.
 
     Raises:
-        InputError: no run, no sound checkpoint, no such split.
+        InputError: no run, no sound checkpoint, no such split, a prompt that is too long.
     """
     checkpoint = sound_checkpoint(source)
     config = load_config(checkpoint.parent / "config.yaml", overrides)
@@ -262,12 +278,12 @@ def evaluate_checkpoint(
     file = output_file(output or checkpoint.parent / f"evaluation-{checkpoint_step(checkpoint)}.jsonl", "--output")
     if file.exists() and not file.name.startswith("evaluation-"):
         raise InputError(f"--output = {file} exists: name a new file")
+    examples = {split: fitting_examples(task, split, config, policy) for split in splits}
     rows, results = [], {}
     with open_reward(config, task) or nullcontext() as reward:
         judge = Scorer(task, reward).judge
         for split in splits:
-            examples = task.split(split)[: config.evaluation.prompts]
-            results[split] = evaluate(policy, task, examples, judge, config.sampling, samples, config.seed)
+            results[split] = evaluate(policy, task, examples[split], judge, config.sampling, samples, config.seed)
             rows += [{"split": split, **row} for row in results[split].rows]
     write_atomically(file, [(json.dumps(row) + "\n").encode() for row in rows])
     console = Console()

@@ -146,7 +146,11 @@ def _lengths_that_fit(settings: SamplingConfig, longest: int, context_length: in
 
 
 def fit_prompts(
-    examples: Sequence[Example], encoder: ChatEncoder, settings: SamplingConfig, context_length: int
+    examples: Sequence[Example],
+    encoder: ChatEncoder,
+    settings: SamplingConfig,
+    context_length: int,
+    split: str = "train",
 ) -> dict[str, Sequence[int]]:
     """Encode every prompt and apply the stated policy for over-long ones.
 
@@ -182,7 +186,7 @@ def fit_prompts(
             tokens = tokens[-limit:]
         encoded[example.id] = array("i", tokens)
     if not encoded:
-        raise InputError(f"task: no prompt fits sampling.max_prompt_length = {limit}: raise it")
+        raise InputError(f"task: no prompt of {split} fits sampling.max_prompt_length = {limit}: raise it")
     return encoded
 
 
