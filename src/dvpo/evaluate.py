@@ -1,7 +1,7 @@
 """Evaluation: a policy and a task's split -> one row an item, and a summary with intervals."""
 
-import json
 import math
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -22,7 +22,8 @@ from dvpo.errors import InputError
 from dvpo.faults import fault_rows, lost_in_evaluation
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.rewards import Scores
-from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Sampler, begin, fit_prompts, play
+from dvpo.runlog import json_line
+from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Sampler, begin, environment_at, fit_prompts, play
 from dvpo.scoring import Scorer, open_reward
 from dvpo.seeding import derive_seed
 from dvpo.settings import SamplingConfig
@@ -33,6 +34,8 @@ from dvpo.tasks.mixture import each_of_its_tasks, held_out
 Judge = Callable[[Sequence[Episode]], Scores]
 CORRECT = 1 - 1e-6
 """A reward from here on counts as a solved item (the verifiers give 0 or 1)."""
+OURS = frozenset(("accuracy", "completion", "id", "items", "prompt", "reward", "samples", "split", "truncated"))
+"""Names in rows and summaries that no environment may give to a figure of its own."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,8 @@ def evaluate(
     mine, faults = _answers(policy, task, own, judge, settings, samples, seed, drawer) if own else ([], [])
     items = gather_rows(mine)
     summary = _greedy_summary(items)
-    summary |= _with_intervals({name: np.array([item.own[name] for item in items]) for name in items[0].own})
+    names = dict.fromkeys(name for item in items for name in item.own)
+    summary |= _with_intervals({n: np.array([item.own[n] for item in items if n in item.own]) for n in names})
     if samples:
         summary |= _sampled_summary(np.array([item.drawn for item in items]))
     return Evaluation(summary, [_row(item, samples) for item in items], gather_rows(faults))
@@ -135,7 +139,7 @@ def _answers(
         return np.array([total(reward) for reward in scores.rewards]).reshape(len(examples), -1)
 
     greedy, environments = take(policy, task, examples, settings, 1, seed, greedy=True, drawer=drawer)
-    rewards, figures = rewards_of(greedy)[:, 0], own_figures(environments)
+    rewards, figures = rewards_of(greedy)[:, 0], own_figures(greedy, environments)
     drawn: list[list[float]] = [[] for _ in examples]
     if samples:
         drawn = rewards_of(take(policy, task, examples, settings, samples, seed, drawer=drawer)[0]).tolist()
@@ -180,9 +184,31 @@ def take(
     return episodes, environments
 
 
-def own_figures(environments: Sequence[Environment]) -> list[dict[str, float]]:
-    """The figures that each environment keeps of its finished episode; empty where it keeps none."""
-    return [environment.figures() if hasattr(environment, "figures") else {} for environment in environments]
+def own_figures(episodes: Sequence[Episode], environments: Sequence[Environment]) -> list[dict[str, float]]:
+    """The figures that each environment keeps of its finished episode, less those that are None or not finite.
+
+    Raises:
+        InputError: a name that is ours, or no number.
+    """
+    return [
+        _figures(episode.example, environment) if hasattr(environment, "figures") else {}
+        for episode, environment in zip(episodes, environments, strict=True)
+    ]
+
+
+def _figures(example: Example, environment: Any) -> dict[str, float]:
+    with environment_at(example):
+        given = {str(name): value for name, value in environment.figures().items() if value is not None}
+    said = f"task: figures() of the environment of prompt {example.id}"
+    if taken := [name for name in given if name in OURS or re.search(r"[/@^]|_(low|high)$", name)]:
+        raise InputError(f"{said} names {taken[0]!r}, as evaluations name what is theirs: rename it")
+    figures = {}
+    for name, value in given.items():
+        try:
+            figures[name] = float(value)
+        except (TypeError, ValueError):
+            raise InputError(f"{said} gives {name} = {value!r:.60}: give a number, or None if it has none") from None
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def _greedy_summary(items: Sequence[_Item]) -> dict[str, float]:
@@ -285,7 +311,7 @@ def evaluate_checkpoint(
         for split in splits:
             results[split] = evaluate(policy, task, examples[split], judge, config.sampling, samples, config.seed)
             rows += [{"split": split, **row} for row in results[split].rows]
-    write_atomically(file, [(json.dumps(row) + "\n").encode() for row in rows])
+    write_atomically(file, map(json_line, rows))
     console = Console()
     console.print(_table(results, f"{checkpoint}: % of held-out items solved, 95% intervals in brackets"))
     if said := lost_in_evaluation([row for result in results.values() for row in result.faults]):
@@ -295,20 +321,32 @@ def evaluate_checkpoint(
 
 
 def _table(results: Mapping[str, Evaluation], title: str) -> Table:
-    """A row a split, a column a figure that has an interval."""
+    """A row a split, a column a figure that has an interval; of one's own those that are shares are in per cent."""
     summaries = [result.summary for result in results.values()]  # the tasks of a mix have figures of their own
     names = dict.fromkeys(name for figures in summaries for name in figures if f"{name}_low" in figures)
+    rows = [row for result in results.values() for row in result.rows]  # which hold no figure of ours that is drawn
+    shares = {name for name in names if all(0 <= row.get(name, 0) <= 1 for row in rows)}
     table = Table(title=title)
     for column in ("split", "items", *(name.replace("accuracy", "greedy accuracy") for name in names)):
         table.add_column(column, justify="right")
     for split, result in results.items():
-        table.add_row(split, str(len(result.rows)), *(interval_text(result.summary, name) for name in names))
+        known, of = result.summary["items"], len(result.rows)
+        texts = (interval_text(result.summary, name, percent=name in shares) for name in names)
+        table.add_row(split, str(known) if known == of else f"{known} of {of}", *texts)
     return table
 
 
-def interval_text(figures: Mapping[str, float], name: str) -> str:
-    """Per cent, `45.3 [39, 51]`, from the figures `name`, `name_low`, `name_high`; a dash where there is none."""
+def interval_text(figures: Mapping[str, float], name: str, percent: bool = True) -> str:
+    """Per cent, `45.3 [39, 51]`, from the figures `name`, `name_low`, `name_high`; a dash where there is none.
+
+    Args:
+        figures: of a summary.
+        name: of one of them.
+        percent: whether it is a share; else it is shown in its own unit, `3.2 [2.87, 3.5]`.
+    """
     if name not in figures or math.isnan(figures[name]):
         return "-"
-    value, low, high = (100 * figures[name + end] for end in ("", "_low", "_high"))
-    return f"{value:.1f} [{low:.0f}, {high:.0f}]"
+    value, low, high = (figures[name + end] for end in ("", "_low", "_high"))
+    return (
+        f"{100 * value:.1f} [{100 * low:.0f}, {100 * high:.0f}]" if percent else f"{value:.3g} [{low:.3g}, {high:.3g}]"
+    )

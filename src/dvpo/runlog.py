@@ -124,7 +124,7 @@ class RunLog:
         if not is_main():
             return
         stream = self._streams[name]
-        left = memoryview(b"".join(_line({"step": step, **row}) for row in rows))
+        left = memoryview(b"".join(json_line({"step": step, **row}) for row in rows))
         whole = stream.seek(0, os.SEEK_END)
         with disk_full_named(self.folder / name):
             try:
@@ -243,7 +243,8 @@ def _rows(path: Path, up_to_step: int | None) -> Iterator[tuple[bytes, dict[str,
                 yield line.rstrip(b"\n") + b"\n", row
 
 
-def _line(row: Mapping[str, Any]) -> bytes:
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """Strict JSON whatever the row holds: `null` for NaN and infinity, the text of what JSON does not know."""
     return json.dumps(_plain(row), allow_nan=False, default=str).encode() + b"\n"
 
 
