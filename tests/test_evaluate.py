@@ -180,6 +180,23 @@ def test_a_checkpoints_table_has_shares_in_per_cent_and_its_rows_hold_whatever_p
     assert "50.0 [50, 50]" in line
 
 
+def test_a_task_or_reward_that_was_given_in_python_is_not_replaced_by_the_configs(tmp_path, monkeypatch):
+    Trainer(run_config(tmp_path / "task", "steps=1"), task=Parity()).train()
+    with pytest.raises(InputError, match=r"was given its task in Python, and its config says task.name = math: set"):
+        evaluate_checkpoint(tmp_path / "task", [], None, 0, None)
+    assert evaluate_checkpoint(tmp_path / "task", ["task.name=test_evaluate:make_task"], None, 0, None).exists()
+
+    (tmp_path / "my.jsonl").write_text("".join(f'{{"prompt": "{i}+{i}="}}\n' for i in range(9)))
+    unknown = ["task.name=files", f"task.path={tmp_path / 'my.jsonl'}", "reward.function=my:reward"]
+    Trainer(
+        run_config(tmp_path / "reward", "steps=1", *unknown), reward=lambda completions, **_: [1.0] * len(completions)
+    ).train()
+    with pytest.raises(
+        InputError, match=r"given its reward in Python, and its config says reward.function = my:reward"
+    ):
+        evaluate_checkpoint(tmp_path / "reward", [], None, 0, None)
+
+
 @pytest.mark.parametrize("reward", [0.0, 1.0])
 def test_the_interval_of_pass_at_k_is_wilsons_and_no_point_where_none_or_all_succeed(monkeypatch, reward):
     # None of 5: Wilson's interval is [0, z^2 / (n + z^2)] = [0, 3.8415 / 8.8415]; a bootstrap would say [0, 0].

@@ -1,5 +1,6 @@
 """Evaluation: a policy and a task's split -> one row an item, and a summary with intervals."""
 
+import json
 import math
 import re
 import warnings
@@ -7,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -270,6 +271,30 @@ def sound_checkpoint(source: str | Path) -> Path:
     return checkpoint
 
 
+def refuse_what_python_gave(source: str | Path, config: Config, part: Literal["task", "reward"]) -> None:
+    """Check that the config names the task, or the reward, that the run really had.
+
+    Args:
+        source: the run's folder, or a checkpoint in it.
+        config: the run's, or one that names what had been given in Python.
+        part: of the config.
+
+    Raises:
+        InputError: it was given in Python.
+    """
+    run = Path(source).parent if Path(source).name.startswith("checkpoint-") else Path(source)
+    try:
+        manifest = json.loads((run / "manifest.json").read_bytes())
+    except (OSError, ValueError):  # a checkpoint by itself
+        return
+    key, name = {"task": ("name", config.task.name), "reward": ("function", config.reward.function)}[part]
+    if any(session.get("in_python", {}).get(part) == name for session in (manifest, *manifest["resumes"])):
+        raise InputError(
+            f"{run} was given its {part} in Python, and its config says {part}.{key} = {name}: set {part}.{key} to "
+            f"my_module:its_name, as an override of `dvpo eval` or in config.yaml, or ask in Python"
+        )
+
+
 def evaluate_checkpoint(
     source: str | Path, overrides: Sequence[str], splits: Sequence[str] | None, samples: int, output: str | None
 ) -> Path:
@@ -286,13 +311,16 @@ def evaluate_checkpoint(
         The file.
 
     Raises:
-        InputError: no run, no sound checkpoint, no such split, a prompt that is too long.
+        InputError: no run, no sound checkpoint, no such split, a prompt that is too long, a task given in Python.
     """
     checkpoint = sound_checkpoint(source)
     config = load_config(checkpoint.parent / "config.yaml", overrides)
+    refuse_what_python_gave(checkpoint, config, "task")
     if samples < 0:
         raise InputError(f"--samples = {samples} is negative: take 0 for greedy only")
     task = make_task(config.task)
+    if not getattr(task, "knows_truth", True):
+        refuse_what_python_gave(checkpoint, config, "reward")
     splits = held_out(task) if splits is None else [own for name in splits for own in each_of_its_tasks(task, name)]
     missing = [split for split in splits if not task.split(split)]
     if missing or not splits:

@@ -15,7 +15,7 @@ from dvpo.config import Config, load_config
 from dvpo.critic import Critic, load_critic
 from dvpo.errors import InputError
 from dvpo.estimates import Signals, reward_trust
-from dvpo.evaluate import sound_checkpoint
+from dvpo.evaluate import refuse_what_python_gave, sound_checkpoint
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.privilege import Privilege
 from dvpo.rates import Rates
@@ -81,9 +81,12 @@ def inspect_checkpoint(
         console: where to print.
 
     Raises:
-        InputError: no checkpoint, no such example, a prompt or response that does not fit, two tokenizers.
+        InputError: no checkpoint, no such example, a prompt or response that does not fit, two tokenizers, a task that
+            was given in Python.
     """
     subjects = [open_subject(source), *([open_subject(compare)] if compare else [])]
+    for subject in subjects if question.prompt is None else ():
+        refuse_what_python_gave(subject.folder, subject.config, "task")
     if html and Path(html).suffix != ".html":  # now, not after the model has spoken
         raise InputError(f"--html = {html} is no name for a page: let it end in .html")
     first = subjects[0]

@@ -193,6 +193,10 @@ class Trainer(Learner):
             # -1: the run was killed before its first checkpoint and begins again in the same folder.
             resume_step=self.step if checkpoint else (-1 if begun else None),
             log=config.log,
+            in_python={
+                **({} if task is None else {"task": config.task.name}),
+                **({} if reward is None else {"reward": config.reward.function}),
+            },
         )
 
     # The run
