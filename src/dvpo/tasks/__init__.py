@@ -30,7 +30,7 @@ Completion = str | Sequence[Message]
 OodKind = Literal["unseen", "untrained"]
 """What an embedded task's `ood` holds: what its warm start has never met, or what it has met and training has not."""
 
-Answer = str | int
+Answer = str | int | float
 """A final answer, in the form that the column `answer` has."""
 
 
