@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dvpo import load_critic
-from dvpo.evaluate import take
+from dvpo.evaluate import refuse_what_python_gave, take
 from dvpo.scoring import Scorer
 from dvpo.stats import bootstrap_interval
 from dvpo.tasks import make_task, total
@@ -22,6 +22,7 @@ from dvpo.tasks import make_task, total
 
 def main(run: str, prompts: int = 200, most: int = 8, split: str = "id") -> None:
     critic = load_critic(run)
+    refuse_what_python_gave(run, critic.config, "task")
     task = make_task(critic.config.task)
     examples = task.split(split)[:prompts]
     episodes, _ = take(critic.policy, task, examples, critic.config.sampling, most, seed=0)

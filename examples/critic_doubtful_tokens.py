@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 from dvpo import load_critic
-from dvpo.evaluate import take
+from dvpo.evaluate import refuse_what_python_gave, take
 from dvpo.policy import open_policy
 from dvpo.stats import paired_difference
 from dvpo.tasks import make_task
@@ -23,6 +23,7 @@ SHOWN = 5
 
 def main(run: str, prompts: int = 200, split: str = "id") -> None:
     critic = load_critic(run)
+    refuse_what_python_gave(run, critic.config, "task")
     task = make_task(critic.config.task)
     writer = open_policy(starting_model(critic.config), critic.policy.device, critic.config.model.dtype)
     episodes, _ = take(writer, task, task.split(split)[:prompts], critic.config.sampling, 1, seed=0)

@@ -13,7 +13,7 @@ from itertools import product
 import numpy as np
 
 from dvpo import load_critic
-from dvpo.evaluate import take
+from dvpo.evaluate import refuse_what_python_gave, take
 from dvpo.policy import open_policy
 from dvpo.scoring import Scorer
 from dvpo.stats import bootstrap_interval, paired_difference
@@ -23,6 +23,7 @@ from dvpo.warmstart import starting_model
 
 def main(run: str, prompts: int = 200, answers: int = 4, split: str = "id") -> None:
     critic = load_critic(run)
+    refuse_what_python_gave(run, critic.config, "task")
     task = make_task(critic.config.task)
     examples = task.split(split)[:prompts]
     writer = open_policy(starting_model(critic.config), critic.policy.device, critic.config.model.dtype)

@@ -8,6 +8,7 @@ import pytest
 from dvpo.advice import MOST_SAMPLES, advise, kept, settings
 from dvpo.config import Config, load_config
 from dvpo.diagnosis import Findings, Sheet, find
+from dvpo.nested import merge
 
 CONFIG = load_config()
 
@@ -60,6 +61,23 @@ def test_a_run_that_estimates_its_rates_goes_on_to_and_a_mix_is_not_corrected():
     assert found["critic"]["kappa"] == 0.1  # what is not corrected keeps its scale
 
 
+@pytest.mark.parametrize("algorithm", ["ppo_corrected", "grpo_corrected"])
+def test_what_a_row_trusts_by_default_is_replaced_by_rates_and_a_norm_is_switched_off(algorithm: str):
+    own = {"algorithm": algorithm, "reward": {"trusted": 0.05, "norm": "batch"}}  # 0.05 is the row's default
+    found = chosen(verdicts(10, 30), load_config(own))
+    assert found["reward"]["rates"] == {"false_positive": 0.104, "false_negative": 0.302}
+    merged = load_config(merge(own, found))
+    assert (merged.algorithm, merged.reward.trusted, merged.reward.norm) == ("dvpo_paper", 0, "none")
+
+
+def test_settings_that_the_users_config_does_not_go_with_are_said():
+    law = load_config({"algorithm": "dvpo_plain", "advantage": {"law": {"functional": "tv_worst_case"}}})
+    last = advise(verdicts(0, 0), law)[-1].sentence  # advises ppo, which has no law
+    assert "dvpo train would refuse it with these settings: " in last
+    assert "advantage.law.functional = tv_worst_case reads a law of returns" in last
+    assert not any("refuse" in one.sentence for one in advise(verdicts(0, 0), CONFIG))
+
+
 def test_no_certain_false_verdict_means_no_correction_and_the_plain_baseline():
     findings = verdicts(0, 0)
     assert kept(findings) == 1
@@ -82,6 +100,15 @@ def test_rates_of_a_few_answers_are_not_acted_on():
     advice = advise(verdicts(3, 9, each=15), CONFIG)
     assert any("more --prompts" in one.sentence for one in advice)
     assert "reward" not in settings(advice)
+
+
+@pytest.mark.parametrize(("low", "high", "noise"), [(-1.0, 1.0, 0.0), (0.0, 1.0, 0.5)])
+def test_a_truth_that_is_known_is_not_asked_for_where_scores_are_not_0_and_1(low: float, high: float, noise: float):
+    true = np.tile([low, high], (30, 1))
+    observed = true + noise * np.random.default_rng(0).normal(size=(2, 30, 2))
+    sentences = [one.sentence for one in advise(find(sheet(observed, true)), CONFIG)]
+    assert any(text.startswith("Give a reward and a truth of 0 and 1") for text in sentences)
+    assert not any("task.truth" in text or "--prompts" in text for text in sentences)
 
 
 def test_without_the_truth_scores_that_scatter_want_a_critic_and_outliers_a_rank():

@@ -57,9 +57,28 @@ def test_the_swapped_rates_are_not_covered():
     assert np.mean([q.low <= 0.1 <= q.high for _, q in rates]) < 0.2
 
 
-def test_rates_count_where_both_rewards_are_binary_and_nowhere_else():
-    observed = np.array([1.0, 0.0, NAN, 0.5, 0.0, 1.0, 1.0])
-    true = np.array([0.0, 0.0, 0.0, 0.0, 1.0, 1.0, NAN])
+def plain(observed_RPK: np.ndarray, true_PK: np.ndarray) -> Sheet:
+    shape = true_PK.shape
+    cells = {"lengths_PK": np.ones(shape), "truncated_PK": np.zeros(shape, bool)}
+    return Sheet(observed_RPK, true_PK, {}, faulty_RPK=np.zeros(observed_RPK.shape, bool), **cells)
+
+
+@pytest.mark.parametrize("graded", ["reward", "truth"])
+def test_one_graded_reward_or_truth_leaves_no_rates(graded: str):
+    # Were 1.5 dropped, one of one wrong answers would be taken for right: a rate of 1 by selection.
+    observed, true = np.array([[[1.0, 0.0, 1.0]]]), np.array([[0.0, 0.0, 1.0]])
+    assert find(plain(observed, true)).false_positive.seen == 2
+    if graded == "reward":
+        observed[0, 0, 1] = 1.5
+    else:
+        true[0, 1] = 0.5
+    found = find(plain(observed, true))
+    assert (found.false_positive, found.false_negative) == (None, None)
+
+
+def test_rates_count_where_both_rewards_are_known():
+    observed = np.array([1.0, 0.0, NAN, 0.0, 1.0, 1.0])
+    true = np.array([0.0, 0.0, 0.0, 1.0, 1.0, NAN])
     p, q = error_rates(observed, true)
     assert (p.wrong, p.seen, q.wrong, q.seen) == (1, 2, 1, 2)
     assert p.share == 0.5
@@ -109,6 +128,11 @@ def test_an_outlier_is_measured_in_median_deviations():
     # Median 2, distances 2 1 0 1 98, their median 1.
     assert outlier(np.array([0.0, 1.0, 2.0, 3.0, 100.0])) == pytest.approx(98 / 1.4826)
     assert outlier(np.ones(4)) == 0
+
+
+def test_an_outlier_is_seen_where_most_rewards_are_equal():
+    # Median 0 and median deviation 0; the distances of those that differ are 0.5 1 1 100, their median 1.
+    assert outlier(np.array([0.0] * 9 + [0.5, 1.0, -1.0, 100.0])) == pytest.approx(100 / 1.4826)
 
 
 def test_signal_is_told_up_to_the_most_scores_that_a_prompt_has():

@@ -11,7 +11,7 @@ import torch
 from dvpo.batch import Rollout
 from dvpo.errors import InputError
 from dvpo.policy import Policy
-from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Turn, begin, collate, fit_prompts, play
+from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Turn, begin, collate, fit_prompts, play, step
 from dvpo.scoring import place
 from dvpo.settings import SamplingConfig
 from dvpo.tasks import Example, Prompt, SingleTurn, Step
@@ -254,7 +254,7 @@ def test_overlong_prompts_are_refused_left_out_or_keep_their_last_tokens():
         fit(["abc", "abcdefg"])
     assert fit(["abc", "abcdefg"], long_prompts="skip") == {"p0": ids("abc")}
     assert fit(["abc", "abcdefg"], long_prompts="truncate")["p1"] == ids("cdefg")
-    with pytest.raises(InputError, match="no prompt fits"):
+    with pytest.raises(InputError, match="no prompt of train fits"):
         fit(["abcdefg"], long_prompts="skip")
 
 
@@ -269,6 +269,31 @@ def test_a_prompt_that_an_environment_changed_is_held_to_the_same_limit():
     assert begin(task, example, 0, 0, {"p": ids("abc")}, encoder, cut)[0].prompt_tokens == ids("cdefg")
     with pytest.raises(InputError, match=r"the environment of prompt p gave a prompt of 7 tokens.* = 5: raise it"):
         begin(task, example, 0, 0, {"p": ids("abc")}, encoder, SamplingConfig(max_prompt_length=5))
+
+
+class Broken(SingleTurn):
+    def reset(self) -> Prompt:
+        return self.example.columns["digit"]
+
+    def step(self, response: str) -> Step:
+        return int(response)
+
+
+def test_an_environment_that_raises_ends_the_run_in_a_sentence_with_prompt_exception_and_line():
+    example = Example("p7", "Guess.")
+    task = SimpleNamespace(environment=Broken)
+    with pytest.raises(InputError, match=r"prompt p7 raised KeyError: 'digit' \(test_episodes.py:\d+\): mend it") as no:
+        begin(task, example, 0, 0, {"p7": [5]}, ChatEncoder(TOKENIZER), SamplingConfig())
+    assert isinstance(no.value.__cause__, KeyError)
+    with pytest.raises(InputError, match=r"environment of prompt p7 raised ValueError: invalid literal"):
+        step(Broken(example), example, "seven")
+
+
+@pytest.mark.parametrize("answer", [None, 7, ((), 1.0, True), Step((), "much", True), Step(None, None, False)])
+def test_an_answer_that_is_no_step_is_refused_with_the_prompt(answer):
+    environment = SimpleNamespace(step=lambda response: answer)
+    with pytest.raises(InputError, match=r"of prompt p7 answered .*: let its method step return a dvpo.tasks.Step"):
+        step(environment, Example("p7", "Guess."), "7")
 
 
 def test_prompt_and_completion_must_fit_the_models_context():

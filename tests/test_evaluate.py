@@ -1,19 +1,27 @@
 """Evaluation: the summary of a rigged sampler by hand, and draws that are keyed by the item."""
 
+import json
 import math
+import re
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
+import numpy as np
 import pytest
 from scipy.stats import binomtest
 
 from dvpo import evaluate as evaluate_module
-from dvpo.evaluate import Evaluation, Judge, evaluate, interval_text
+from dvpo.errors import InputError
+from dvpo.evaluate import Evaluation, Judge, evaluate, evaluate_checkpoint, interval_text
 from dvpo.faults import lost_in_evaluation
 from dvpo.rewards import Fault, Scores
 from dvpo.sampling import Episode, Turn
 from dvpo.settings import SamplingConfig
 from dvpo.tasks import Example, Reward, SingleTurn
+from dvpo.trainer import Trainer
+from runs import Parity, run_config
 from tiny_models import END_ID, AsciiPolicy, tiny_policy
 
 ITEMS = [Example(f"item {i}", "q" * (i + 1)) for i in range(5)]
@@ -104,6 +112,89 @@ def test_what_environments_know_of_their_episode_is_averaged_over_the_greedy_one
     assert [row["length"] for row in result.rows] == [1, 2, 3, 4, 5]
     assert result.summary["length"] == 3
     assert 1 <= result.summary["length_low"] < 3 < result.summary["length_high"] <= 5
+
+
+class TaskThatGives(Task):
+    def __init__(self, *given: Any) -> None:
+        self.given = given
+
+    def environment(self, example: Example) -> SingleTurn:
+        environment = super().environment(example)
+        environment.figures = lambda: self.given[ITEMS.index(example) % len(self.given)]
+        return environment
+
+
+def figures_of(monkeypatch: pytest.MonkeyPatch, *given: Any) -> Evaluation:
+    monkeypatch.setattr(evaluate_module, "HuggingFaceSampler", RiggedSampler)
+    return evaluate(tiny_policy(), TaskThatGives(*given), ITEMS, judge, SamplingConfig(), samples=3, seed=0)
+
+
+def test_a_figure_that_some_episodes_lack_is_averaged_over_the_others(monkeypatch):
+    # The five items give 1, None, NaN, {}, 3 and, late, a name of their own.
+    result = figures_of(monkeypatch, {"x": np.int64(1)}, {"x": None}, {"x": math.nan}, {}, {"x": 3, "late": True})
+    assert (result.summary["x"], result.summary["late"]) == (2, 1)
+    assert ["x" in row for row in result.rows] == [True, False, False, False, True]
+
+
+@pytest.mark.parametrize("name", ["accuracy", "reward", "items", "id", "mean@3", "length_low", "a/b"])
+def test_a_figure_with_a_name_of_ours_is_refused(monkeypatch, name):
+    with pytest.raises(InputError, match=rf"of prompt item 0 names '{re.escape(name)}', as evaluations .*: rename it"):
+        figures_of(monkeypatch, {name: 1.0})
+
+
+@pytest.mark.parametrize("value", ["many", [1.0], {}])
+def test_a_figure_that_is_no_number_is_refused(monkeypatch, value):
+    with pytest.raises(
+        InputError, match=r"figures\(\) of the environment of prompt item 0 gives x = .*: give a number"
+    ):
+        figures_of(monkeypatch, {"x": value})
+
+
+class Diary(Parity):
+    """Prompts with a time, as chats in parquet have; figures of three kinds; one of two held-out answers unknown."""
+
+    def split(self, name: str) -> list[Example]:
+        at = {"at": datetime(2026, 1, 2)}
+        return [replace(e, prompt=[{**message, **at} for message in e.prompt]) for e in super().split(name)]
+
+    def environment(self, example: Example) -> SingleTurn:
+        environment = SingleTurn(example)
+        environment.figures = lambda: {"words": np.int64(300), "share": 0.5}
+        return environment
+
+
+def make_task(settings: Any) -> Diary:
+    return Diary([None])
+
+
+def test_a_checkpoints_table_has_shares_in_per_cent_and_its_rows_hold_whatever_prompts_do(tmp_path, capsys):
+    config = run_config(tmp_path, "task.name=test_evaluate:make_task", "steps=1")
+    Trainer(config).train()
+    file = evaluate_checkpoint(tmp_path, [], ["id"], 0, None)
+    assert [json.loads(line)["prompt"][0]["at"] for line in file.read_text().splitlines()] == [
+        "2026-01-02 00:00:00"
+    ] * 2
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│"))
+    assert "1 of 2" in line  # the greedy answers that accuracy is over
+    assert "300 [300, 300]" in line
+    assert "50.0 [50, 50]" in line
+
+
+def test_a_task_or_reward_that_was_given_in_python_is_not_replaced_by_the_configs(tmp_path, monkeypatch):
+    Trainer(run_config(tmp_path / "task", "steps=1"), task=Parity()).train()
+    with pytest.raises(InputError, match=r"was given its task in Python, and its config says task.name = math: set"):
+        evaluate_checkpoint(tmp_path / "task", [], None, 0, None)
+    assert evaluate_checkpoint(tmp_path / "task", ["task.name=test_evaluate:make_task"], None, 0, None).exists()
+
+    (tmp_path / "my.jsonl").write_text("".join(f'{{"prompt": "{i}+{i}="}}\n' for i in range(9)))
+    unknown = ["task.name=files", f"task.path={tmp_path / 'my.jsonl'}", "reward.function=my:reward"]
+    Trainer(
+        run_config(tmp_path / "reward", "steps=1", *unknown), reward=lambda completions, **_: [1.0] * len(completions)
+    ).train()
+    with pytest.raises(
+        InputError, match=r"given its reward in Python, and its config says reward.function = my:reward"
+    ):
+        evaluate_checkpoint(tmp_path / "reward", [], None, 0, None)
 
 
 @pytest.mark.parametrize("reward", [0.0, 1.0])
@@ -200,4 +291,5 @@ def test_an_overlong_prompt_keeps_its_last_tokens_and_leaves_room_for_the_answer
 def test_intervals_are_printed_in_per_cent_and_what_is_not_known_as_a_dash():
     figures = {"x": 0.453, "x_low": 0.386, "x_high": 0.514, "y": math.nan}
     assert interval_text(figures, "x") == "45.3 [39, 51]"
+    assert interval_text(figures, "x", percent=False) == "0.453 [0.386, 0.514]"
     assert interval_text(figures, "y") == interval_text(figures, "z") == "-"

@@ -158,6 +158,13 @@ def test_bad_questions_end_in_one_sentence(runs: Path, question: Question, sente
         shown(runs / "dvpo", question)
 
 
+def test_examples_of_a_task_that_was_given_in_python_are_not_replaced_by_the_configs(tmp_path: Path):
+    Trainer(run_config(tmp_path / "run", "steps=1"), task=Parity()).train()
+    with pytest.raises(InputError, match=r"was given its task in Python, and its config says task.name = math: set"):
+        shown(tmp_path / "run", Question(row=0))
+    assert "policy  5" in plain(shown(tmp_path / "run", Question(prompt=PROMPT, response="5")))
+
+
 def test_a_folder_without_a_checkpoint_and_a_page_without_its_ending_are_refused(runs: Path, tmp_path: Path):
     with pytest.raises(InputError, match="holds no sound checkpoint"):
         shown(tmp_path, Question(prompt=PROMPT))

@@ -110,6 +110,24 @@ def test_a_files_task_finds_the_final_answer(tmp_path: Path, pattern: str | None
     assert FilesTask(tmp_path / "prompts.jsonl", answer_pattern=pattern).final_answer(text) == answer
 
 
+@pytest.mark.parametrize(
+    ("column", "text", "answer"),
+    [
+        ([82, 83, None], "#82", 82),
+        ([82, 83], "#82.5", None),
+        ([82, 0.5], "#82", 82.0),
+        ([True, False], "#true", True),
+        ([82, "83"], "#82", "82"),  # of two types: text, as ever
+        (["82", "83"], "#", None),
+    ],
+)
+def test_a_files_answer_has_the_type_of_its_column(tmp_path: Path, column: list[Any], text: str, answer: Any):
+    rows = [{"prompt": f"p{i}", "answer": value} for i, value in enumerate(column)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = FilesTask(tmp_path / "prompts.jsonl", answer_pattern="#(.*)", held_out=0).final_answer(text)
+    assert (given, type(given)) == (answer, type(answer))
+
+
 def test_math_and_science_answers_have_the_form_of_their_column_and_a_dialogue_has_none():
     for task in (ChainArithmetic(train=1, id=0, ood=0), Science(train=1, id=0, ood=0)):
         answer = task.split("train")[0].columns["answer"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,10 +73,29 @@ def test_the_estimate_is_jeffreys_mean_of_each_kind_of_error_apart() -> None:
     assert figures["noise/trusted"] == 78
 
 
-def test_unknown_missing_and_graded_rewards_are_not_counted() -> None:
+def test_unknown_and_missing_rewards_and_graded_truths_are_not_counted() -> None:
     nan = math.nan
-    estimator = counted([1.0, nan, 0.0, 0.7, 1.0], [0.0, 1.0, nan, 1.0, 0.4])
-    assert estimator.state_dict() == {"false_positives": [1, 1], "false_negatives": [0, 0]}
+    estimator = counted([1.0, nan, 0.0, 1.0], [0.0, 1.0, nan, 0.4])
+    assert estimator.state_dict() == {"false_positives": [1, 1], "false_negatives": [0, 0], "binary": True}
+
+
+def test_one_graded_reward_ends_the_estimate_and_is_said_once() -> None:
+    estimator = repeated(5, 20, 2, 20)
+
+    def see(observed: float) -> None:
+        estimator.observe(["0"], torch.tensor([observed]), torch.tensor([1.0]), identity)
+
+    with pytest.warns(UserWarning, match="1 of the rewards observed in a step are neither 0 nor 1"):
+        see(0.7)
+    with warnings.catch_warnings(action="error"):
+        see(2.5)
+        see(1.0)
+    assert estimator.rates() == NO_RATES  # what was counted before counts no more
+    assert estimator.figures()["noise/trusted"] == 0
+    resumed = RateEstimator(EXAMPLES, 1.0, seed=0)
+    resumed.load_state_dict(json.loads(json.dumps(estimator.state_dict())))
+    resumed.observe(["0"], torch.tensor([1.0]), torch.tensor([1.0]), identity)
+    assert resumed.figures()["noise/trusted"] == 0
 
 
 @pytest.mark.parametrize(("p", "q"), [(0.3, 0.1), (0.05, 0.4), (0.0, 0.0)])
@@ -104,7 +124,7 @@ def test_counts_of_all_processes_are_added() -> None:
         return 2 * counts
 
     estimator.observe(["0", "1"], torch.tensor([1.0, 1.0]), torch.tensor([0.0, 1.0]), two_processes)
-    assert estimator.state_dict() == {"false_positives": [2, 2], "false_negatives": [0, 2]}
+    assert estimator.state_dict() == {"false_positives": [2, 2], "false_negatives": [0, 2], "binary": True}
 
 
 # What a correction may use

@@ -95,6 +95,13 @@ def test_labels_that_are_not_there_and_tasks_without_answers_are_refused(tmp_pat
         make_noise(labelled(tmp_path), 0, [Example("a", "hello", {"level": 3})])
 
 
+def test_labels_of_another_type_than_the_column_are_refused_with_both(tmp_path: Path) -> None:
+    train = [Example("a", "40+42=", {"answer": 82}), Example("b", "0.5+0=", {"answer": 0.5}), Example("c", "?", {})]
+    with pytest.raises(InputError, match=r"labels 'a' with '82', a str, where the column `answer` holds number, which"):
+        make_noise(labelled(tmp_path, '{"id": "a", "answer": "82"}'), 0, train)
+    make_noise(labelled(tmp_path, '{"id": "a", "answer": 82.0}'), 0, train)
+
+
 # Settings
 
 

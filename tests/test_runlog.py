@@ -197,10 +197,11 @@ def test_a_full_disk_leaves_whole_lines_only(tmp_path: Path, monkeypatch) -> Non
 
 
 def test_the_manifest_says_where_a_run_comes_from_and_lists_its_resumes(tmp_path: Path) -> None:
-    open_log(tmp_path).close()
+    open_log(tmp_path, in_python={"task": "math"}).close()
     open_log(tmp_path, resume_step=0).close()
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["seed"] == 3
+    assert [session["in_python"] for session in (manifest, *manifest["resumes"])] == [{"task": "math"}, {}]
     assert manifest["argv"] == sys.argv
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["machine"]["threads"] == torch.get_num_threads()

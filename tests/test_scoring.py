@@ -100,12 +100,23 @@ def test_one_missing_entry_leaves_the_whole_return_unknown(missing):
 
 @pytest.mark.parametrize("wrong", [[], [1.0], [1.0] * 3, [1.0] * 8])
 def test_a_list_of_another_length_is_a_fault_that_names_all_three_numbers(wrong):
-    message = place(wrong, episode(TWO_TURNS))
-    assert message == f"a list of {len(wrong)} rewards fits neither the 2 turns nor the 7 tokens of the response"
+    assert place(wrong, episode(TWO_TURNS)) == (
+        "wrong_length",
+        f"a list of {len(wrong)} rewards fits neither the 2 turns nor the 7 tokens of the response",
+    )
 
 
 def test_a_reward_at_a_token_of_the_environment_is_a_fault():
-    assert "token of the environment" in place([0, 0, 1.0, 0, 0, 0, 0], episode(TWO_TURNS))
+    kind, message = place([0, 0, 1.0, 0, 0, 0, 0], episode(TWO_TURNS))
+    assert (kind, "token of the environment" in message) == ("wrong_length", True)
+
+
+@pytest.mark.parametrize("endless", [math.inf, -1e39, [2e38, 2e38]])
+def test_what_is_infinite_in_float32_by_itself_or_in_sum_is_a_fault_of_its_kind(endless):
+    # The largest float32 is 3.4e38.
+    kind, message = place(endless, episode(TWO_TURNS))
+    assert (kind, "must be finite" in message) == ("non_finite", True)
+    assert place(3e38, episode([0])) == [3e38]
 
 
 def test_the_total_of_a_list_is_its_sum_and_unknown_with_one_entry_missing():
@@ -196,6 +207,17 @@ def test_an_evaluation_asks_the_truth_and_the_reward_function_only_where_no_trut
     sure = Known({})
     sure.knows_truth = True
     assert Scorer(sure, reward, ALL_WRONG).judge(both).rewards == [None, None]
+
+
+@pytest.mark.parametrize(("reward", "kind"), [([], "wrong_length"), ([1.0] * 3, "wrong_length"), (1e39, "non_finite")])
+def test_what_training_cannot_place_is_unknown_to_an_evaluation_too_with_its_fault(reward, kind):
+    for scorer in (Scorer(Known({"a": reward}), None, NOTHING), Scorer(Known({}), Asked([reward]), NOTHING)):
+        judged = scorer.judge([episode([0, 0], "a")])
+        assert judged.rewards == [None]
+        assert [(fault.kind, fault.index) for fault in judged.faults] == [(kind, 0)]
+    scored = Scorer(Known({"a": reward}), None, NOTHING)([episode([0, 0], "a")])
+    assert [fault.kind for fault in scored.faults] == [kind]
+    assert scored.fields["true_B"].isnan().all()
 
 
 def test_a_run_without_anyone_who_knows_a_reward_and_one_without_prompts_do_not_start():

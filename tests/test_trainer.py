@@ -13,10 +13,36 @@ from torch import Tensor
 from dvpo import trainer as trainer_module
 from dvpo.algorithms import ALGORITHMS
 from dvpo.batch import Estimates, Rollout
+from dvpo.errors import InputError
 from dvpo.metrics import Means
 from dvpo.trainer import Trainer
 from dvpo.warmstart import warm_start
 from runs import LINEAR, Parity, farthest, rollout_of, rows, run_config, trained, weights
+
+# What is refused at the start, or said
+
+
+class Long(Parity):
+    """One of the two prompts `ood` is longer than the others."""
+
+    def split(self, name: str):
+        examples = super().split(name)
+        long = [{"role": "user", "content": "word " * 20}]
+        return [dataclasses.replace(examples[0], prompt=long), *examples[1:]] if name == "ood" else examples
+
+
+def test_held_out_prompts_that_are_too_long_are_refused_left_out_or_cut_as_those_to_train_on(tmp_path: Path):
+    def run(long_prompts: str) -> Trainer:
+        overrides = ("sampling.max_prompt_length=60", f"sampling.long_prompts={long_prompts}")
+        return Trainer(run_config(tmp_path / long_prompts, *overrides), task=Long())
+
+    with pytest.raises(InputError, match=r"prompt ood 0 has \d+ tokens, more than sampling.max_prompt_length = 60"):
+        run("error")
+    with pytest.warns(UserWarning, match=r"skip: 1 of 2 prompts of ood are longer than .* and count in no"):
+        skipping = run("skip")
+    assert skipping.evaluate()["eval/ood/items"] == 1
+    assert run("truncate").evaluate()["eval/ood/items"] == 2
+
 
 # What must not matter
 

@@ -8,10 +8,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
+from operator import getitem
 from typing import Any
 
-from dvpo.config import Config
+from dvpo.algorithms import find_algorithm
+from dvpo.config import Config, differences, load_config, to_plain
 from dvpo.diagnosis import ErrorRate, Findings
+from dvpo.errors import InputError
 from dvpo.faults import BROKEN
 from dvpo.nested import merge
 from dvpo.noise_rates import ENOUGH, MOST
@@ -47,17 +50,40 @@ def advise(findings: Findings, config: Config) -> list[Advice]:
         return [Advice(f"Your function fails on every answer: {findings.fault}; fix it first.")]
     noise = _about_noise(findings, config)
     corrected = any("correction" in one.settings.get("reward", {}) for one in noise)
-    return [
+    advice = [
         *_troubles(findings, config),
         *noise,
         *_kappa(findings.spread / kept(findings) if corrected else findings.spread),
         *_samples(findings, config),
     ]
+    if refusal := _refusal(settings(advice), config):
+        advice.append(
+            Advice(f"Change your config first, because dvpo train would refuse it with these settings: {refusal}.")
+        )
+    return advice
 
 
 def settings(advice: list[Advice]) -> dict[str, Any]:
     """The settings of all, nested as a config is."""
     return reduce(merge, (one.settings for one in advice), {})
+
+
+def _refusal(advised: Mapping[str, Any], config: Config) -> str:
+    """What `dvpo train` has against the config with the advised settings; nothing if it takes them.
+
+    The user's own settings are taken to be those that differ from the defaults of task and algorithm.
+    """
+    plain = to_plain(config)
+    base: dict[str, Any] = {"task": plain["task"], "algorithm": config.algorithm}
+    try:
+        for key in differences(config, load_config(base)):
+            *sections, name = key.split(".")
+            section = reduce(lambda outer, inner: outer.setdefault(inner, {}), sections, base)
+            section[name] = reduce(getitem, key.split("."), plain)
+        load_config(merge(base, advised))
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def known_rates(findings: Findings) -> tuple[ErrorRate, ErrorRate] | None:
@@ -151,10 +177,15 @@ def _about_noise(findings: Findings, config: Config) -> list[Advice]:
 
 def _about_truth(findings: Findings) -> Advice:
     p, q = findings.false_positive, findings.false_negative
-    if p and q and p.seen + q.seen:
+    if p and q:
         return Advice(
             f"Diagnose with more --prompts, because {p.seen} truly wrong and {q.seen} truly right answers were seen, "
             f"and a rate from fewer than {ENOUGH} is a guess."
+        )
+    if findings.silent_truth is not None:
+        return Advice(
+            "Give a reward and a truth of 0 and 1 if you want rates of false verdicts, because the truth is known but "
+            "some rewards or truths are neither, and those that are would be chosen by what is to be counted."
         )
     return Advice(
         "Name a verified reward for some prompts (task.truth with your own files), because false verdicts that repeat "
@@ -187,12 +218,18 @@ def _about_false_verdicts(findings: Findings, config: Config, p: ErrorRate, q: E
     ]
     if not config.reward.mix and config.advantage.law.functional != "denoised":
         given = {"false_positive": _rounded(p.tally.rate), "false_negative": _rounded(q.tally.rate)}
-        rates = {} if config.reward.trusted else {"rates": given}
+        # What a row trusts by default goes with the row, for another one is advised.
+        by_default = find_algorithm(config.algorithm).defaults.get("reward", {}).get("trusted", 0.0)
+        rates: dict[str, Any] = {}
+        if config.reward.trusted == by_default:
+            rates = {"rates": given, **({"trusted": 0.0} if by_default else {})}
+        norm = {} if config.reward.norm == "none" else {"norm": "none"}
         found.append(
             Advice(
                 f"Correct the reward for these rates, because they shrink the gap between right and wrong to "
-                f"{left:.2f}, which a critic's row takes out and a row that divides by a group's deviation does not.",
-                {"reward": {"correction": "backward", **rates}},
+                f"{left:.2f}, which a critic's row takes out and a row that divides by a group's deviation does not "
+                "(nor does any reward.norm).",
+                {"reward": {"correction": "backward", **rates, **norm}},
             )
         )
     return found

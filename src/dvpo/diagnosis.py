@@ -80,7 +80,7 @@ class Findings:
     spread: float
     """5% to 95% quantile of the observed rewards; 1 if they are binary."""
     outlier: float
-    """Largest distance from the median in units of the scaled median deviation; 0 if binary or without deviation."""
+    """Largest distance from the median in scaled median deviations (see `outlier`); 0 if binary or all equal."""
     missing: float
     faults: float
     fault: str | None
@@ -108,6 +108,7 @@ class Findings:
     agreements: list[Agreement] = field(default_factory=list)
     """Of the further rewards with the observed one."""
     false_positive: ErrorRate | None = None
+    """None as well where some reward or truth is neither 0 nor 1: the others would be chosen by what is counted."""
     false_negative: ErrorRate | None = None
     judged_by_truth: bool = False
 
@@ -116,12 +117,13 @@ def find(sheet: Sheet) -> Findings:
     """All that a sheet says."""
     first_PK = sheet.observed_RPK[0]
     seen = sheet.observed_RPK[np.isfinite(sheet.observed_RPK)]
-    binary = bool(len(seen)) and bool(is_binary(torch.from_numpy(seen)).all())
+    binary = len(seen) > 0 and _binary(seen)
     known_PK = sheet.true_PK[np.isfinite(sheet.true_PK).any(axis=1)]
     knows_truth = len(known_PK) > 0
     repeat_equal, repeat_deviation = repeatability(sheet.observed_RPK)
     within, between = deviations(first_PK)
-    rates = None if sheet.judged_by_truth or not knows_truth else error_rates(first_PK, sheet.true_PK)
+    can_count = knows_truth and not sheet.judged_by_truth and _binary(seen) and _binary(sheet.true_PK)
+    rates = error_rates(first_PK, sheet.true_PK) if can_count else None
     repeats, prompts, samples = sheet.observed_RPK.shape
     guide_PK = known_PK if knows_truth else first_PK
     return Findings(
@@ -162,7 +164,7 @@ def error_rates(observed: Array, true: Array) -> tuple[ErrorRate, ErrorRate]:
 
     Args:
         observed: returns of any shape, NaN where missing; one score an answer, for a second one is no second answer.
-        true: of the same shape; only where both are 0 or 1 is anything counted.
+        true: of the same shape, NaN where unknown; both hold nothing but 0 and 1 besides.
     """
     counts = count_false(torch.from_numpy(observed.ravel()), torch.from_numpy(true.ravel())).tolist()
     false_positives, wrong, false_negatives, right = counts
@@ -240,12 +242,19 @@ def agreement(name: str, one_PK: Array, other_PK: Array) -> Agreement:
 
 
 def outlier(rewards: Array) -> float:
-    """max |r - median| / (1.4826 median |r - median|), which a normal law keeps below 5 or so; 0 without deviation."""
-    if not len(rewards):
+    """max |r - median| / (1.4826 median |r - median|), which a normal law keeps below 5 or so; 0 without deviation.
+
+    Where most rewards are equal the median deviation is 0, and that of the others takes its place.
+    """
+    distance = np.abs(rewards - np.median(rewards)) if len(rewards) else rewards
+    if not (distance > SAME).any():
         return 0.0
-    distance = np.abs(rewards - np.median(rewards))
-    scale = 1.4826 * float(np.median(distance))
-    return float(distance.max()) / scale if scale > SAME else 0.0
+    scale = float(np.median(distance))
+    return float(distance.max()) / (1.4826 * (scale if scale > SAME else float(np.median(distance[distance > SAME]))))
+
+
+def _binary(rewards: Array) -> bool:
+    return bool(is_binary(torch.from_numpy(rewards[np.isfinite(rewards)])).all())
 
 
 def _groups(rewards_PK: Array) -> list[Array]:

@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,14 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from dvpo.checkpoint import checkpoint_step, find_fault, latest_checkpoint
-from dvpo.config import load_config
-from dvpo.distributed import gather_rows, share
+from dvpo.config import Config, load_config
+from dvpo.distributed import gather_rows, is_main, share
 from dvpo.durable import output_file, write_atomically
 from dvpo.errors import InputError
 from dvpo.faults import fault_rows, lost_in_evaluation
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.rewards import Scores
-from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Sampler, play
+from dvpo.runlog import json_line
+from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Sampler, begin, environment_at, fit_prompts, play
 from dvpo.scoring import Scorer, open_reward
 from dvpo.seeding import derive_seed
 from dvpo.settings import SamplingConfig
@@ -32,6 +35,8 @@ from dvpo.tasks.mixture import each_of_its_tasks, held_out
 Judge = Callable[[Sequence[Episode]], Scores]
 CORRECT = 1 - 1e-6
 """A reward from here on counts as a solved item (the verifiers give 0 or 1)."""
+OURS = frozenset(("accuracy", "completion", "id", "items", "prompt", "reward", "samples", "split", "truncated"))
+"""Names in rows and summaries that no environment may give to a figure of its own."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,25 @@ class Evaluation:
     """One an item: id, prompt, greedy completion and reward, rewards of the draws."""
     faults: list[dict[str, Any]] = field(default_factory=list)
     """One a fault of the reward, as `faults.jsonl` shows it."""
+
+
+def fitting_examples(task: Task, split: str, config: Config, policy: Policy) -> list[Example]:
+    """The first `evaluation.prompts` examples of a split, less those that `sampling.long_prompts: skip` leaves out.
+
+    Raises:
+        InputError: a prompt that is too long where none may be, or none that fits.
+    """
+    examples = task.split(split)[: config.evaluation.prompts]
+    fitting = fit_prompts(examples, ChatEncoder(policy.tokenizer), config.sampling, policy.context_length, split)
+    kept = [example for example in examples if example.id in fitting]
+    left_out = len(examples) - len(kept)
+    if left_out and is_main():
+        warnings.warn(
+            f"sampling.long_prompts = skip: {left_out} of {len(examples)} prompts of {split} are longer than "
+            f"sampling.max_prompt_length = {config.sampling.max_prompt_length} and count in no evaluation",
+            stacklevel=2,
+        )
+    return kept
 
 
 def evaluate(
@@ -75,7 +99,8 @@ def evaluate(
     mine, faults = _answers(policy, task, own, judge, settings, samples, seed, drawer) if own else ([], [])
     items = gather_rows(mine)
     summary = _greedy_summary(items)
-    summary |= _with_intervals({name: np.array([item.own[name] for item in items]) for name in items[0].own})
+    names = dict.fromkeys(name for item in items for name in item.own)
+    summary |= _with_intervals({n: np.array([item.own[n] for item in items if n in item.own]) for n in names})
     if samples:
         summary |= _sampled_summary(np.array([item.drawn for item in items]))
     return Evaluation(summary, [_row(item, samples) for item in items], gather_rows(faults))
@@ -115,7 +140,7 @@ def _answers(
         return np.array([total(reward) for reward in scores.rewards]).reshape(len(examples), -1)
 
     greedy, environments = take(policy, task, examples, settings, 1, seed, greedy=True, drawer=drawer)
-    rewards, figures = rewards_of(greedy)[:, 0], own_figures(environments)
+    rewards, figures = rewards_of(greedy)[:, 0], own_figures(greedy, environments)
     drawn: list[list[float]] = [[] for _ in examples]
     if samples:
         drawn = rewards_of(take(policy, task, examples, settings, samples, seed, drawer=drawer)[0]).tolist()
@@ -150,21 +175,41 @@ def take(
             f"sampling.max_completion_length = {settings.max_completion_length} fills the model's context of "
             f"{policy.context_length} tokens: lower it"
         )
-    environments, episodes = [], []
+    fitted, begun = replace(settings, max_prompt_length=limit), []
     for example in examples:
-        for sample in range(count):
-            environment = task.environment(example)
-            tokens = encoder.prompt(environment.reset())[-limit:]
-            environments.append(environment)
-            episodes.append(Episode(example, visit=0, sample=sample, prompt_tokens=tokens))
+        tokens = {example.id: encoder.prompt(example.prompt)[-limit:]}
+        begun += [begin(task, example, 0, sample, tokens, encoder, fitted) for sample in range(count)]
+    episodes, environments = [episode for episode, _ in begun], [environment for _, environment in begun]
     sampler = drawer(greedy) if drawer else HuggingFaceSampler(policy, settings, greedy=greedy)
     play(episodes, environments, sampler, encoder, settings, derive_seed(seed, "evaluation"))
     return episodes, environments
 
 
-def own_figures(environments: Sequence[Environment]) -> list[dict[str, float]]:
-    """The figures that each environment keeps of its finished episode; empty where it keeps none."""
-    return [environment.figures() if hasattr(environment, "figures") else {} for environment in environments]
+def own_figures(episodes: Sequence[Episode], environments: Sequence[Environment]) -> list[dict[str, float]]:
+    """The figures that each environment keeps of its finished episode, less those that are None or not finite.
+
+    Raises:
+        InputError: a name that is ours, or no number.
+    """
+    return [
+        _figures(episode.example, environment) if hasattr(environment, "figures") else {}
+        for episode, environment in zip(episodes, environments, strict=True)
+    ]
+
+
+def _figures(example: Example, environment: Any) -> dict[str, float]:
+    with environment_at(example):
+        given = {str(name): value for name, value in environment.figures().items() if value is not None}
+    said = f"task: figures() of the environment of prompt {example.id}"
+    if taken := [name for name in given if name in OURS or re.search(r"[/@^]|_(low|high)$", name)]:
+        raise InputError(f"{said} names {taken[0]!r}, as evaluations name what is theirs: rename it")
+    figures = {}
+    for name, value in given.items():
+        try:
+            figures[name] = float(value)
+        except (TypeError, ValueError):
+            raise InputError(f"{said} gives {name} = {value!r:.60}: give a number, or None if it has none") from None
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def _greedy_summary(items: Sequence[_Item]) -> dict[str, float]:
@@ -226,6 +271,30 @@ def sound_checkpoint(source: str | Path) -> Path:
     return checkpoint
 
 
+def refuse_what_python_gave(source: str | Path, config: Config, part: Literal["task", "reward"]) -> None:
+    """Check that the config names the task, or the reward, that the run really had.
+
+    Args:
+        source: the run's folder, or a checkpoint in it.
+        config: the run's, or one that names what had been given in Python.
+        part: of the config.
+
+    Raises:
+        InputError: it was given in Python.
+    """
+    run = Path(source).parent if Path(source).name.startswith("checkpoint-") else Path(source)
+    try:
+        manifest = json.loads((run / "manifest.json").read_bytes())
+    except (OSError, ValueError):  # a checkpoint by itself
+        return
+    key, name = {"task": ("name", config.task.name), "reward": ("function", config.reward.function)}[part]
+    if any(session.get("in_python", {}).get(part) == name for session in (manifest, *manifest["resumes"])):
+        raise InputError(
+            f"{run} was given its {part} in Python, and its config says {part}.{key} = {name}: set {part}.{key} to "
+            f"my_module:its_name, as an override of `dvpo eval` or in config.yaml, or ask in Python"
+        )
+
+
 def evaluate_checkpoint(
     source: str | Path, overrides: Sequence[str], splits: Sequence[str] | None, samples: int, output: str | None
 ) -> Path:
@@ -242,13 +311,16 @@ def evaluate_checkpoint(
         The file.
 
     Raises:
-        InputError: no run, no sound checkpoint, no such split.
+        InputError: no run, no sound checkpoint, no such split, a prompt that is too long, a task given in Python.
     """
     checkpoint = sound_checkpoint(source)
     config = load_config(checkpoint.parent / "config.yaml", overrides)
+    refuse_what_python_gave(checkpoint, config, "task")
     if samples < 0:
         raise InputError(f"--samples = {samples} is negative: take 0 for greedy only")
     task = make_task(config.task)
+    if not getattr(task, "knows_truth", True):
+        refuse_what_python_gave(checkpoint, config, "reward")
     splits = held_out(task) if splits is None else [own for name in splits for own in each_of_its_tasks(task, name)]
     missing = [split for split in splits if not task.split(split)]
     if missing or not splits:
@@ -260,14 +332,14 @@ def evaluate_checkpoint(
     file = output_file(output or checkpoint.parent / f"evaluation-{checkpoint_step(checkpoint)}.jsonl", "--output")
     if file.exists() and not file.name.startswith("evaluation-"):
         raise InputError(f"--output = {file} exists: name a new file")
+    examples = {split: fitting_examples(task, split, config, policy) for split in splits}
     rows, results = [], {}
     with open_reward(config, task) or nullcontext() as reward:
         judge = Scorer(task, reward).judge
         for split in splits:
-            examples = task.split(split)[: config.evaluation.prompts]
-            results[split] = evaluate(policy, task, examples, judge, config.sampling, samples, config.seed)
+            results[split] = evaluate(policy, task, examples[split], judge, config.sampling, samples, config.seed)
             rows += [{"split": split, **row} for row in results[split].rows]
-    write_atomically(file, [(json.dumps(row) + "\n").encode() for row in rows])
+    write_atomically(file, map(json_line, rows))
     console = Console(markup=False)
     console.print(_table(results, f"{checkpoint}: % of held-out items solved, 95% intervals in brackets"))
     if said := lost_in_evaluation([row for result in results.values() for row in result.faults]):
@@ -277,20 +349,32 @@ def evaluate_checkpoint(
 
 
 def _table(results: Mapping[str, Evaluation], title: str) -> Table:
-    """A row a split, a column a figure that has an interval."""
+    """A row a split, a column a figure that has an interval; of one's own those that are shares are in per cent."""
     summaries = [result.summary for result in results.values()]  # the tasks of a mix have figures of their own
     names = dict.fromkeys(name for figures in summaries for name in figures if f"{name}_low" in figures)
+    rows = [row for result in results.values() for row in result.rows]  # which hold no figure of ours that is drawn
+    shares = {name for name in names if all(0 <= row.get(name, 0) <= 1 for row in rows)}
     table = Table(title=title)
     for column in ("split", "items", *(name.replace("accuracy", "greedy accuracy") for name in names)):
         table.add_column(column, justify="right")
     for split, result in results.items():
-        table.add_row(split, str(len(result.rows)), *(interval_text(result.summary, name) for name in names))
+        known, of = result.summary["items"], len(result.rows)
+        texts = (interval_text(result.summary, name, percent=name in shares) for name in names)
+        table.add_row(split, str(known) if known == of else f"{known} of {of}", *texts)
     return table
 
 
-def interval_text(figures: Mapping[str, float], name: str) -> str:
-    """Per cent, `45.3 [39, 51]`, from the figures `name`, `name_low`, `name_high`; a dash where there is none."""
+def interval_text(figures: Mapping[str, float], name: str, percent: bool = True) -> str:
+    """Per cent, `45.3 [39, 51]`, from the figures `name`, `name_low`, `name_high`; a dash where there is none.
+
+    Args:
+        figures: of a summary.
+        name: of one of them.
+        percent: whether it is a share; else it is shown in its own unit, `3.2 [2.87, 3.5]`.
+    """
     if name not in figures or math.isnan(figures[name]):
         return "-"
-    value, low, high = (100 * figures[name + end] for end in ("", "_low", "_high"))
-    return f"{value:.1f} [{low:.0f}, {high:.0f}]"
+    value, low, high = (figures[name + end] for end in ("", "_low", "_high"))
+    return (
+        f"{100 * value:.1f} [{100 * low:.0f}, {100 * high:.0f}]" if percent else f"{value:.3g} [{low:.3g}, {high:.3g}]"
+    )

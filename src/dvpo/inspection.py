@@ -15,14 +15,14 @@ from dvpo.config import Config, load_config
 from dvpo.critic import Critic, load_critic
 from dvpo.errors import InputError
 from dvpo.estimates import Signals, reward_trust
-from dvpo.evaluate import sound_checkpoint
+from dvpo.evaluate import refuse_what_python_gave, sound_checkpoint
 from dvpo.noise_rates import Rates
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.privilege import Privilege
 from dvpo.report import write_page
 from dvpo.report_data import Run
 from dvpo.report_texts import page_data, script_json
-from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, collate, play
+from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, collate, environment_at, play, step
 from dvpo.scoring import Scorer
 from dvpo.seeding import derive_seed
 from dvpo.tasks import Example, SingleTurn, Task, make_task
@@ -81,9 +81,12 @@ def inspect_checkpoint(
         console: where to print.
 
     Raises:
-        InputError: no checkpoint, no such example, a prompt or response that does not fit, two tokenizers.
+        InputError: no checkpoint, no such example, a prompt or response that does not fit, two tokenizers, a task that
+            was given in Python.
     """
     subjects = [open_subject(source), *([open_subject(compare)] if compare else [])]
+    for subject in subjects if question.prompt is None else ():
+        refuse_what_python_gave(subject.folder, subject.config, "task")
     if html and Path(html).suffix != ".html":  # now, not after the model has spoken
         raise InputError(f"--html = {html} is no name for a page: let it end in .html")
     first = subjects[0]
@@ -133,8 +136,10 @@ def find_example(subject: Subject, question: Question) -> Example:
 def answered(subject: Subject, example: Example, question: Question) -> Episode:
     """The example with the given response, or with one that the policy draws."""
     settings, encoder = subject.config.sampling, subject.encoder
-    environment = SingleTurn(example) if question.prompt is not None else subject.task.environment(example)
-    episode = Episode(example, visit=0, sample=0, prompt_tokens=encoder.prompt(environment.reset()))
+    with environment_at(example):
+        environment = SingleTurn(example) if question.prompt is not None else subject.task.environment(example)
+        prompt = environment.reset()
+    episode = Episode(example, visit=0, sample=0, prompt_tokens=encoder.prompt(prompt))
     room = subject.policy.context_length - len(episode.prompt_tokens)
     if question.response is None:
         limit = min(settings.max_completion_length, room)
@@ -149,7 +154,7 @@ def answered(subject: Subject, example: Example, question: Question) -> Episode:
         raise InputError("--response is empty: give a text, or leave it out to have one sampled")
     episode.tokens, episode.turns, episode.logprobs = tokens, [0] * len(tokens), [0.0] * len(tokens)
     episode.messages.append({"role": "assistant", "content": question.response})
-    episode.turn_rewards.append(environment.step(question.response).reward)
+    episode.turn_rewards.append(step(environment, example, question.response).reward)
     episode.terminated = True
     return episode
 

@@ -374,3 +374,15 @@ def _check_labels(labels: Mapping[str, Any], path: str, train: Sequence[Example]
         raise InputError(
             f"noise.path = {path} labels none of the {len(train)} training prompts: make it for this task's prompts"
         )
+    kinds = {_kind(example.columns.get("answer")) for example in train} - {"NoneType"}
+    for example in train:
+        if kinds and example.id in labels and (kind := _kind(labels[example.id])) not in kinds:
+            raise InputError(
+                f"noise.path = {path} labels {example.id!r} with {labels[example.id]!r}, a {kind}, where the column "
+                f"`answer` holds {' and '.join(sorted(kinds))}, which it cannot equal: write labels of that type"
+            )
+
+
+def _kind(answer: Any) -> str:
+    """82 equals 82.0, and neither "82" nor True."""
+    return "number" if type(answer) in (int, float) else type(answer).__name__

@@ -1,6 +1,7 @@
 """How often a binary reward is wrong: estimated on prompts whose truth is known, or known to the user."""
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dvpo.core.masks import Reduce
+from dvpo.distributed import is_main
 from dvpo.errors import InputError
 from dvpo.seeding import derive_uniform
 from dvpo.stats import wilson_interval
@@ -57,9 +59,10 @@ class RateEstimator:
 
         p = P(observed 1 | true 0),   q = P(observed 0 | true 1)
 
-    It sees observed and true rewards of trusted prompts, where both are 0 or 1, and nothing else. The trusted prompts
-    are those with the smallest keyed hash: the same for every algorithm, and those of a small share are among those of
-    a larger one. Training itself uses their observed reward, as anybody's.
+    It sees observed and true rewards of trusted prompts, where both are 0 or 1, and nothing else. Once one is observed
+    that is neither, nothing is estimated any more: those that are 0 or 1 would be chosen by what is to be counted. The
+    trusted prompts are those with the smallest keyed hash: the same for every algorithm, and those of a small share are
+    among those of a larger one. Training itself uses their observed reward, as anybody's.
 
     Args:
         examples: the training prompts.
@@ -71,6 +74,8 @@ class RateEstimator:
         ids = sorted({e.id for e in examples}, key=lambda name: derive_uniform("trusted", seed, name))
         self.trusted = frozenset(ids[: math.ceil(share * len(ids))])
         self.false_positives, self.false_negatives = Tally(), Tally()
+        self.binary = True
+        """No other observed reward than 0 and 1 so far."""
 
     def observe(self, prompt_ids: Sequence[str], observed_B: Tensor, true_B: Tensor, reduce: Reduce) -> None:
         """Count the responses of a step.
@@ -82,8 +87,21 @@ class RateEstimator:
             reduce: sums over processes.
         """
         trusted_B = torch.tensor([i in self.trusted for i in prompt_ids], dtype=torch.bool, device=observed_B.device)
-        counts = count_false(observed_B[trusted_B], true_B[trusted_B])
-        false_positives, wrong, false_negatives, right_ones = (int(count) for count in reduce(counts))
+        observed_B, true_B = observed_B[trusted_B], true_B[trusted_B]
+        graded_B = observed_B.isfinite() & ~is_binary(observed_B)
+        counts = reduce(torch.cat([count_false(observed_B, true_B), graded_B.sum(dim=0, keepdim=True)]))
+        false_positives, wrong, false_negatives, right_ones, graded = map(int, counts)
+        if graded and self.binary:
+            self.binary, self.false_positives, self.false_negatives = False, Tally(), Tally()
+            if is_main():
+                warnings.warn(
+                    f"reward.trusted: {graded} of the rewards observed in a step are neither 0 nor 1, so false "
+                    "verdicts cannot be counted: from here on no rate is estimated and nothing is corrected; give "
+                    "reward.rates, or take a reward of 0 and 1. Said once",
+                    stacklevel=2,
+                )
+        if not self.binary:
+            return
         self.false_positives = self.false_positives.plus(false_positives, wrong)
         self.false_negatives = self.false_negatives.plus(false_negatives, right_ones)
 
@@ -108,11 +126,12 @@ class RateEstimator:
 
     def state_dict(self) -> dict[str, Any]:
         tallies = {"false_positives": self.false_positives, "false_negatives": self.false_negatives}
-        return {name: [tally.wrong, tally.seen] for name, tally in tallies.items()}
+        return {name: [tally.wrong, tally.seen] for name, tally in tallies.items()} | {"binary": self.binary}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.false_positives = Tally(*state["false_positives"])
         self.false_negatives = Tally(*state["false_negatives"])
+        self.binary = state.get("binary", True)  # older checkpoints do not say
 
 
 class KnownRates:

@@ -42,7 +42,7 @@ class RewardProcess:
         try:
             return getattr(self, request.pop("request"))(**request)
         except BaseException as error:  # a user's sys.exit() is a fault of one call, not the end of the worker
-            return {"error": _one_line(error), "traceback": _told(error)}
+            return {"error": one_line(error), "traceback": _told(error)}
 
     def load(self, function: str | bytes, sys_path: list[str]) -> Json:
         """Import `module:function`, or unpickle what cloudpickle made of a callable."""
@@ -91,7 +91,7 @@ class RewardProcess:
                 except BaseException as error:  # the others go on, whatever becomes of this one
                     if limit.expired():
                         return {"timeout": seconds}
-                    return {"error": _one_line(error), "traceback": _told(error)}
+                    return {"error": one_line(error), "traceback": _told(error)}
 
         return list(await asyncio.gather(*map(one, samples)))
 
@@ -134,7 +134,7 @@ def _type_name(value: Any) -> str:
     return value["wrong_type"] if isinstance(value, dict) else type(value).__name__
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """`ZeroDivisionError: division by zero (my_rewards.py:7)`, the line being the user's, not that of a library."""
     text = _shortened(" ".join("".join(traceback.format_exception_only(error)).split()))
     frames = _calls(error)
@@ -161,7 +161,7 @@ def _of_library(filename: str) -> bool:
 
 def _told(error: BaseException) -> str:
     """The exception in one line, then the last lines of where it was raised; what is too long loses the outer calls."""
-    first = _one_line(error)
+    first = one_line(error)
     calls = "".join(traceback.format_list(_calls(error))).splitlines()
     calls = [line.rstrip() for line in calls if line.strip(" ^~")]  # markers below a line of code say nothing here
     rest = "\n".join(calls[-TRACEBACK_LINES:])

@@ -2,7 +2,8 @@
 
     config.yaml        the config, as it was validated
     config-N.yaml      only if a resume at step N changed it: what it was before
-    manifest.json      versions, machine, seed, commit, command line, an id; one entry in `resumes` for each resume
+    manifest.json      versions, machine, seed, commit, command line, an id, what was given in Python instead of the
+                       config's; one entry in `resumes` for each resume
     dirty.diff         only for a source tree with uncommitted changes: what they are
     metrics.jsonl      one object a step, and one an evaluation (keys `eval/...`)
     completions.jsonl  sampled texts with their rewards
@@ -54,6 +55,7 @@ class RunLog:
         resume_step: the step of the checkpoint to resume from; -1 to begin again a run that was killed before its
             first checkpoint; None for a fresh run.
         log: which sinks take the metrics as well (`dvpo.sinks`).
+        in_python: `task` and `reward`, where an object was given instead -> what the config names, which is not used.
 
     Raises:
         InputError: a fresh run in a folder that holds one, a resume in one that holds none, a damaged log, a sink that
@@ -70,18 +72,20 @@ class RunLog:
         device: str | torch.device,
         resume_step: int | None = None,
         log: LogConfig | None = None,
+        in_python: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
         self._streams: dict[str, FileIO] = {}
         if not is_main():
             return
-        run_id = secrets.token_hex(6) if resume_step is None else _resume(folder, config, seed, device, resume_step)
+        facts = {"seed": seed, "in_python": in_python or {}, "machine": provenance.machine(device)}
+        run_id = secrets.token_hex(6) if resume_step is None else _resume(folder, config, facts, resume_step)
         if resume_step is None:
             _make_folder(folder)
         identity = Identity(folder, run_id, yaml.safe_load(config), resume_step)
         self._sinks = Sinks(LogConfig() if log is None else log, identity)
         if resume_step is None:  # last: a sink that refuses leaves no run behind
-            _start(folder, config, seed, device, run_id)
+            _start(folder, config, facts, run_id)
         self._streams = {name: FileIO(folder / name, "a") for name in STREAMS}
 
     def metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -124,7 +128,7 @@ class RunLog:
         if not is_main():
             return
         stream = self._streams[name]
-        left = memoryview(b"".join(_line({"step": step, **row}) for row in rows))
+        left = memoryview(b"".join(json_line({"step": step, **row}) for row in rows))
         whole = stream.seek(0, os.SEEK_END)
         with disk_full_named(self.folder / name):
             try:
@@ -177,13 +181,13 @@ def _make_folder(folder: Path) -> None:
         raise InputError(f"output = {folder} cannot be made ({error.strerror}): choose another folder") from None
 
 
-def _start(folder: Path, config: str, seed: int, device: str | torch.device, run_id: str) -> None:
-    session = _record_session(folder, config, seed, device, "dirty.diff")
+def _start(folder: Path, config: str, facts: Mapping[str, Any], run_id: str) -> None:
+    session = _record_session(folder, config, facts, "dirty.diff")
     # The manifest comes last: with it, the folder holds a run.
     _write_json(folder / "manifest.json", {"run_id": run_id, **session, "resumes": []})
 
 
-def _resume(folder: Path, config: str, seed: int, device: str | torch.device, step: int) -> str:
+def _resume(folder: Path, config: str, facts: Mapping[str, Any], step: int) -> str:
     """Cut the log at the step and note the resume; the run's id."""
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
@@ -196,7 +200,7 @@ def _resume(folder: Path, config: str, seed: int, device: str | torch.device, st
     before = (folder / "config.yaml").read_bytes()
     if step >= 0 and before != config.encode():
         write_atomically(_unused(folder, f"config-{step}", ".yaml"), [before])
-    session = _record_session(folder, config, seed, device, _unused(folder, f"dirty-{step}", ".diff").name)
+    session = _record_session(folder, config, facts, _unused(folder, f"dirty-{step}", ".diff").name)
     manifest["resumes"].append({"step": step, **session})
     run_id: str = manifest.setdefault("run_id", secrets.token_hex(6))
     _write_json(folder / "manifest.json", manifest)
@@ -209,7 +213,7 @@ def _unused(folder: Path, stem: str, ending: str) -> Path:
     return next(folder / name for name in names if not (folder / name).exists())
 
 
-def _record_session(folder: Path, config: str, seed: int, device: str | torch.device, diff_name: str) -> dict[str, Any]:
+def _record_session(folder: Path, config: str, facts: Mapping[str, Any], diff_name: str) -> dict[str, Any]:
     """Write config and uncommitted changes; return the rest, for the manifest."""
     commit, dirty, diff = provenance.source()
     if diff:
@@ -218,13 +222,12 @@ def _record_session(folder: Path, config: str, seed: int, device: str | torch.de
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "argv": sys.argv,
-        "seed": seed,
+        **facts,
         "config_hash": provenance.config_hash(config),
         "commit": commit,
         "dirty": dirty,
         "diff": diff_name if diff else None,
         "versions": provenance.versions(),
-        "machine": provenance.machine(device),
         "processes": world_size(),
     }
 
@@ -243,7 +246,8 @@ def _rows(path: Path, up_to_step: int | None) -> Iterator[tuple[bytes, dict[str,
                 yield line.rstrip(b"\n") + b"\n", row
 
 
-def _line(row: Mapping[str, Any]) -> bytes:
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """Strict JSON whatever the row holds: `null` for NaN and infinity, the text of what JSON does not know."""
     return json.dumps(_plain(row), allow_nan=False, default=str).encode() + b"\n"
 
 

@@ -10,7 +10,8 @@ turn), so that a row's draw does not depend on the rows beside it, on the batch 
 
 import math
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,9 +24,10 @@ from dvpo.batch import Rollout
 from dvpo.decoding import Decoder
 from dvpo.errors import InputError
 from dvpo.policy import Policy
+from dvpo.reward_worker import one_line
 from dvpo.seeding import derive_seed
 from dvpo.settings import SamplingConfig
-from dvpo.tasks import Environment, Example, Message, Prompt, Task
+from dvpo.tasks import Environment, Example, Message, Prompt, Step, Task
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,11 @@ def _lengths_that_fit(settings: SamplingConfig, longest: int, context_length: in
 
 
 def fit_prompts(
-    examples: Sequence[Example], encoder: ChatEncoder, settings: SamplingConfig, context_length: int
+    examples: Sequence[Example],
+    encoder: ChatEncoder,
+    settings: SamplingConfig,
+    context_length: int,
+    split: str = "train",
 ) -> dict[str, Sequence[int]]:
     """Encode every prompt and apply the stated policy for over-long ones.
 
@@ -180,7 +186,7 @@ def fit_prompts(
             tokens = tokens[-limit:]
         encoded[example.id] = array("i", tokens)
     if not encoded:
-        raise InputError(f"task: no prompt fits sampling.max_prompt_length = {limit}: raise it")
+        raise InputError(f"task: no prompt of {split} fits sampling.max_prompt_length = {limit}: raise it")
     return encoded
 
 
@@ -203,10 +209,11 @@ def begin(
         encoder, settings: for a prompt that the environment changed.
 
     Raises:
-        InputError: such a prompt is too long, and may not be cut.
+        InputError: such a prompt is too long, and may not be cut; the environment raised something.
     """
-    environment = task.environment(example)
-    prompt = environment.reset()
+    with environment_at(example):
+        environment = task.environment(example)
+        prompt = environment.reset()
     if prompt == example.prompt:
         return Episode(example, visit, sample, list(prompt_tokens[example.id])), environment
     tokens, limit = encoder.prompt(prompt), settings.max_prompt_length
@@ -216,6 +223,35 @@ def begin(
             f"sampling.max_prompt_length = {limit}: raise it, or set sampling.long_prompts to truncate"
         )
     return Episode(example, visit, sample, tokens[-limit:]), environment
+
+
+@contextmanager
+def environment_at(example: Example) -> Iterator[None]:
+    """Whatever the user's environment raises at an example ends the run in one sentence."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"task: the environment of prompt {example.id} raised {one_line(error)}: mend it") from error
+
+
+def step(environment: Environment, example: Example, response: str) -> Step:
+    """The environment's answer.
+
+    Raises:
+        InputError: it raised something, or answered no `Step`.
+    """
+    with environment_at(example):
+        answer = environment.step(response)
+    try:
+        reward = None if answer.reward is None else float(answer.reward)
+        return Step(() if answer.done else tuple(answer.messages), reward, answer.done)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"task: the environment of prompt {example.id} answered {answer!r:.80}: let its method step return a "
+            "dvpo.tasks.Step of messages, a number or None, and whether it is over"
+        ) from error
 
 
 def play(
@@ -281,7 +317,7 @@ def _take_turn(
     if not drawn.finished:
         episode.turn_rewards.append(None)
         return False
-    answer = environment.step(text)
+    answer = step(environment, episode.example, text)
     episode.turn_rewards.append(answer.reward)
     if answer.done:
         episode.terminated = True

@@ -16,6 +16,7 @@ from dvpo.core.masks import Reduce
 from dvpo.errors import InputError
 from dvpo.noise import NO_NOISE, Columns, Noise
 from dvpo.policy import choose_device
+from dvpo.reward_lane import Failure
 from dvpo.reward_mix import Part, RewardMix
 from dvpo.reward_model import ModelReward, open_reward_model
 from dvpo.rewards import Fault, GuardedReward, RewardSource, Scores, longest_call
@@ -26,6 +27,8 @@ MODEL_PREFIX = "path:"
 """Behind it `reward.function` names the folder of a reward model."""
 MATH_VERIFY = "dvpo.math_answers:math_verify"
 """What `reward.function: math_verify` is."""
+LARGEST = torch.finfo(torch.float32).max
+"""Rewards are trained on in float32."""
 
 
 @dataclass(frozen=True)
@@ -92,33 +95,36 @@ class Scorer:
             [e.sample for e in episodes],
             [e.tokens for e in episodes],
         )
-        placed = [place(reward, episode) for reward, episode in zip(observed, episodes, strict=True)]
-        faults += [Fault("wrong_length", i, p) for i, p in enumerate(placed) if isinstance(p, str)]
-        rewards = [[0.0] * len(e.tokens) if p is None or isinstance(p, str) else p
-                   for p, e in zip(placed, episodes, strict=True)]  # fmt: skip
-        rewarded = [isinstance(p, list) for p in placed]
+        placed, unplaced = _placed(observed, episodes)
+        rewards = [[0.0] * len(e.tokens) if p is None else p for p, e in zip(placed, episodes, strict=True)]
+        rewarded = [p is not None for p in placed]
         width = max(len(e.tokens) for e in episodes)
         fields = {
             "rewards_BT": pad_right(rewards, 0.0, torch.float32, width),
             "rewarded_B": torch.tensor(rewarded),
             "observed_B": torch.tensor([sum(r) if ok else math.nan for r, ok in zip(rewards, rewarded, strict=True)]),
-            "true_B": torch.tensor([total(r) for r in truth]),
+            "true_B": torch.tensor([math.nan if p is None else sum(p) for p in _placed(truth, episodes)[0]]),
         }
-        return Scored(fields, faults, believed)
+        return Scored(fields, faults + unplaced, believed)
 
     def judge(self, episodes: Sequence[Episode]) -> Scores:
         """Rewards for an evaluation: the truth; where nothing is known of it, the reward function without noise.
 
-        A task that says it knows the truth is never judged by anything else, even if all of it has failed.
+        A task that says it knows the truth is never judged by anything else, even if all of it has failed. What
+        training could not place is unknown here too, with the same fault.
         """
         columns = self._columns(episodes)
         truth = self.true_rewards(episodes, columns)
         known = getattr(self.task, "knows_truth", None) or not all(math.isnan(total(reward)) for reward in truth)
         if known or self.reward is None:
-            return Scores(truth, [])
-        if isinstance(self.reward, RewardMix):
-            return self.reward(self._parts(self.reward, episodes, truth, columns))
-        return self._ask(self.reward, episodes, columns)
+            scores = Scores(truth, [])
+        elif isinstance(self.reward, RewardMix):
+            scores = self.reward(self._parts(self.reward, episodes, truth, columns))
+        else:
+            scores = self._ask(self.reward, episodes, columns)
+        placed, unplaced = _placed(scores.rewards, episodes)
+        rewards = [None if p is None else reward for p, reward in zip(placed, scores.rewards, strict=True)]
+        return Scores(rewards, [*scores.faults, *unplaced])
 
     def _columns(self, episodes: Sequence[Episode]) -> dict[str, list[Any]]:
         """The data set's further columns, as one list each; None where an example lacks one."""
@@ -247,7 +253,7 @@ def _open_source(
     return None
 
 
-def place(reward: Reward, episode: Episode) -> list[float] | str | None:
+def place(reward: Reward, episode: Episode) -> list[float] | Failure | None:
     """Spread a reward over the response's tokens.
 
     A number lands on the last policy token; a list with one entry a turn on the last policy token of each turn; a
@@ -255,7 +261,8 @@ def place(reward: Reward, episode: Episode) -> list[float] | str | None:
 
     Returns:
         One number a token; None where supervision is missing (one missing entry leaves the whole return unknown); or
-        the sentence of a fault: a list of another length, or a reward at a token that the policy did not write.
+        what is wrong: an infinity (in float32, the sum included), a list of another length, or a reward at a token that
+        the policy did not write.
     """
     last = {turn: i for i, turn in enumerate(episode.turns)}
     last_of_turn = [last[turn] for turn in range(max(episode.turns) + 1)]
@@ -263,8 +270,8 @@ def place(reward: Reward, episode: Episode) -> list[float] | str | None:
     if any(v is None or math.isnan(v) for v in values):
         return None
     numbers = [float(v) for v in values if v is not None]
-    if not all(math.isfinite(number) for number in numbers):
-        return f"a reward is {next(number for number in numbers if not math.isfinite(number))}: it must be finite"
+    if endless := [number for number in (*numbers, sum(numbers)) if abs(number) > LARGEST]:
+        return Failure("non_finite", f"a reward is {endless[0]:g}: it must be finite, in float32 (below 3.4e38)")
     out = [0.0] * len(episode.tokens)
     if not isinstance(reward, list):
         out[last_of_turn[-1]] = numbers[0]
@@ -273,14 +280,23 @@ def place(reward: Reward, episode: Episode) -> list[float] | str | None:
             out[i] = number
     elif len(numbers) == len(episode.tokens):
         if any(n and t < 0 for n, t in zip(numbers, episode.turns, strict=True)):
-            return "a reward stands at a token of the environment: rewards belong to the policy's tokens"
+            said = "a reward stands at a token of the environment: rewards belong to the policy's tokens"
+            return Failure("wrong_length", said)
         out = numbers
     else:
-        return (
+        return Failure(
+            "wrong_length",
             f"a list of {len(numbers)} rewards fits neither the {len(last_of_turn)} turns "
-            f"nor the {len(episode.tokens)} tokens of the response"
+            f"nor the {len(episode.tokens)} tokens of the response",
         )
     return out
+
+
+def _placed(rewards: Sequence[Reward], episodes: Sequence[Episode]) -> tuple[list[list[float] | None], list[Fault]]:
+    """Each reward at its tokens, None where it is missing or cannot be placed, which is a fault."""
+    placed = [place(reward, episode) for reward, episode in zip(rewards, episodes, strict=True)]
+    faults = [Fault(one.kind, i, one.message) for i, one in enumerate(placed) if isinstance(one, Failure)]
+    return [None if isinstance(one, Failure) else one for one in placed], faults
 
 
 def _with_turns(final: Reward, episode: Episode) -> Reward:

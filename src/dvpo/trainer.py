@@ -46,7 +46,7 @@ from dvpo.distributed import (
 )
 from dvpo.errors import RunStoppedError
 from dvpo.estimates import Signals, overlong_penalties, recentred, reward_trust, shape_rewards
-from dvpo.evaluate import Evaluation, evaluate
+from dvpo.evaluate import Evaluation, evaluate, fitting_examples
 from dvpo.faults import fault_figures, lost_in_evaluation, refuse_broken_reward, stop_at_faults
 from dvpo.heap import keep_freed_memory
 from dvpo.interrupt import Interrupted, check, deferred
@@ -155,6 +155,8 @@ class Trainer(Learner):
 
         self.critic_pass = CriticPass(self.critic, self.policy, config) if self.critic else None
         self.prompts = open_prompts(self.task, train, config.seed)
+        splits = held_out(self.task)
+        self.judged_on = {split: fitting_examples(self.task, split, config, self.policy) for split in splits}
         self.rates = open_rates(config, self.task, train)
         self.policy_optimiser = Optimiser(self.policy.model, config.policy_optimiser, config.steps)
         self.critic_optimiser = Optimiser(self.critic, config.critic_optimiser, config.steps) if self.critic else None
@@ -191,6 +193,10 @@ class Trainer(Learner):
             # -1: the run was killed before its first checkpoint and begins again in the same folder.
             resume_step=self.step if checkpoint else (-1 if begun else None),
             log=config.log,
+            in_python={
+                **({} if task is None else {"task": config.task.name}),
+                **({} if reward is None else {"reward": config.reward.function}),
+            },
         )
 
     # The run
@@ -440,8 +446,8 @@ class Trainer(Learner):
 
     def evaluate_split(self, split: str) -> Evaluation:
         """Evaluate on the first `evaluation.prompts` examples of a split."""
-        config, examples = self.config, self.task.split(split)[: self.config.evaluation.prompts]
-        judge, samples = self.scorer.judge, config.evaluation.samples
+        config, judge, samples = self.config, self.scorer.judge, self.config.evaluation.samples
+        examples = self.judged_on.get(split) or fitting_examples(self.task, split, config, self.policy)
         with self._whole_policy() as policy:
             return evaluate(policy, self.task, examples, judge, config.sampling, samples, config.seed, self.drawer)
 

@@ -44,7 +44,7 @@ def measure(policy: Policy, task: Task, samples: int = 8) -> dict[str, dict[str,
         examples = task.split(split)
         greedy, _ = take(policy, task, examples, settings, 1, SEED, greedy=True)
         sampled, environments = take(policy, task, examples, settings, samples, SEED)
-        own = own_figures(environments)
+        own = own_figures(sampled, environments)
         right_B, correct_B = (
             torch.tensor([float(total(reward) >= CORRECT) for reward in judge(episodes).rewards])
             for episodes in (greedy, sampled)

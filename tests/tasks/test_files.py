@@ -156,6 +156,7 @@ BAD_ROWS = [
     ([{"prompt": "a", "id": 1}, {"prompt": "b"}], r", line 2 has the id None; give every row a string or an int"),
     ([{"prompt": "a"}, {"prompt": "b", "id": 1}], r", line 2 has the id 1, but the first row has none; give"),
     ([{"prompt": "a", "completions": 1}], r", line 1 has a column 'completions', .*; rename it$"),
+    ([{"prompt": "a", "self": 1}], r", line 1 has a column 'self', .*; rename it$"),
     ([{"prompt": "a"}], r"holds a single prompt, .* task.id_path or set task.held_out=0$"),
 ]
 

@@ -209,8 +209,14 @@ def test_what_is_no_mix_is_refused_in_one_sentence(task: dict[str, Any], sentenc
 
 
 class Columned(Parity):
+    column = "task"
+
     def split(self, name: str) -> Sequence[Example]:
-        return [Example("1", "x", {"task": "y"})]
+        return [Example("1", "x", {self.column: "y"})]
+
+
+class WithSelf(Columned):
+    column = "self"
 
 
 class Empty(Parity):
@@ -222,6 +228,7 @@ def test_tasks_that_do_not_mix_are_refused_in_one_sentence(tmp_path: Path) -> No
     for tasks, sentence in (
         ([math(), math()], "two tasks are called math"),
         ([math(), Columned()], "parity has a column `task`, which a mix needs for itself: rename it"),
+        ([math(), WithSelf()], "parity has a column `self`, which a mix needs for itself: rename it"),
         ([math(), Empty()], "parity has no training example"),
     ):
         with pytest.raises(InputError, match=sentence):

@@ -30,7 +30,7 @@ Completion = str | Sequence[Message]
 OodKind = Literal["unseen", "untrained"]
 """What an embedded task's `ood` holds: what its warm start has never met, or what it has met and training has not."""
 
-Answer = str | int
+Answer = str | int | float
 """A final answer, in the form that the column `answer` has."""
 
 
@@ -57,8 +57,8 @@ class Step(NamedTuple):
 class Environment(Protocol):
     """One episode. A single-turn task is the one-step case.
 
-    One that has a method `figures() -> dict[str, float]` is asked for them at the end of an episode: evaluations report
-    their means.
+    One that has a method `figures() -> dict[str, float | None]` is asked for them at the end of an episode: evaluations
+    report their means, over the episodes that have them.
     """
 
     def reset(self) -> Prompt:

@@ -19,7 +19,7 @@ from dvpo.faults import headline
 from dvpo.jsonl import json_objects
 from dvpo.rewards import STANDARD_ARGUMENTS, GuardedReward
 from dvpo.seeding import derive_uniform
-from dvpo.tasks import Environment, Example, Message, Prompt, Reward, SingleTurn
+from dvpo.tasks import Answer, Environment, Example, Message, Prompt, Reward, SingleTurn
 
 Row = tuple[str, Mapping[str, Any]]
 """Where the row stands (`train.jsonl, line 7`), and its columns."""
@@ -78,6 +78,7 @@ class FilesTask:
         self.columns = list(self._splits["train"][0].columns)
         self.knows_truth = truth is not None
         self._warned = False
+        self._reader = _reader([example.columns.get("answer") for example in self._splits["train"]])
         # Its time limit is the guard's own, 30 seconds, for each call of about 64 responses.
         columns = self.columns
         self._truth = None if truth is None else GuardedReward(truth, columns=columns, field="task.truth", most=64)
@@ -88,12 +89,21 @@ class FilesTask:
     def environment(self, example: Example) -> Environment:
         return SingleTurn(example)
 
-    def final_answer(self, text: str) -> str | None:
-        """The last match of `answer_pattern`, its first group if it has one; else the response without its margins."""
+    def final_answer(self, text: str) -> Answer | None:
+        """The last match of `answer_pattern`, its first group if it has one; else the response without its margins.
+
+        Of the type of the column `answer`, where that holds numbers or truth values alone: a text that is none of these
+        is no answer, and a label "82" would equal no 82.
+        """
         if self._answer is None:
-            return text.strip() or None
-        *_, last = [None, *self._answer.finditer(text)]
-        return None if last is None else last[1 if self._answer.groups else 0]
+            found = text.strip()
+        else:
+            *_, last = [None, *self._answer.finditer(text)]
+            found = "" if last is None else last[1 if self._answer.groups else 0] or ""
+        try:
+            return self._reader(found) if found else None
+        except (ValueError, KeyError):
+            return None
 
     def true_reward(
         self,
@@ -114,6 +124,16 @@ class FilesTask:
                 stacklevel=2,
             )
         return judged.rewards
+
+
+def _reader(answers: Iterable[Any]) -> Callable[[str], Answer]:
+    """From a text to an answer of the type that all of these have; ValueError or KeyError if it is none."""
+    kinds = {type(answer) for answer in answers if answer is not None}
+    if kinds == {bool}:
+        return lambda text: {"true": True, "false": False}[text.strip().lower()]
+    if kinds == {int}:
+        return int
+    return float if kinds and kinds <= {int, float} else str
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
@@ -180,8 +200,8 @@ def _examples(rows: Iterable[Row], field: str, prompt_column: str) -> list[Examp
 
 def _columns(row: Mapping[str, Any], prompt_column: str, where: str) -> dict[str, Any]:
     columns = {name: value for name, value in row.items() if name != prompt_column}
-    if taken := [name for name in STANDARD_ARGUMENTS if name in columns]:
-        raise InputError(f"{where} has a column {taken[0]!r}, an argument of every reward function; rename it")
+    if taken := [name for name in (*STANDARD_ARGUMENTS, "self") if name in columns]:
+        raise InputError(f"{where} has a column {taken[0]!r}, an argument of every reward function or task; rename it")
     return columns
 
 

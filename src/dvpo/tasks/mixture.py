@@ -27,7 +27,7 @@ class Mixture:
         labels: what the mixture calls each of them; none, or "": its own name.
 
     Raises:
-        InputError: two tasks of one name, a task without training examples or with a column `task`.
+        InputError: two tasks of one name, a task without training examples or with a column `task` or `self`.
     """
 
     name = "mix"
@@ -55,8 +55,9 @@ class Mixture:
             if split == "train" and not examples:
                 raise InputError(f"task.mix: {name} has no training example: give it one, or leave it out")
             columns = {column for example in examples for column in example.columns}
-            if COLUMN in columns:
-                raise InputError(f"task.mix: {name} has a column `task`, which a mix needs for itself: rename it")
+            if taken := {COLUMN, "self"} & columns:
+                column = taken.pop()
+                raise InputError(f"task.mix: {name} has a column `{column}`, which a mix needs for itself: rename it")
             self._columns[name] |= columns
             renamed = tuple(replace(e, id=f"{name}/{e.id}", columns={**e.columns, COLUMN: name}) for e in examples)
             self._splits[f"{name}/{split}"] = renamed
