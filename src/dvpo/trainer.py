@@ -31,7 +31,6 @@ from dvpo.critic import open_critic
 from dvpo.critic_pass import CriticPass
 from dvpo.data import open_prompts, warn_of_few
 from dvpo.distributed import (
-    PATIENCE,
     agreed,
     all_reduce_max,
     all_reduce_sum,
@@ -121,7 +120,7 @@ class Trainer(Learner):
         self.row = find_algorithm(config.algorithm)
         self.folder = Path(config.output)
         keep_freed_memory()
-        patience = PATIENCE + timedelta(seconds=longest_scoring(config))
+        patience = timedelta(seconds=config.distributed.patience + longest_scoring(config))
         self.device = init_from_env(choose_device(config.device), patience)
         refuse_processes(config)
         checkpoint = find_checkpoint(config, allow) if resume else None
