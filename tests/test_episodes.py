@@ -15,7 +15,7 @@ from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Turn, begin,
 from dvpo.scoring import place
 from dvpo.settings import SamplingConfig
 from dvpo.tasks import Example, Prompt, SingleTurn, Step
-from tiny_models import END_ID, TOKENIZER, AsciiPolicy, merging_tokenizer, tiny_policy
+from tiny_models import END_ID, TOKENIZER, AsciiPolicy, merging_tokenizer, tiny_policy, with_begin_token
 
 BAD_ID = 7  # <|bad|>
 
@@ -315,6 +315,23 @@ def test_prompt_and_completion_must_fit_the_models_context():
 def test_an_empty_prompt_is_refused():
     with pytest.raises(InputError, match="prompt p1 is empty"):
         fit(["a", ""])
+
+
+def test_a_string_that_starts_with_the_begin_token_gets_no_other():
+    tokenizer = with_begin_token(merging_tokenizer())
+    encoder = ChatEncoder(tokenizer)
+    assert encoder.prompt("a") == encoder.prompt("<|bad|>a") == [BAD_ID, *ids("a")]
+
+
+@pytest.mark.parametrize("begun", ["<think>\n\n</think>\n\n", "Sure: "])
+def test_a_prompt_that_ends_with_the_assistants_words_lets_the_response_go_on_with_them(begun: str):
+    prompt = [*ASK, {"role": "assistant", "content": begun}]
+    assert ChatEncoder(TOKENIZER).prompt(prompt) == ids(f"<|user|>Count.<|end|><|assistant|>{begun}")
+    assert ChatEncoder(TOKENIZER).reply([], END_ID) == ids("<|assistant|>")  # a turn that is over is not gone on with
+    dropping = merging_tokenizer()
+    dropping.chat_template = TOKENIZER.chat_template.replace("message['content']", "message['content'].split()[-1]")
+    with pytest.raises(InputError, match=r"refuses a prompt .*: mend its roles, or the assistant's message at its end"):
+        ChatEncoder(dropping).prompt([*ASK, {"role": "assistant", "content": "one two "}])
 
 
 def test_messages_without_a_chat_template_and_roles_that_it_refuses_are_input_errors():

@@ -293,6 +293,27 @@ def test_another_base_is_noticed_at_the_resume(tmp_path: Path):
         Trainer(config, task=Parity(), resume=True)
 
 
+@pytest.mark.parametrize(
+    ("begun", "other", "allow", "sentence"),
+    [
+        ("dvpo", "critic.num_heads=2", "critic", r"critic.num_heads = 2: the checkpoint's critic has 3, and its form"),
+        ("dvpo", "critic.levels=paper", "critic", r"critic.levels = paper: the checkpoint's critic has midpoint"),
+        ("ppo_hl_gauss", "critic.histogram.high=2", "critic", r"critic.histogram: .* has its bins elsewhere"),
+        ("dvpo", "model.lora.rank=2", "model", r"model.lora: the shape of .*lora_A.* was \(4, .*\) and is \(2, .*\),"),
+        ("dvpo", "critic.lora.rank=2", "critic", r"critic.lora: the shape of .*lora_A.* was \(4, .*\) and is \(2, .*"),
+        ("dvpo", "model.lora.targets=[q_proj]", "model", r"model.lora: .*_proj.* was \(4, .*\) and is None, and what"),
+    ],
+)
+def test_a_resume_that_may_differ_keeps_the_form_of_what_was_trained(
+    tmp_path: Path, begun: str, other: str, allow: str, sentence: str
+):
+    settings = [*RANK, f"algorithm={begun}"]
+    trained(tmp_path / "run", *settings, "steps=1")
+    config = run_config(tmp_path / "run", *settings, other)
+    with pytest.warns(UserWarning, match="as --allow says"), pytest.raises(InputError, match=sentence):
+        Trainer(config, task=Parity(), resume=True, allow=[allow])
+
+
 def test_a_checkpoints_critic_is_plain_and_predicts_what_the_adapted_one_does(tmp_path: Path):
     run = trained(tmp_path / "run", *RANK, "critic_optimiser.lr=0.01")
     again = load_bare_critic(tmp_path / "run" / "checkpoint-2" / "critic")

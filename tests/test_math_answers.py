@@ -36,6 +36,8 @@ def score(completion: str, answer: object) -> float | None:
         (r"\boxed{x + x}", "2x"),
         (r"\boxed{x > 3}", "x>3"),
         (r"\boxed{A}", "A"),
+        (r"<think>\boxed{2}? No, \boxed{3}.</think> The answer is \boxed{3}", "3"),
+        (r"\boxed{2}? No.</think> \boxed{3}", "3"),  # the template opened the thought
     ],
 )
 def test_equal_values_are_right_however_they_are_written(completion: str, answer: object) -> None:
@@ -65,6 +67,10 @@ def test_equal_values_are_right_however_they_are_written(completion: str, answer
         r"\boxed{2 \\ 3}",
         r"\boxed{2 \to 3}",
         r"\boxed{\pm 3}",
+        r"<think>\boxed{3}",
+        r"<think>\boxed{3}</think>",
+        r"<think>\boxed{3}</think> \boxed{2}",
+        r"<think></think> \boxed{2} \boxed{3}",
         rf"\boxed{{{'0' * 400}3}}",
     ],
 )

@@ -14,6 +14,7 @@ from dvpo.errors import InputError
 from dvpo.reward_model import ModelReward, RewardModel, make_reward_model, open_reward_model
 from dvpo.runlog import read_rows
 from runs import Parity, model_folder, run_config
+from tiny_models import with_begin_token
 
 CPU = torch.device("cpu")
 CHAT = [{"role": "user", "content": "2+2="}]
@@ -42,6 +43,10 @@ def test_a_conversation_is_encoded_by_the_chat_template_and_two_strings_are_join
     turns = [{"role": "assistant", "content": "3"}, {"role": "user", "content": "no"}]
     assert text(model.encode(CHAT, turns)) == "<|user|>2+2=<|end|><|assistant|>3<|end|><|user|>no<|end|>"
     assert text(model.encode("2+2=", "4")) == "2+2=4<|end|>"
+    begun = [*CHAT, {"role": "assistant", "content": "is "}]
+    assert text(model.encode(begun, "4")) == "<|user|>2+2=<|end|><|assistant|>is 4<|end|>"
+    with_begin_token(model.tokenizer)
+    assert text(model.encode("2+2=", "4")) == text(model.encode("<|bad|>2+2=", "4")) == "<|bad|>2+2=4<|end|>"
 
 
 def test_a_conversation_beyond_the_context_keeps_its_last_tokens(model: RewardModel):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from torch import Tensor
 from dvpo import trainer as trainer_module
 from dvpo.algorithms import ALGORITHMS
 from dvpo.batch import Estimates, Rollout
+from dvpo.config import load_config
 from dvpo.errors import InputError
 from dvpo.metrics import Means
+from dvpo.scoring import longest_scoring
 from dvpo.trainer import Trainer
 from dvpo.warmstart import warm_start
 from runs import LINEAR, Parity, farthest, rollout_of, rows, run_config, trained, weights
@@ -120,6 +123,15 @@ def test_both_rows_see_the_same_prompts_in_the_same_order_and_the_same_labels_fl
     dvpo = drawn(tmp_path / "dvpo")
     assert 0 < sum(flipped for *_, flipped in dvpo) < len(dvpo)
     assert dvpo == drawn(tmp_path / "ppo", "algorithm=ppo")
+
+
+def test_processes_wait_for_each_other_as_long_as_config_and_rewards_say(tmp_path: Path, monkeypatch):
+    waits: list[timedelta] = []
+    monkeypatch.setattr("dvpo.trainer.init_from_env", lambda device, wait: waits.append(wait) or torch.device(device))
+    config = run_config(tmp_path / "run", "distributed.patience=7200")
+    Trainer(config, task=Parity()).close()
+    assert waits == [timedelta(seconds=7200 + longest_scoring(config))]
+    assert load_config().distributed.patience == 1800
 
 
 def test_which_labels_are_wrong_does_not_depend_on_how_the_batch_is_laid_out(tmp_path: Path):

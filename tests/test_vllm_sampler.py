@@ -1,6 +1,9 @@
 """The contract with a vLLM server: its weights are the trainer's, its log-probs too, and what goes wrong with it is
 mended or told."""
 
+import errno
+import gc
+import os
 import re
 import signal
 import threading
@@ -13,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dvpo.checkpoint import latest_checkpoint
 from dvpo.config import load_config
 from dvpo.errors import InputError, RunStoppedError
 from dvpo.policy import Policy, open_policy
@@ -111,6 +115,41 @@ def test_weights_are_brought_when_they_changed_and_no_copy_is_left(fake, policy,
     assert len(list((tmp_path / "vllm-weights").iterdir())) == 1
     run.sampler.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_left_of_weights_whose_writing_was_interrupted(fake, policy, tmp_path, monkeypatch):
+    run = Run(fake, policy, tmp_path)
+    run.sample()
+    run.update()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(policy.model), "save_pretrained", half_written(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            run.sample()
+    assert len(list((tmp_path / "vllm-weights").iterdir())) == 2  # the server may still map the last ones
+    run.sampler.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def half_written(error: BaseException) -> Callable[..., None]:
+    def save(model: object, folder: Path, **_: Any) -> None:
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise error
+
+    return save
+
+
+def test_a_start_that_fails_leaves_no_weights(fake, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise InputError("later")
+
+    monkeypatch.setattr("dvpo.trainer.Collector", fail)
+    config = run_config(tmp_path / "run", "sampling.engine=vllm", f"sampling.vllm.address={fake.address}")
+    with pytest.raises(InputError, match="later"):
+        Trainer(config, task=Parity())
+    gc.collect()
+    assert fake.asked.count("/collective_rpc") == 1
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_weights_are_laid_in_the_compute_type_and_tied_ones_once(fake, tmp_path):
@@ -216,6 +255,25 @@ def test_a_run_whose_server_stays_away_stops_itself_and_goes_on_when_it_is_back(
     assert resumed.step == 1
     resumed.train()
     assert farthest(weights(resumed), weights(uninterrupted)) == 0
+
+
+def test_a_run_without_room_for_the_weights_makes_some_and_writes_a_checkpoint(fake, tmp_path, monkeypatch):
+    class Unlucky(Trainer):
+        def train_step(self) -> dict[str, float]:
+            with monkeypatch.context() as patch:
+                if self.step == 1:
+                    full = half_written(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+                    patch.setattr(type(self.policy.model), "save_pretrained", full)
+                return super().train_step()
+
+        def save(self) -> None:
+            assert not (self.folder / "vllm-weights").exists()
+            super().save()
+
+    how = ("sampling.engine=vllm", f"sampling.vllm.address={fake.address}")
+    with pytest.raises(RunStoppedError, match=r"disk is full: .*vllm-weights: free some space, .*--resume$"):
+        trained(tmp_path / "run", *how, kind=Unlucky)
+    assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-1"
 
 
 def test_a_refusal_ends_the_run_with_the_servers_own_words(fake, policy, tmp_path):

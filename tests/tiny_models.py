@@ -7,6 +7,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -21,7 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from dvpo.embedded import CHAT_TEMPLATE, END, PAD, ROLES, SPECIAL_TOKENS, make_tokenizer
+from dvpo.embedded import BAD, CHAT_TEMPLATE, END, PAD, ROLES, SPECIAL_TOKENS, make_tokenizer
 from dvpo.policy import Policy, without_dropout
 
 PAD_ID, END_ID = 0, 1
@@ -93,6 +94,14 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+def with_begin_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same, putting `<|bad|>` before every text, as Llama's does with its begin token."""
+    tokenizer.bos_token = BAD
+    first = [(BAD, tokenizer.convert_tokens_to_ids(BAD))]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{BAD} $A", special_tokens=first)
+    return tokenizer
 
 
 def one_row(tokens: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -205,30 +205,34 @@ def _make_heads(shape: CriticShape, inputs: int) -> nn.Module:
 def open_critic(kind: Kind | Literal["none"], config: Config, policy: Policy, checkpoint: Path | None) -> Critic | None:
     """A run's critic: from a checkpoint, or as it is before training; None for an algorithm without one.
 
+    A run with adapters resumes from the critic as it was before training, whose form the checkpoint's must still have.
+
     Raises:
         InputError: as `load_critic` and `make_critic`, or the config asks for another form than the checkpoint's.
     """
     if kind == "none":
         return None
-    if checkpoint is None:
+    if checkpoint is not None:
+        _refuse_another_form(checkpoint / "critic", kind, config.critic)
+    if checkpoint is None or config.model.lora.rank:
         return make_critic(kind, config.critic, policy, shares_base(config))
-    critic = load_critic(checkpoint / "critic", policy.device, policy.dtype, config.model.gradient_checkpointing)
-    _refuse_another_form(critic, kind, config.critic)
-    return critic
+    return load_critic(checkpoint / "critic", policy.device, policy.dtype, config.model.gradient_checkpointing)
 
 
-def _refuse_another_form(critic: Critic, kind: Kind, config: CriticConfig) -> None:
+def _refuse_another_form(folder: Path, kind: Kind, config: CriticConfig) -> None:
     """A resume may be allowed other settings of the critic, but the weights that it goes on with have their form."""
-    now = asdict(_shape(kind, config, critic.shape.hidden_size, critic.shape.vocabulary))
-    for name, old in asdict(critic.shape).items():
+    shape = critic_shape(folder)
+    now = asdict(_shape(kind, config, shape.hidden_size, shape.vocabulary))
+    for name, old in asdict(shape).items():
         if old != now[name]:
             raise InputError(
                 f"{'the critic of algorithm' if name == 'kind' else f'critic.{name}'} = {now[name]}: the checkpoint's "
                 f"critic has {old}, and its form stays: take that value, or start another output folder"
             )
-    if isinstance(heads := critic.heads, CategoricalHeads):
-        centres_R = histogram_centres(**asdict(config.histogram))
-        if not torch.allclose(heads.centres_R.cpu(), centres_R.to(heads.centres_R.dtype)):
+    if kind == "categorical":
+        with _readable(folder), safe_open(folder / "critic.safetensors", "pt") as file:
+            centres_R = file.get_tensor("heads.centres_R")
+        if not torch.allclose(centres_R, histogram_centres(**asdict(config.histogram)).to(centres_R.dtype)):
             raise InputError(
                 "critic.histogram: the checkpoint's critic has its bins elsewhere, and they stay: take its values, or "
                 "start another output folder"

@@ -16,16 +16,14 @@ import torch.distributed as dist
 from dvpo.errors import InputError
 
 T = TypeVar("T")
-PATIENCE = timedelta(minutes=30)
-"""How long one process waits for another that samples, judges or saves."""
 
 
-def init_from_env(device: str = "cpu", timeout: timedelta = PATIENCE) -> torch.device:
+def init_from_env(device: str = "cpu", timeout: timedelta | None = None) -> torch.device:
     """Join the process group that `torchrun` describes in the environment; without one, do nothing.
 
     Args:
         device: `cpu` or `cuda`; under torchrun every process of a machine takes the GPU of its local rank.
-        timeout: how long a reduction waits for the slowest process.
+        timeout: how long a reduction waits for the slowest process; None: as long as torch pleases.
 
     Returns:
         The device of this process.

@@ -72,7 +72,7 @@ def report_needs(config: Config, console: Console) -> None:
     """
     refuse_unusable(config.log)
     refuse_without_peft(config.model.lora)
-    if config.distributed != ALONE:
+    if config.distributed.strategy == "fsdp":
         console.print(
             "distributed.strategy = fsdp: what follows is one process with whole models; in the run each holds its "
             "share of weights, moments and gradients, and the policy whole while it samples",

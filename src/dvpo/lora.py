@@ -208,7 +208,20 @@ class Adapters:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what was trained.
+
+        Raises:
+            InputError: it has another form, or stood on other weights.
+        """
         for key, probe in self._base.items():
+            form, old = ({name: tuple(p.shape) for name, p in of.items()} for of in (self._learning(key), state[key]))
+            if form != old:
+                name = min(name for name in form.keys() | old.keys() if form.get(name) != old.get(name))
+                field = "model" if key == "policy" else "critic"
+                raise InputError(
+                    f"{field}.lora: the shape of {name} was {old.get(name)} and is {form.get(name)}, and what was "
+                    "trained keeps its form: take the run's rank and targets, or start another output folder"
+                )
             if not torch.equal(probe, state["base"][key]):
                 raise InputError(
                     f"the {key}'s frozen weights are not those that the run began with: bring back the model folders "

@@ -42,9 +42,14 @@ def math_verify(completions: Sequence[Any], answer: Sequence[Any], **columns: An
 
 
 def boxed_answer(text: str) -> str | None:
-    r"""What the only box of a text holds; None if there is none, more than one, or it does not close."""
+    r"""What the only box of a text holds; None if there is none, more than one, or it does not close.
+
+    Of a text with thoughts what follows the last `</think>` counts: models try answers in a thought, in boxes too. A
+    thought that does not close has given none.
+    """
+    text = text.rpartition("</think>")[2]
     boxes = list(BOX.finditer(text))
-    if len(boxes) != 1:
+    if len(boxes) != 1 or "<think>" in text:
         return None
     start = boxes[0].end()
     depth = 0

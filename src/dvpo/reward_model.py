@@ -29,7 +29,7 @@ from dvpo.durable import disk_full_named, flush_file, flush_folder
 from dvpo.errors import InputError
 from dvpo.policy import UNREADABLE, compute_type, context_of, first_line, without_dropout
 from dvpo.rewards import Fault, Scores
-from dvpo.sampling import pad_right
+from dvpo.sampling import pad_right, string_ids
 from dvpo.tasks import Completion, Message, Prompt
 
 SCORING_BATCH, SCORING_TOKENS = 64, 1 << 14
@@ -50,15 +50,19 @@ class RewardModel:
     def encode(self, prompt: Prompt, completion: Completion) -> list[int]:
         """Token ids of the whole conversation by the chat template; two strings are joined and closed by the end token.
 
-        Beyond the model's context the last tokens are kept.
+        What the assistant has begun in the prompt and its completion are one message. Beyond the model's context the
+        last tokens are kept.
         """
         if isinstance(prompt, str) and isinstance(completion, str):
-            tokens = list(self.tokenizer(prompt + completion)["input_ids"])
+            tokens = string_ids(self.tokenizer, prompt + completion)
             end = self.tokenizer.eos_token_id
             tokens += [end] if end is not None and tokens[-1:] != [end] else []
         else:
             said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+            if said and answer and said[-1]["role"] == answer[0]["role"] == "assistant":
+                whole = {**answer[0], "content": said[-1]["content"] + answer[0]["content"]}
+                said, answer = said[:-1], [whole, *answer[1:]]
             tokens = list(self.tokenizer(self._render([*said, *answer]), add_special_tokens=False)["input_ids"])
         return tokens[-context_of(self.model) :]
 

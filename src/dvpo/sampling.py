@@ -90,10 +90,11 @@ class ChatEncoder:
         self.tokenizer = tokenizer
 
     def prompt(self, prompt: Prompt) -> list[int]:
-        """Token ids of a string as it stands, or of a message list with the assistant's header at its end."""
+        """Token ids of a string as it stands, or of a message list up to where the assistant's next word belongs."""
         if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
-        return self.plain(self._render(prompt))
+            return string_ids(self.tokenizer, prompt)
+        # What the assistant has begun to say is neither closed nor begun anew.
+        return self.plain(self._render(prompt, bool(prompt) and prompt[-1].get("role") == "assistant"))
 
     def reply(self, messages: Sequence[Message], last_token: int) -> list[int]:
         """Token ids of what the environment says, between the policy's last token and its next turn.
@@ -116,7 +117,7 @@ class ChatEncoder:
     def text(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def _render(self, messages: Sequence[Message]) -> str:
+    def _render(self, messages: Sequence[Message], goes_on: bool = False) -> str:
         if self.tokenizer.chat_template is None:
             raise InputError(
                 "task: a prompt is a message list, but the tokenizer of model.path has no chat template: "
@@ -125,15 +126,26 @@ class ChatEncoder:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
+                    [dict(m) for m in messages],
+                    tokenize=False,
+                    add_generation_prompt=not goes_on,
+                    continue_final_message=goes_on,
                 )
             )
         except Exception as error:  # templates raise whatever they like
-            raise InputError(f"task: the chat template refuses a prompt ({error}): mend its roles") from None
+            mend = "its roles, or the assistant's message at its end" if goes_on else "its roles"
+            reason = next(iter(str(error).splitlines()), type(error).__name__)  # more lines may quote the whole prompt
+            raise InputError(f"task: the chat template refuses a prompt ({reason}): mend {mend}") from None
 
     def plain(self, text: str) -> list[int]:
         """Token ids of a text as it stands: no special token is added, those of a template stand in it already."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def string_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text as the tokenizer begins one, without a second begin token where it has one already."""
+    first = tokenizer.bos_token
+    return list(tokenizer(text, add_special_tokens=not (first and text.startswith(first)))["input_ids"])
 
 
 def _lengths_that_fit(settings: SamplingConfig, longest: int, context_length: int) -> str:

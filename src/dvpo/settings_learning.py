@@ -297,6 +297,8 @@ class DistributedConfig:
     of each model, and layers are gathered as they run."""
     cpu_offload: bool = False
     """fsdp: the shares stay in host memory, and so does the optimiser's work."""
+    patience: Positive = 1800.0
+    """Seconds that a process waits for a slower one, besides what rewards may take; then the run ends."""
 
     def __post_init__(self) -> None:
         if self.cpu_offload and self.strategy != "fsdp":

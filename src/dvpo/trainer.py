@@ -30,7 +30,6 @@ from dvpo.core.returns import gae
 from dvpo.critic import open_critic
 from dvpo.critic_pass import CriticPass
 from dvpo.distributed import (
-    PATIENCE,
     agreed,
     all_reduce_max,
     all_reduce_sum,
@@ -121,7 +120,7 @@ class Trainer(Learner):
         self.row = find_algorithm(config.algorithm)
         self.folder = Path(config.output)
         keep_freed_memory()
-        patience = PATIENCE + timedelta(seconds=longest_scoring(config))
+        patience = timedelta(seconds=config.distributed.patience + longest_scoring(config))
         self.device = init_from_env(choose_device(config.device), patience)
         refuse_processes(config)
         checkpoint = find_checkpoint(config, allow) if resume else None
@@ -149,7 +148,7 @@ class Trainer(Learner):
         self.reference = self._open_reference(source) if config.actor.kl.coef else None
         room = self.policy.context_length - config.sampling.max_completion_length
         self.privilege = open_privilege(config, encoder, train, prompt_tokens, room) if self.row.has_critic else None
-        self.critic = open_critic(self.row.critic, config, self.policy, trained)
+        self.critic = open_critic(self.row.critic, config, self.policy, checkpoint)
         adapters = Adapters(config, source, self.policy.model, self.critic) if config.model.lora.rank else None
         self._spread()
 
@@ -171,9 +170,9 @@ class Trainer(Learner):
         self.skips, self.alarms = Skips(self.folder, config.update.max_skipped), Alarms(config.alarms)
         self.parts: dict[str, Any] = {"trainer": self, "prompts": self.prompts, "rng": RNGState()}
         optional = {
+            "adapters": adapters,  # before the optimisers, which would not know another form when they see it
             "policy_optimiser": self.policy_optimiser,
             "critic_optimiser": self.critic_optimiser,
-            "adapters": adapters,
             "rates": self.rates,
             "kl": self.kl if self.kl.adaptive else None,
             "replay": self.replay if config.critic.replay else None,

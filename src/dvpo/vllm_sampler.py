@@ -20,6 +20,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +29,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from dvpo.durable import disk_full_named
+from dvpo.durable import DiskFullError, disk_full_named
 from dvpo.errors import InputError, RunStoppedError
 from dvpo.lora import merged
 from dvpo.policy import Policy
@@ -167,12 +168,15 @@ class VllmServer:
         self._laid: Path | None = None
         self._base = Path(self._how.folder or output / "vllm-weights").absolute()
         self._spent, self._pushes, self._repeats = 0.0, 0, 0
+        # For a run that failed before it could be closed.
+        weakref.finalize(self, _remove_laid, self._base, self._name, owner=os.getpid())
 
     def draw(self, requests: Sequence[Mapping[str, Any]]) -> list[Turn]:
         """Every request's turn, drawn by the present weights, however often it has to be asked for.
 
         Raises:
-            RunStoppedError: the server refuses, or there is no progress for `sampling.vllm.patience` seconds.
+            RunStoppedError: the server refuses, there is no progress for `sampling.vllm.patience` seconds, or no room
+                for the weights.
         """
         turns: list[Turn | None] = [None] * len(requests)
         progress = time.monotonic()
@@ -184,6 +188,12 @@ class VllmServer:
                 answers = side_by_side(self._turn, [requests[i] for i in missing], self._how.concurrency)
             except (AwayError, RefusedError) as error:
                 answers, reason = [], error
+            except DiskFullError as error:
+                self.close()  # the checkpoint may need the room
+                raise RunStoppedError(
+                    f"the disk is full: the weights for the vLLM server could not be laid in {self._base}: free some "
+                    "space, then start this run again with --resume"
+                ) from error
             for i, answer in zip(missing, answers, strict=False):
                 if isinstance(answer, Turn):
                     turns[i], progress = answer, time.monotonic()
@@ -244,12 +254,9 @@ class VllmServer:
         return figures
 
     def close(self) -> None:
-        """Remove the weights that were laid for the server."""
-        if self._laid is not None:
-            shutil.rmtree(self._laid, ignore_errors=True)
-            self._laid, self._label = None, ""
-            with suppress(OSError):
-                self._base.rmdir()  # others may use it
+        """Remove the weights that were laid for the server, also those whose writing was cut short."""
+        self._laid, self._label = None, ""
+        _remove_laid(self._base, self._name)
 
     def _bring_weights(self) -> None:
         """Let the server hold the policy's present weights, unless it does."""
@@ -273,7 +280,7 @@ class VllmServer:
         """Write the weights in the compute type; into a new folder, since the server may still map the last one."""
         if self._laid == folder:
             return
-        old, self._laid = self._laid, None
+        self._laid = None
         made: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
 
         def converted(tensor: torch.Tensor) -> torch.Tensor:
@@ -284,8 +291,7 @@ class VllmServer:
         with disk_full_named(folder):
             self.policy.model.save_pretrained(folder, state_dict=state)
         self._laid = folder
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+        _remove_laid(self._base, self._name, but=folder)
 
     def _turn(self, request: Mapping[str, Any]) -> Turn:
         limit = self._how.timeout * max(1.0, request["max_tokens"] / TOKENS_IN_TIME)
@@ -394,6 +400,17 @@ def side_by_side(function: Callable[[X], Y], items: Sequence[X], workers: int) -
         if isinstance(result, BaseException) and not isinstance(result, AwayError | RefusedError):
             raise result
     return results
+
+
+def _remove_laid(base: Path, name: str, but: Path | None = None, owner: int | None = None) -> None:
+    """Remove a run's folders of weights, and the folder around them if it is empty: others may use it."""
+    if owner not in (None, os.getpid()):  # a fork of the run comes to its end
+        return
+    for folder in base.glob(f"{name}-*"):
+        if folder != but:
+            shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        base.rmdir()
 
 
 def _first_line(error: urllib.error.HTTPError) -> str:
