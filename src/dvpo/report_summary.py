@@ -60,8 +60,7 @@ def _end(runs: Sequence[Run], split: str, index: int) -> str:
         return NONE
     if len(known) == 1:
         step, value = known[0].curve(key)[-1 if index else 0]
-        low, high = (dict(known[0].curve(f"{key}{end}")).get(step) for end in ("_low", "_high"))
-        return _text(value, low, high)
+        return _text(value, *(dict(known[0].curve(f"{key}{end}")).get(step) for end in ("_low", "_high")))
     pairs = [pair for run in known if (pair := ends(run, split))]
     low, middle, high = over_seeds([[(0.0, pair[index])] for pair in pairs])
     return _text(middle[0][1], max(low[0][1], 0.0), min(high[0][1], 1.0))
