@@ -83,7 +83,7 @@ def shape_rewards(
     if penalties_B is not None:
         rewards_BT = _map_returns(rewards_BT, mask_BT, rewarded_B, penalties_B, torch.ones_like(penalties_B))
     if settings.norm != "none":
-        returns_B = (rewards_BT * mask_BT).sum(dim=-1)
+        returns_B = (rewards_BT * mask_BT).sum(dim=-1, dtype=torch.float64)
         if settings.norm == "batch":
             location_B = masked_mean(returns_B, rewarded_B, reduce).expand_as(returns_B)
             scale_B = masked_variance(returns_B, rewarded_B, reduce).sqrt().expand_as(returns_B)
@@ -142,8 +142,9 @@ def _map_returns(
 
     Scale acts on every reward of a response, location on its last token.
     """
-    shift_BT = last_token(mask_BT) * (location_B / scale_B).unsqueeze(-1)
-    return (rewards_BT / scale_B.unsqueeze(-1) - shift_BT) * rewarded_B.unsqueeze(-1)
+    # The difference first: it is small where location is large, and the quotients of both would have lost its digits.
+    moved_BT = rewards_BT - last_token(mask_BT) * location_B.unsqueeze(-1)
+    return (moved_BT / scale_B.unsqueeze(-1)).to(rewards_BT) * rewarded_B.unsqueeze(-1)
 
 
 def last_token(mask_BT: Tensor) -> Tensor:
