@@ -327,6 +327,20 @@ def test_mixture_gives_the_critics_own_law_where_the_last_reward_is_missing():
     torch.testing.assert_close(fine_BTL.mean(-1), indexwise_BTM.mean(-1), rtol=0, atol=3e-3)
 
 
+@pytest.mark.parametrize("gamma", [1.0, 0.99])
+def test_an_outlier_in_the_reward_leaves_atoms_alone_that_do_not_meet_it(gamma):
+    # One seed draws the same landings: what lands before the end has no reward in it, what lands there has 1e7 gamma^n.
+    quantiles_BTM = 0.2 + 0.6 * torch.rand(1, 30, 16, generator=torch.Generator().manual_seed(0))
+    rewards_BT = torch.zeros(1, 30)
+    without_BTL = mixture_targets(rewards_BT, quantiles_BTM, torch.ones(1, 30), gamma, 0.9, 32, 0)
+    rewards_BT[0, -1] = 1e7
+    with_BTL = mixture_targets(rewards_BT, quantiles_BTM, torch.ones(1, 30), gamma, 0.9, 32, 0)
+    before_end_BTL = without_BTL > 0
+    assert 0.5 < before_end_BTL.float().mean() < 0.95
+    torch.testing.assert_close(with_BTL[before_end_BTL], without_BTL[before_end_BTL], rtol=1e-6, atol=1e-6)
+    assert (with_BTL[~before_end_BTL] > 7e6).all()  # 1e7 * .99^30 = 7.4e6
+
+
 def test_mixture_depends_on_its_seed_and_on_nothing_else():
     arguments = random_batch(11)[:3]
     first, again, other = (mixture_targets(*arguments, 1.0, 0.9, 8, seed) for seed in (1, 1, 2))

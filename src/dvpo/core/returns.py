@@ -269,8 +269,9 @@ def mixture_targets(
     _check(rewards, quantiles_BTM, keep_BT, gamma, lam, bootstrap, zero_last_delta)
     if num_atoms < 1:
         raise ValueError(f"num_atoms must be at least 1, got {num_atoms}")
-    # With values of 0 and lam = 1, GAE is the discounted sum of the rewards still to come.
-    zeros_BT = quantiles_BTM.new_zeros(keep_BT.shape)
+    # With values of 0 and lam = 1, GAE is the discounted sum of the rewards still to come; float64, for what is to come at
+    # a landing is taken out again.
+    zeros_BT = quantiles_BTM.new_zeros(keep_BT.shape, dtype=torch.float64)
     to_come_BT, _ = gae(rewards, zeros_BT, mask, gamma, 1.0, zero_last_delta=zero_last_delta)
     end_BM = torch.zeros_like(quantiles_BTM.sum(dim=1)) if bootstrap is None else bootstrap.to(quantiles_BTM)
     generator = torch.Generator().manual_seed(seed)
@@ -307,9 +308,9 @@ def _draw_mixture(
     steps_KL = torch.minimum(_geometric_steps(position_KL, lam, num_states), longest_K1)
     landing_KL = start_K1 + steps_KL
     quantile_KL = (level_KL * num_quantiles).long().clamp(max=num_quantiles - 1)
-    discount_KL = torch.pow(torch.full_like(to_come_H[:1], gamma), steps_KL)
-    # The rewards between t and the landing are to_come_t - gamma^n to_come_landing.
-    return to_come_H[start_K1] + discount_KL * (states_HM[landing_KL, quantile_KL] - to_come_H[landing_KL])
+    discount_KL = torch.pow(gamma, torch.arange(num_states, dtype=torch.float64, device=device))[steps_KL]
+    between_KL = to_come_H[start_K1] - discount_KL * to_come_H[landing_KL]
+    return (between_KL + discount_KL * states_HM[landing_KL, quantile_KL]).to(states_HM)
 
 
 def _geometric_steps(position_KL: Tensor, lam: float, longest: int) -> Tensor:
