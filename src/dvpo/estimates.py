@@ -191,9 +191,9 @@ def recentred(
     what the critic tells two states apart. Left where it is, and with lambda < 1, the error pays or punishes the ending
     of a response as such, and the policy learns to stop at once or never.
 
-    Where the length limit cut a response, V(s_{T+1}) moves with the others, and c changes its last difference as it does
-    that between any two tokens: by (1 - gamma) c, which is little or nothing beside what the difference scatters. Divided
-    by so small a number, it would be most of c where few responses end. If none does, c = 0.
+    Where the length limit cut a response, V(s_{T+1}) moves with the others, and c changes its last difference as it
+    does that between any two tokens: by (1 - gamma) c, little or nothing beside what the difference scatters. Divided
+    by so small a number, that would be most of c where few responses end. If none does, c = 0.
 
     Args:
         signals: of the step.

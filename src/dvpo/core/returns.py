@@ -269,8 +269,8 @@ def mixture_targets(
     _check(rewards, quantiles_BTM, keep_BT, gamma, lam, bootstrap, zero_last_delta)
     if num_atoms < 1:
         raise ValueError(f"num_atoms must be at least 1, got {num_atoms}")
-    # With values of 0 and lam = 1, GAE is the discounted sum of the rewards still to come; float64, for what is to come at
-    # a landing is taken out again.
+    # With values of 0 and lam = 1, GAE is the discounted sum of the rewards still to come; float64, for what is to come
+    # at a landing is taken out again.
     zeros_BT = quantiles_BTM.new_zeros(keep_BT.shape, dtype=torch.float64)
     to_come_BT, _ = gae(rewards, zeros_BT, mask, gamma, 1.0, zero_last_delta=zero_last_delta)
     end_BM = torch.zeros_like(quantiles_BTM.sum(dim=1)) if bootstrap is None else bootstrap.to(quantiles_BTM)
