@@ -59,7 +59,7 @@ def terms_forward(
     """
     theta, atoms = array(theta_KNM), _sorted(array(atoms_KL))
     order = _order(theta)
-    ranks = _order(theta.mean(axis=1)) if order.size else order
+    ranks = _order(theta.mean(axis=1, dtype=np.float64)) if order.size else order
     terms, slopes = np.empty((8, len(theta)), theta.dtype), np.empty_like(theta)
     tails = np.empty((len(theta), 8))
     taus, weights = array(levels_M.double()), array(weights_M)
