@@ -89,10 +89,25 @@ def test_recentring_moves_the_value_after_a_cut_with_the_others() -> None:
     assert (fixed.values_BTNM == 1).all()
     assert fixed.bootstrap_BNM.flatten().tolist() == [0, 0, 1, 1, 0, 0]
     assert (estimate("ppo", fixed)[0][:4] == 0).all()  # whichever way a response ends, it is what was expected
-    # gamma = .5: c (1 - .5) of the cut ones counts too, c = 2 / (1 + 1 + .5 + .5).
-    assert recentre("ppo", given, cut_B, gamma=0.5).values_BTNM[0, 0].item() == pytest.approx(2 / 3)
     # Nobody came to an end: there is nothing to take out.
-    assert (recentre("ppo", given, ~NOBODY).values_BTNM == 0).all()
+    for gamma in (1.0, 0.99):
+        assert (recentre("ppo", given, ~NOBODY, gamma).values_BTNM == 0).all()
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.99])
+def test_what_cut_responses_scatter_is_not_charged_to_the_few_that_ended(gamma: float) -> None:
+    # One response of four ended, .5 above what was expected: c = .5. The values after the cuts scatter by 1 about those
+    # before them, which c cannot change; divided by the one ending their sum, 3, would have made it 3.5.
+    given = dataclasses.replace(
+        signals(num_quantiles=1),
+        rewards_BT=torch.tensor([[0.0, 0, 0, 0.5]] + [[0.0, 0, 0, 0]] * 5),
+        mask_BT=torch.ones(6, 4, dtype=torch.bool),
+        values_BTNM=torch.zeros(6, 4, 1, 1),
+        bootstrap_BNM=torch.tensor([0.0, 1, 1, 1, 0, 0]).view(6, 1, 1),
+        rewarded_B=torch.tensor([True] * 4 + [False] * 2),
+    )
+    cut_B = torch.tensor([False, True, True, True, False, False])
+    assert (recentre("ppo", given, cut_B, gamma).values_BTNM == 0.5).all()
 
 
 def test_the_trainer_recentres_what_the_advantage_reads_and_not_what_the_critic_said(tmp_path: Path) -> None:

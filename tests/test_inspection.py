@@ -15,6 +15,8 @@ from dvpo import Trainer
 from dvpo.cli import main
 from dvpo.errors import InputError
 from dvpo.inspection import Question, answered, find_example, inspect_checkpoint, look, open_subject
+from dvpo.settings import RatesConfig
+from dvpo.settings_learning import KLConfig
 from dvpo.tasks import Example, SingleTurn, Step
 from dvpo.token_terminal import LISTED, print_view
 from runs import Parity, run_config
@@ -72,8 +74,74 @@ def test_a_given_response_is_shown_token_by_token_with_its_figures(runs: Path):
 
 def test_without_a_reward_there_is_no_advantage(runs: Path):
     text = plain(shown(runs / "dvpo", Question(prompt=PROMPT, response="5")))
-    assert "advantage" not in text
-    assert "colour: value" in text
+    table, why = text.split("no advantages: ")
+    assert "advantage" not in table
+    assert why.strip() == "the response has no reward"
+    assert "colour: value" in table
+
+
+def looked(runs: Path, question: Question, cut: bool = False, **changes: dict[str, Any]) -> dict[str, Any]:
+    """The tokens' record under a critic whose values are about .7, in a run of other settings."""
+    subject = open_subject(str(runs / "ppo"))
+    assert subject.critic is not None
+    subject.critic.heads.linear.bias.data.fill_(0.7)
+    sections = {name: replace(getattr(subject.config, name), **fields) for name, fields in changes.items()}
+    subject = replace(subject, config=replace(subject.config, **sections))
+    example = find_example(subject, question)
+    episode = answered(subject, example, question)
+    episode.terminated = not cut
+    return look(subject, example, episode, question).tokens[0]
+
+
+RATES = RatesConfig(false_positive=0.1, false_negative=0.3)
+
+
+@pytest.mark.parametrize(
+    ("reward", "learnt"),
+    [
+        ({}, 1.0),
+        ({"rates": RATES, "correction": "backward"}, 1.5),  # (1 - .1) / (1 - .1 - .3)
+        ({"rates": RATES, "correction": "forward"}, 0.3),  # 1 - (1 - .3)
+        ({"overlong": 12}, 0.5),  # 6 of the 12 tokens that cost
+        ({"overlong": 12, "clip": 0.25}, 0.25),
+    ],
+)
+def test_an_advantage_is_of_the_reward_that_the_critic_learnt_from(runs: Path, reward: dict[str, Any], learnt: float):
+    # With lambda = 1 it is the return less the value.
+    row = looked(runs, Question(prompt=PROMPT, response="2+3=55", reward=1.0), reward=reward, advantage={"lam": 1.0})
+    assert len(row["tokens"]) == 6
+    for advantage, value in zip(row["advantages"], row["value"], strict=True):
+        assert advantage + value == pytest.approx(learnt, abs=1e-3)
+
+
+def test_what_follows_a_cut_is_worth_what_the_critic_says(runs: Path):
+    # With lambda = 1 it is added to every advantage: the value that one more token, whichever, is read behind.
+    after = looked(runs, Question(prompt=PROMPT, response="2+3=5", reward=1.0))["value"][-1]
+
+    def of(truncation: str) -> dict[str, Any]:
+        question = Question(prompt=PROMPT, response="2+3=", reward=1.0)
+        return looked(runs, question, cut=True, advantage={"lam": 1.0, "truncation": truncation})
+
+    for worth_0, worth_more in zip(of("terminal")["advantages"], of("bootstrap")["advantages"], strict=True):
+        assert worth_more - worth_0 == pytest.approx(after, abs=1e-3)
+    assert "leaves the step" in of("mask")["unweighed"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"reward": {"norm": "group"}}, "reward.norm = group takes the returns of other responses"),
+        ({"reward": {"trusted": 0.5, "correction": "backward"}}, "are estimated in the run (reward.trusted)"),
+        ({"actor": {"kl": KLConfig(coef=0.1, place="reward")}}, "takes the starting policy"),
+    ],
+)
+def test_where_the_critic_learnt_from_more_than_one_response_there_are_no_advantages(
+    runs: Path, changes: dict[str, dict[str, Any]], why: str
+):
+    row = looked(runs, Question(prompt=PROMPT, response="5", reward=1.0), **changes)
+    assert "advantages" not in row
+    assert why in row["unweighed"]
+    assert row["value"]
 
 
 def test_an_example_of_the_task_is_sampled_and_judged(runs: Path):

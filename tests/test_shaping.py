@@ -34,8 +34,8 @@ def test_the_robust_form_is_not_moved_by_one_outlier() -> None:
     rewards = torch.tensor([0.0, 1, 2, 3, 1000])
     location, scale = group_location_scale(rewards, torch.zeros(5).long(), torch.ones(5), robust=True)
     # median 2; deviations 2, 1, 0, 1, 998 with median 1
-    torch.testing.assert_close(location, torch.full((5,), 2.0))
-    torch.testing.assert_close(scale, torch.full((5,), 1.4826))
+    torch.testing.assert_close(location, torch.full((5,), 2.0).double())
+    torch.testing.assert_close(scale, torch.full((5,), 1.4826, dtype=torch.float64))
     plain = group_location_scale(rewards, torch.zeros(5).long(), torch.ones(5))
     assert plain[0][0] > 200
 
@@ -102,6 +102,20 @@ def test_where_all_returns_are_equal_nothing_is_left_of_them_and_turns_keep_thei
     assert shaped_BT.abs().max() <= 0.75
 
 
+@pytest.mark.parametrize("norm", ["group", "group_robust", "batch"])
+def test_far_from_0_equal_returns_become_0_and_others_what_they_are_about_0(norm: str) -> None:
+    mask_BT, groups_B, rewarded_B = torch.ones(8, 1).bool(), torch.zeros(8).long(), torch.ones(8).bool()
+
+    def shaped(rewards_B: Tensor) -> Tensor:
+        settings = RewardConfig(norm=norm)  # type: ignore[arg-type]
+        return shape_rewards(rewards_B.unsqueeze(-1), mask_BT, groups_B, rewarded_B, settings, identity).squeeze(-1)
+
+    assert (shaped(torch.full((8,), 20000.3)) == 0).all()
+    # Sixteenths are exact in float32 up to 2^20, and so are their sums: nothing may depend on the offset.
+    sixteenths_B = torch.tensor([0, 1, 1, 2, 3, 5, 8, 13]) / 16
+    torch.testing.assert_close(shaped(1e4 + sixteenths_B), shaped(sixteenths_B), rtol=1e-6, atol=1e-6)
+
+
 def test_a_normalised_return_is_clipped_as_a_whole() -> None:
     # Returns 4 and 0, each in four rewards: normalised 1 and -1 (sample deviation 2.83: .7071), clipped to .5 and -.5.
     mask_BT = torch.ones(2, 4, dtype=torch.bool)
@@ -121,7 +135,7 @@ def test_the_robust_form_falls_back_where_most_of_a_group_agrees() -> None:
     # Binary rewards, two of eight right: the median deviation is 0, the sample std sqrt(8/8 * 3/16 * 8/7) = .463.
     rewards = torch.tensor([0.0, 0, 0, 1, 0, 0, 1, 0])
     _, scale = group_location_scale(rewards, torch.zeros(8).long(), torch.ones(8), robust=True)
-    torch.testing.assert_close(scale, torch.full((8,), (3 / 14) ** 0.5))
+    torch.testing.assert_close(scale, torch.full((8,), (3 / 14) ** 0.5, dtype=torch.float64))
 
 
 def test_robustly_normalised_returns_are_off_the_median_in_units_of_the_median_deviation() -> None:

@@ -83,7 +83,7 @@ def shape_rewards(
     if penalties_B is not None:
         rewards_BT = _map_returns(rewards_BT, mask_BT, rewarded_B, penalties_B, torch.ones_like(penalties_B))
     if settings.norm != "none":
-        returns_B = (rewards_BT * mask_BT).sum(dim=-1)
+        returns_B = (rewards_BT * mask_BT).sum(dim=-1, dtype=torch.float64)
         if settings.norm == "batch":
             location_B = masked_mean(returns_B, rewarded_B, reduce).expand_as(returns_B)
             scale_B = masked_variance(returns_B, rewarded_B, reduce).sqrt().expand_as(returns_B)
@@ -142,8 +142,9 @@ def _map_returns(
 
     Scale acts on every reward of a response, location on its last token.
     """
-    shift_BT = last_token(mask_BT) * (location_B / scale_B).unsqueeze(-1)
-    return (rewards_BT / scale_B.unsqueeze(-1) - shift_BT) * rewarded_B.unsqueeze(-1)
+    # The difference first: it is small where location is large, and the quotients of both would have lost its digits.
+    moved_BT = rewards_BT - last_token(mask_BT) * location_B.unsqueeze(-1)
+    return (moved_BT / scale_B.unsqueeze(-1)).to(rewards_BT) * rewarded_B.unsqueeze(-1)
 
 
 def last_token(mask_BT: Tensor) -> Tensor:
@@ -184,12 +185,15 @@ def recentred(
 ) -> Signals:
     """The signals with a constant c added to all values of the step, so that responses end as was expected of them.
 
-        c = sum_b delta_b / sum_b (1 - gamma cut_b),   delta_b = r_T + gamma V(s_{T+1}) - V(s_T)
+        c = mean_b (r_T - V(s_T))
 
-    over the responses with a reward; V(s_{T+1}) is 0 where a response came to its end, and moves with the others where
-    the length limit cut it. The mean of delta is 0 then. It takes nothing from what the critic tells two states apart.
-    Left where it is, and with lambda < 1, the error pays or punishes the ending of a response as such, and the policy
-    learns to stop at once or never. If no response came to its end and gamma = 1 there is nothing to take out: c = 0.
+    over the responses with a reward that came to their end. Their mean last difference is 0 then. It takes nothing from
+    what the critic tells two states apart. Left where it is, and with lambda < 1, the error pays or punishes the ending
+    of a response as such, and the policy learns to stop at once or never.
+
+    Where the length limit cut a response, V(s_{T+1}) moves with the others, and c changes its last difference as it
+    does that between any two tokens: by (1 - gamma) c, little or nothing beside what the difference scatters. Divided
+    by so small a number, that would be most of c where few responses end. If none does, c = 0.
 
     Args:
         signals: of the step.
@@ -198,13 +202,9 @@ def recentred(
         settings: of the advantage.
         reduce: sums over processes.
     """
-    values_BT, after_B = value(signals.values_BTNM, settings), value(signals.bootstrap_BNM, settings)
-    gamma = settings.gamma
-    deltas_B = ((signals.rewards_BT - values_BT) * last_token(signals.mask_BT)).sum(dim=-1) + gamma * after_B
-    counted_B = signals.rewarded_B & signals.mask_BT.any(dim=-1)
-    error = masked_mean(deltas_B, counted_B, reduce)
-    share = masked_mean(1 - gamma * cut_B.to(deltas_B), counted_B, reduce)
-    shift = torch.where(share > 0, error / share, 0.0)
+    values_BT = value(signals.values_BTNM, settings)
+    deltas_B = ((signals.rewards_BT - values_BT) * last_token(signals.mask_BT)).sum(dim=-1)
+    shift = masked_mean(deltas_B, signals.rewarded_B & signals.mask_BT.any(dim=-1) & ~cut_B, reduce)
     return replace(
         signals,
         values_BTNM=signals.values_BTNM + shift,

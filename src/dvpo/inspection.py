@@ -6,15 +6,17 @@ from pathlib import Path
 import torch
 from markupsafe import Markup
 from rich.console import Console
+from rich.text import Text
 from torch import Tensor
 
 from dvpo.algorithms import Algorithm, find_algorithm
 from dvpo.batch import Estimates, Rollout
 from dvpo.checkpoint import checkpoint_step
 from dvpo.config import Config, load_config
+from dvpo.core.masks import identity
 from dvpo.critic import Critic, load_critic
 from dvpo.errors import InputError
-from dvpo.estimates import Signals, reward_trust
+from dvpo.estimates import Signals, overlong_penalties, reward_trust, shape_rewards
 from dvpo.evaluate import refuse_what_python_gave, sound_checkpoint
 from dvpo.noise_rates import Rates
 from dvpo.policy import Policy, choose_device, open_policy
@@ -97,6 +99,8 @@ def inspect_checkpoint(
     runs = [look(subject, example, episode, question) for subject in subjects]
     for run in runs:
         print_view(console, run.tokens[0], f"{run.name}, checkpoint {run.tokens[0]['step']}", colour)
+        if why := run.tokens[0].get("unweighed"):
+            console.print(Text(f"no advantages: {why}", style="dim"))
     if html:
         data = page_data(runs)
         page = {"title": f"Inspection of {first.folder.name}", "data": Markup(script_json(data))}
@@ -173,8 +177,9 @@ def look(subject: Subject, example: Example, episode: Episode, question: Questio
     rollout = _rollout(subject, example, episode, question)
     estimates = _estimates(subject, rollout)
     row = token_row(0, episode, rollout, estimates, subject.encoder, subject.config.critic)
-    if not rollout.rewarded_B.any() or subject.critic is None:
-        del row["advantages"]  # without a reward, or with a group of one, there is nothing to weigh
+    if why := _unweighed(subject, rollout):
+        del row["advantages"]
+        row["unweighed"] = why
     home, algorithm = subject.folder.absolute().parent.name, subject.config.algorithm
     return Run(
         name=algorithm if algorithm == home else f"{algorithm} of {home}",
@@ -219,23 +224,48 @@ def _estimates(subject: Subject, rollout: Rollout) -> Estimates:
         return Estimates(rollout.mask_BT, zeros_BT, zeros_BT.new_zeros(*zeros_BT.shape, 0), empty, zeros_BT)
     states_BUD = subject.critic.states(rollout, subject.policy)
     temperature = subject.config.sampling.temperature
-    values_BTNM = subject.critic.values(states_BUD, rollout, subject.policy, temperature)[:, :-1]
-    advantages_BT, targets_BTL = _advantages(subject, rollout, values_BTNM)
-    return Estimates(rollout.mask_BT, advantages_BT, targets_BTL, values_BTNM, zeros_BT)
+    values_BUNM = subject.critic.values(states_BUD, rollout, subject.policy, temperature)
+    advantages_BT, targets_BTL = _advantages(subject, rollout, values_BUNM)
+    return Estimates(rollout.mask_BT, advantages_BT, targets_BTL, values_BUNM[:, :-1], zeros_BT)
 
 
-def _advantages(subject: Subject, rollout: Rollout, values_BTNM: Tensor) -> tuple[Tensor, Tensor]:
-    rates = subject.config.reward.rates  # estimated ones are not in a checkpoint's reach
+def _unweighed(subject: Subject, rollout: Rollout) -> str | None:
+    """Why there are no advantages: the critic's values are of what the run learnt from, which one response lacks."""
+    reward, advantage, kl = subject.config.reward, subject.config.advantage, subject.config.actor.kl
+    if subject.critic is None:
+        return "without a critic they come from a group, and this response is alone"
+    if not rollout.rewarded_B.any():
+        return "the response has no reward"
+    if reward.norm != "none":
+        return f"reward.norm = {reward.norm} takes the returns of other responses"
+    if reward.trusted and (reward.correction != "none" or advantage.law.functional == "denoised"):
+        return "the noise's rates, which a reward is corrected by, are estimated in the run (reward.trusted)"
+    if kl.coef and kl.place == "reward":
+        return "the KL penalty in the reward (actor.kl.place) takes the starting policy"
+    if advantage.truncation == "mask" and rollout.truncated_B.any():
+        return "a response that the length limit cut leaves the step (advantage.truncation = mask)"
+    return None
+
+
+def _advantages(subject: Subject, rollout: Rollout, values_BUNM: Tensor) -> tuple[Tensor, Tensor]:
+    config = subject.config
+    given = config.reward.rates
+    rates = Rates(given.false_positive or 0.0, given.false_negative or 0.0)
+    margin, limit = config.reward.overlong, config.sampling.max_completion_length
+    lengths_B = rollout.attention_BS[:, rollout.prompt_length :].sum(dim=-1)
+    penalties_B = overlong_penalties(lengths_B, limit, margin) if margin else None
+    fixed = (rollout.mask_BT, rollout.groups(), rollout.rewarded_B)
+    goes_on_B = rollout.truncated_B & (config.advantage.truncation == "bootstrap")
     signals = Signals(
-        rewards_BT=rollout.rewards_BT,
+        rewards_BT=shape_rewards(rollout.rewards_BT, *fixed, config.reward, identity, rates, penalties_B),
         mask_BT=rollout.mask_BT,
-        values_BTNM=values_BTNM,
-        bootstrap_BNM=torch.zeros_like(values_BTNM[:, 0]),
+        values_BTNM=values_BUNM[:, :-1],
+        bootstrap_BNM=values_BUNM[:, -1] * goes_on_B.view(-1, 1, 1),
         zero_last_delta_B=~rollout.rewarded_B,
         groups_B=rollout.groups(),
         rewarded_B=rollout.rewarded_B,
-        seed=derive_seed(subject.config.seed, "inspect"),
-        rates=Rates(rates.false_positive or 0.0, rates.false_negative or 0.0),
-        reward_trust=reward_trust(subject.config.advantage, max(checkpoint_step(subject.folder), 1)),
+        seed=derive_seed(config.seed, "inspect"),
+        rates=rates,
+        reward_trust=reward_trust(config.advantage, max(checkpoint_step(subject.folder), 1)),
     )
-    return subject.algorithm.estimate(signals, subject.config)
+    return subject.algorithm.estimate(signals, config)

@@ -265,7 +265,7 @@ class RewardConfig:
     """Normalise returns before any critic or baseline sees them: by mean and deviation of the prompt's responses, by
     their median and median deviation, or by mean and deviation of the step."""
     clip: Positive | None = None
-    """Then clip every reward to [-clip, clip]; None = off."""
+    """Then clip every reward to [-clip, clip], after a `norm` the return; None = off."""
     overlong: CountOrZero = 0
     """Before `norm` and `clip`, take up to 1 from the return of a response that uses the last so many tokens below
     `sampling.max_completion_length`, in proportion (DAPO's soft punishment); 0 = off."""

@@ -50,8 +50,9 @@ class AdvantageConfig:
     delta_clip: Positive | None = None
     """Clip every temporal difference of the actor's advantage to [-c, c] in units of the reward; None = off."""
     recentre: bool = False
-    """Shift all values of a step by one constant, so that its last temporal differences are 0 in the mean: an end costs
-    nothing merely because the critic is wrong in the mean. Without a critic there is nothing to shift."""
+    """Shift all values of a step by one constant, so that the last temporal differences of what came to an end are 0 in
+    the mean: an end costs nothing merely because the critic is wrong in the mean. Without a critic there is nothing to
+    shift."""
     reward_trust: Share = 1.0
     """Share of a response's last temporal difference that the actor believes: 1 takes the observed reward, 0 what the
     critic says of the finished response in its place; the critic learns from the observed reward whatever it is. Rows

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dvpo.core.returns import (
     distributional_gae,
     gae,
+    group_location_scale,
     group_mean_baseline,
     group_normalise,
     leave_one_out,
@@ -323,6 +324,20 @@ def test_mixture_gives_the_critics_own_law_where_the_last_reward_is_missing():
     torch.testing.assert_close(fine_BTL.mean(-1), indexwise_BTM.mean(-1), rtol=0, atol=3e-3)
 
 
+@pytest.mark.parametrize("gamma", [1.0, 0.99])
+def test_an_outlier_in_the_reward_leaves_atoms_alone_that_do_not_meet_it(gamma):
+    # One seed draws the same landings: what lands before the end has no reward in it, what lands there has 1e7 gamma^n.
+    quantiles_BTM = 0.2 + 0.6 * torch.rand(1, 30, 16, generator=torch.Generator().manual_seed(0))
+    rewards_BT = torch.zeros(1, 30)
+    without_BTL = mixture_targets(rewards_BT, quantiles_BTM, torch.ones(1, 30), gamma, 0.9, 32, 0)
+    rewards_BT[0, -1] = 1e7
+    with_BTL = mixture_targets(rewards_BT, quantiles_BTM, torch.ones(1, 30), gamma, 0.9, 32, 0)
+    before_end_BTL = without_BTL > 0
+    assert 0.5 < before_end_BTL.float().mean() < 0.95
+    torch.testing.assert_close(with_BTL[before_end_BTL], without_BTL[before_end_BTL], rtol=1e-6, atol=1e-6)
+    assert (with_BTL[~before_end_BTL] > 7e6).all()  # 1e7 * .99^30 = 7.4e6
+
+
 def test_mixture_depends_on_its_seed_and_on_nothing_else():
     arguments = random_batch(11)[:3]
     first, again, other = (mixture_targets(*arguments, 1.0, 0.9, 8, seed) for seed in (1, 1, 2))
@@ -367,9 +382,26 @@ def test_group_baselines_equal_a_loop_over_groups(seed):
         torch.testing.assert_close(function(dirty_B, groups_B, present_B), row_B)
 
 
-def test_a_group_of_equal_rewards_gives_zero():
-    rewards_B = torch.full((4,), 0.7)
-    assert group_normalise(rewards_B, torch.zeros(4).long(), torch.ones(4)).abs().max() < 1e-2
+@pytest.mark.parametrize("size", [4, 7, 8])
+@pytest.mark.parametrize("reward", [0.7, 87.3, 20000.3])
+def test_a_group_of_equal_rewards_gives_zero(reward, size):
+    # The float32 mean of eight times 20000.3 is an ulp, .002, off: so would be every deviation, and the std.
+    arguments = torch.full((size,), reward), torch.zeros(size).long(), torch.ones(size)
+    for advantage in (group_mean_baseline, leave_one_out, group_normalise):
+        assert (advantage(*arguments) == 0).all()
+    location_B, scale_B = group_location_scale(*arguments)
+    assert (location_B == arguments[0]).all()
+    assert (scale_B == 0).all()
+
+
+def test_groups_far_from_0_keep_what_tells_their_rewards_apart():
+    # At 10,000 float32 knows multiples of .00098, a tenth of the spread: the mean lies between two of them.
+    rewards_B = 1e4 + 0.01 * torch.randn(8, generator=torch.Generator().manual_seed(0))
+    exact_B = rewards_B.double() - rewards_B.double().mean()
+    arguments = rewards_B, torch.zeros(8).long(), torch.ones(8)
+    torch.testing.assert_close(group_mean_baseline(*arguments), exact_B.float(), rtol=1e-6, atol=1e-8)
+    expected_B = exact_B / (exact_B.square().sum() / 7).sqrt().add(1e-4)
+    torch.testing.assert_close(group_normalise(*arguments), expected_B.float(), rtol=1e-6, atol=1e-6)
 
 
 # Dtypes, gradients, bad input

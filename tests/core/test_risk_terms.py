@@ -214,6 +214,22 @@ def test_terms_keep_their_digits_in_float32_when_rewards_are_offset_by_ten_thous
         torch.testing.assert_close(value.double(), exact[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("offset", "outlier"), [(0.0, 1e7), (0.0, 1e9), (1e4, None)])
+def test_terms_keep_their_digits_in_float32_beside_an_outlier_and_ranks_at_an_offset(form, offset, outlier):
+    # Unsorted heads: float32 means at 1e4 are multiples of .001, on which 40 levels within .6 tie or change places. The
+    # mean of 20 atoms is outlier / 20, near which float32 knows multiples of 1/32 (1e7) or of 4 (1e9).
+    generator = torch.Generator().manual_seed(3)
+    predictions = 0.6 * torch.rand(64, 3, 40, generator=generator) + offset
+    targets = 0.6 * torch.rand(64, 20, generator=generator) + offset
+    if outlier:
+        targets[:, 7] = outlier
+    arguments = (quantile_levels(40), 0.1, 2.0, 0.2, 0.2)
+    exact = naive_critic_terms(predictions.double(), targets.double(), arguments[0].double(), *arguments[1:])
+    for name, value in critic_terms(predictions, targets, *arguments).items():
+        rtol = 1e-4 if name in ("qr", "risk") else 1e-5  # of an outlier the loss keeps fewer digits
+        torch.testing.assert_close(value.double(), exact[name], rtol=rtol, atol=1e-7)
+
+
 def test_bf16_predictions_are_computed_in_float32():
     predictions = torch.tensor([[0.1, 0.2, 0.3, 0.7], [0.0, 0.3, 0.6, 1.1]], dtype=torch.bfloat16, requires_grad=True)
     given = (torch.tensor([0.15, 0.4, 1.3]), quantile_levels(4), 0.1, 2.0, 0.1, 0.1)

@@ -80,6 +80,32 @@ def test_the_torch_form_works_on_chunks_of_tokens_which_change_nothing(monkeypat
     assert all(torch.equal(a, b) for a, b in zip(at_once, in_chunks, strict=True))
 
 
+@pytest.mark.parametrize("far", [1e4, 1e7, 1e9])
+@pytest.mark.parametrize("outliers", ["one atom", "most atoms", "atom and prediction", "half of both"])
+def test_an_outlier_does_not_round_the_others_away(outliers: str, far: float):
+    # Atoms and predictions between .2 and .8, kappa .1; less the atoms' mean, far / 32, all would be one number in
+    # float32 from 1e7 on. Sums lose 3e-14 far / kappa of the loss, a hundredth of it in the gradient.
+    atoms, theta = (0.2 + 0.6 * torch.rand(*shape, generator=GENERATOR) for shape in ((64, 32), (64, 3, 32)))
+    atoms = atoms.sort(-1).values
+    if outliers == "most atoms":
+        atoms[:, 4:] = far
+    elif outliers == "half of both":
+        atoms[:, 16:] += far
+        theta[:, :, 16:] += far
+    else:
+        atoms[:, -1] = far
+    if outliers == "atom and prediction":
+        theta[:, :, -1] = far
+    levels = quantile_levels(32)
+    exact_theta = theta.double().requires_grad_()
+    exact = naive_quantile_huber_by_level(exact_theta, atoms.double(), levels.double(), 0.1)
+    exact.sum().backward()
+    for form in (compiled_loss, sorted_huber):
+        losses, slopes = form.huber_sums(theta, atoms, levels, 0.1)
+        torch.testing.assert_close(losses.double(), exact.detach(), rtol=3e-7 + 3e-13 * far, atol=0)
+        torch.testing.assert_close(slopes.double(), exact_theta.grad, rtol=0, atol=3e-7 + 3e-15 * far)
+
+
 @pytest.mark.parametrize("offset", [0.0, 10.0, 100.0])
 def test_float32_sums_would_lose_the_digits_that_ours_keep(offset: float):
     # The error against float64 on the same inputs, and that of the pairwise float32 form: ours is no worse. Prefix sums

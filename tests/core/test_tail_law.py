@@ -143,6 +143,16 @@ def test_each_token_by_itself_and_far_from_0_in_float32():
         torch.testing.assert_close(alone.double(), exact[name], rtol=1e-4, atol=1e-5)
 
 
+def test_an_outlier_above_leaves_the_lower_tail_its_digits_in_float32():
+    # The mean of the 20 returns is 5e7 then, where float32 knows multiples of 4.
+    generator = torch.Generator().manual_seed(3)
+    predictions, targets = torch.rand(5, 3, 20, generator=generator), torch.rand(5, 20, generator=generator)
+    targets[:, 7] = 1e9
+    exact = law_tail_terms(predictions.double(), targets.double(), 0.2, 0.2)
+    for name, value in law_tail_terms(predictions, targets, 0.2, 0.2).items():
+        torch.testing.assert_close(value.double(), exact[name], rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -18,7 +18,7 @@ def test_the_kernel_equals_torch_in_float64_in_tritons_interpreter():
     rows = json.loads(run.stdout)
     assert len(rows) == 5 * 2 * 2
     for row in rows:
-        assert max(row["gaps"]) < 3e-7 * 10, row  # float32 results of the order of 1; rewards are at 10
+        assert max(row["gaps"]) < 3e-7 * 10, row  # float32 results of the order of 1; rewards are at 10,000
 
 
 def test_where_triton_cannot_launch_torch_computes_and_it_is_said():

@@ -17,6 +17,8 @@ from dvpo.core.compiling import array, compiled, rows_ascend, share_out
 
 QUERIES, ATOMS, ONE = uintp(16), uintp(8), uintp(1)
 """Sizes of the blocks that meet in `count_below`: two vector registers of queries in float32."""
+NEAR = 2.0**10
+"""Predictions within so many kappa of one of them are compared in float32, others in float64, a third slower."""
 
 
 class TailSizes(NamedTuple):
@@ -57,7 +59,7 @@ def terms_forward(
     """
     theta, atoms = array(theta_KNM), _sorted(array(atoms_KL))
     order = _order(theta)
-    ranks = _order(theta.mean(axis=1)) if order.size else order
+    ranks = _order(theta.mean(axis=1, dtype=np.float64)) if order.size else order
     terms, slopes = np.empty((8, len(theta)), theta.dtype), np.empty_like(theta)
     tails = np.empty((len(theta), 8))
     taus, weights = array(levels_M.double()), array(weights_M)
@@ -155,14 +157,15 @@ def _merge_ties(queries: Any, atoms: Any, below: Any) -> None:
 
 @compiled
 def _scratch(theta: Any, num_atoms: int) -> Any:
-    """Queries and atoms with infinities behind, queries in float64, prefix sums, counts, by rank values, slopes and
+    """Queries and atoms with infinities behind, both again in float64, prefix sums, counts, by rank values, slopes and
     levels."""
     num_quantiles, whole = theta.shape[2], int(QUERIES)
     queries = np.full((num_quantiles // whole + 1) * whole, np.inf, theta.dtype)
     atoms = np.full((num_atoms // int(ATOMS) + 1) * int(ATOMS), np.inf, theta.dtype)
+    exact, wide = np.full(len(queries), np.inf), np.full(len(atoms), np.inf)
     sums, squares = np.empty(num_atoms + 1), np.empty(num_atoms + 1)
     below = np.empty((3, len(queries)), np.int32)
-    return queries, atoms, np.empty(num_quantiles), sums, squares, below, np.empty((3, num_quantiles))
+    return queries, atoms, exact, wide, sums, squares, below, np.empty((3, num_quantiles))
 
 
 @compiled
@@ -170,17 +173,18 @@ def _huber_token(
     theta: Any, given: Any, order: Any, first: int, taus: Any, kappa: float, scratch: Any, losses: Any, slopes: Any
 ) -> float:
     """Losses by level, summed over heads (overwritten), and slopes of their mean; returns the mean of the atoms."""
-    queries, atoms, exact, sums, squares, below, rows = scratch
+    queries, atoms, exact, wide, sums, squares, below, rows = scratch
     num_heads, num_quantiles = theta.shape
     num_atoms = len(given)
     mean = _prefix_sums(given, sums, squares)
     sound = math.isfinite(squares[num_atoms])
-    # Counts compare numbers of theta's type, from which the mean is taken: at an offset they keep what tells them
-    # apart. An atom that rounding puts on the wrong side of a kink lies so near that neither sum shows it; only kappa =
-    # 0 has a jump there, and compares what was given.
-    origin = mean if kappa > 0 else 0.0
+    # Counts compare numbers of theta's type, from which a prediction is taken: at an offset they keep what tells them
+    # apart. (From the mean of the atoms one outlier would round all others away.) An atom that rounding puts on the
+    # wrong side of a kink lies so near that neither sum shows it; only kappa = 0 has a jump there, and compares what
+    # was given.
+    origin = theta[0, num_quantiles // 2] if kappa > 0 else theta.dtype.type(0)
     for k in range(num_atoms):
-        atoms[k] = given[k] - origin
+        atoms[k], wide[k] = given[k] - origin, given[k] - mean
     losses[:] = 0.0
     values, by_rank, tau = rows
     for i in range(num_heads):
@@ -200,25 +204,29 @@ def _huber_token(
             continue
         if order.size:
             values[:] = 0.0
-            _add_head(queries, atoms, exact, sums, squares, below, kappa, tau, num_heads, values, by_rank)
+            _add_head(queries, atoms, exact, wide, sums, squares, below, kappa, tau, num_heads, values, by_rank)
             for j in range(num_quantiles):
                 losses[order[first + i, j]] += values[j]
                 slopes[i, order[first + i, j]] = by_rank[j]
         else:
-            _add_head(queries, atoms, exact, sums, squares, below, kappa, taus, num_heads, losses, slopes[i])
+            _add_head(queries, atoms, exact, wide, sums, squares, below, kappa, taus, num_heads, losses, slopes[i])
     return mean
 
 
 @compiled
 def _add_head(
-    queries: Any, atoms: Any, exact: Any, sums: Any, squares: Any, below: Any, kappa: float, tau: Any, num_heads: int,
-    losses: Any, slopes: Any,
+    queries: Any, atoms: Any, exact: Any, wide: Any, sums: Any, squares: Any, below: Any, kappa: float, tau: Any,
+    num_heads: int, losses: Any, slopes: Any,
 ) -> None:  # fmt: skip
     """Add a head's losses, write its slopes: of predictions that ascend, from which the atoms' mean is taken."""
-    num_quantiles, num_atoms = len(exact), len(sums) - 1
+    num_quantiles, num_atoms = len(tau), len(sums) - 1
     if kappa > 0:
+        near = max(queries[num_quantiles - 1], -queries[0]) <= NEAR * kappa  # NaN is not
         for e in range(3):
-            count_below(queries, atoms, queries.dtype.type((e - 1) * kappa), below[e])
+            if near:
+                count_below(queries, atoms, queries.dtype.type((e - 1) * kappa), below[e])
+            else:
+                count_below(exact, wide, (e - 1) * kappa, below[e])
         _smooth(exact, sums, squares, below, kappa, tau, num_heads, losses, slopes)
     else:
         _merge_ties(queries[: num_quantiles + 1], atoms[: num_atoms + 1], below)

@@ -269,8 +269,9 @@ def mixture_targets(
     _check(rewards, quantiles_BTM, keep_BT, gamma, lam, bootstrap, zero_last_delta)
     if num_atoms < 1:
         raise ValueError(f"num_atoms must be at least 1, got {num_atoms}")
-    # With values of 0 and lam = 1, GAE is the discounted sum of the rewards still to come.
-    zeros_BT = quantiles_BTM.new_zeros(keep_BT.shape)
+    # With values of 0 and lam = 1, GAE is the discounted sum of the rewards still to come; float64, for what is to come
+    # at a landing is taken out again.
+    zeros_BT = quantiles_BTM.new_zeros(keep_BT.shape, dtype=torch.float64)
     to_come_BT, _ = gae(rewards, zeros_BT, mask, gamma, 1.0, zero_last_delta=zero_last_delta)
     end_BM = torch.zeros_like(quantiles_BTM.sum(dim=1)) if bootstrap is None else bootstrap.to(quantiles_BTM)
     generator = torch.Generator().manual_seed(seed)
@@ -307,9 +308,9 @@ def _draw_mixture(
     steps_KL = torch.minimum(_geometric_steps(position_KL, lam, num_states), longest_K1)
     landing_KL = start_K1 + steps_KL
     quantile_KL = (level_KL * num_quantiles).long().clamp(max=num_quantiles - 1)
-    discount_KL = torch.pow(torch.full_like(to_come_H[:1], gamma), steps_KL)
-    # The rewards between t and the landing are to_come_t - gamma^n to_come_landing.
-    return to_come_H[start_K1] + discount_KL * (states_HM[landing_KL, quantile_KL] - to_come_H[landing_KL])
+    discount_KL = torch.pow(gamma, torch.arange(num_states, dtype=torch.float64, device=device))[steps_KL]
+    between_KL = to_come_H[start_K1] - discount_KL * to_come_H[landing_KL]
+    return (between_KL + discount_KL * states_HM[landing_KL, quantile_KL]).to(states_HM)
 
 
 def _geometric_steps(position_KL: Tensor, lam: float, longest: int) -> Tensor:
@@ -406,18 +407,19 @@ def group_location_scale(
         robust: one outlier in a group then moves neither.
 
     Returns:
-        (location, scale), [B], the same for every member; (0, 0) for a group without a reward.
+        (location, scale), [B], the same for every member; (0, 0) for a group without a reward. float64: far from 0 a
+        location of float32 is off by as much as what tells rewards apart.
 
     Raises:
         ValueError: the three are not one [B].
 
     Source: Hampel 1974 for the robust form.
     """
-    deviations_B, count_B, group_B = _group_deviations(rewards, groups, reward_mask)
-    values_B = zero_masked(at_least_float32(rewards), reward_mask)
+    deviations_B, count_B, group_B = _group_deviations(rewards.double(), groups, reward_mask)
+    values_B = zero_masked(rewards.double(), reward_mask)
+    std_B = (_group_sum(deviations_B.square(), group_B) / (count_B - 1).clamp(min=1)).sqrt()
     if not robust:
-        location_B = _group_sum(values_B, group_B) / count_B.clamp(min=1)
-        return location_B, (_group_sum(deviations_B.square(), group_B) / (count_B - 1).clamp(min=1)).sqrt()
+        return _group_sum(values_B, group_B) / count_B.clamp(min=1), std_B
     location_B, scale_B = torch.zeros_like(values_B), torch.zeros_like(values_B)
     for group in group_B.unique():
         members_B = group_B == group
@@ -426,8 +428,7 @@ def group_location_scale(
             median = present_R.quantile(0.5)
             location_B[members_B] = median
             scale = 1.4826 * (present_R - median).abs().quantile(0.5)
-            spread = present_R.std() if len(present_R) > 1 else scale
-            scale_B[members_B] = torch.where(scale > 0, scale, spread)
+            scale_B[members_B] = torch.where(scale > 0, scale, std_B[members_B])
     return location_B, scale_B
 
 
@@ -439,9 +440,12 @@ def _group_deviations(rewards: Tensor, groups: Tensor, reward_mask: Tensor) -> t
     rewards_B = zero_masked(at_least_float32(rewards), reward_mask)
     group_B = groups.unique(return_inverse=True)[1]
     count_B = _group_sum(reward_mask.bool().to(rewards_B.dtype), group_B)
-    mean_B = _group_sum(rewards_B, group_B) / count_B.clamp(min=1)
     # A reward that is alone is its own mean: the deviation is exactly 0, and so is every advantage made of it.
-    return zero_masked(rewards_B - mean_B, reward_mask), count_B, group_B
+    deviations_B = rewards_B
+    for _ in range(2):  # far from 0 the first mean is rounded to few digits; the mean of what it left is exact
+        mean_B = _group_sum(deviations_B, group_B) / count_B.clamp(min=1)
+        deviations_B = zero_masked(deviations_B - mean_B, reward_mask)
+    return deviations_B, count_B, group_B
 
 
 def _group_sum(values_B: Tensor, group_B: Tensor) -> Tensor:

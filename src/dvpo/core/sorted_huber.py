@@ -9,8 +9,8 @@ slope 1 outside a quadratic zone of half-width kappa,
 
 and the slopes in theta are the same differences of P'_e, the sums of theta + e - G.
 
-Float32 inputs are searched in float32 and summed in float64. Both differences cancel digits, R / kappa of them for
-atoms a distance R apart: float32 would be left with none at kappa = R / 1e7, float64 still has nine.
+Float32 inputs are searched and summed in float64. Both differences cancel digits, R / kappa of them for atoms a
+distance R apart: float32 would be left with none at kappa = R / 1e7, float64 still has nine.
 
 This is the form for any device; `core/backends.py` says who does the same faster, and where.
 """
@@ -58,7 +58,7 @@ def _smooth(theta_CX: Tensor, atoms_CL: Tensor, tau_X: Tensor, kappa: float) -> 
     wide_CL, theta_CX = atoms_CL - centre_C1, theta_CX - centre_C1
     # E = 3 X edges. An atom on the wrong side of one by a rounding error adds no more than that error.
     edges_CE = (theta_CX[:, None] + theta_CX.new_tensor([[-kappa], [0.0], [kappa]])).flatten(1)
-    count_CE = torch.searchsorted(wide_CL.to(atoms_CL.dtype), edges_CE.to(atoms_CL.dtype), out_int32=True)
+    count_CE = torch.searchsorted(wide_CL, edges_CE, out_int32=True)
     index_CE = count_CE.long()
     minus_sum_CE = pad(wide_CL.cumsum(dim=-1).neg_(), (1, 0)).gather(-1, index_CE)
     first_CE = torch.addcmul(minus_sum_CE, count_CE.double(), edges_CE)  # P'

@@ -49,8 +49,9 @@ def law_tail_terms(predictions: Tensor, targets: Tensor, alpha: float, beta: flo
         if not 0.0 <= share <= 1.0:
             raise ValueError(f"{name} must lie in [0, 1], got {share}")
     predictions, targets = at_least_float32(predictions), at_least_float32(targets).detach()
-    # No term depends on where 0 lies, but far from it float32 has few digits for a difference of means.
-    centre = targets.mean(dim=-1, keepdim=True)
+    # No term depends on where 0 lies, but far from it float32 has few digits for a difference of means. It is put on a
+    # prediction: the targets' mean follows an outlier, far from all the others.
+    centre = predictions[..., 0, predictions.shape[-1] // 2, None].detach()
     theta = (predictions - centre.unsqueeze(-1)).mean(dim=-2).sort(dim=-1).values
     targets = targets - centre
     cvar, shape_low = _lower_errors(theta, targets, alpha)

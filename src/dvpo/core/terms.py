@@ -63,8 +63,9 @@ class _CriticTerms(torch.autograd.Function):
         losses_KM, slopes_KNM = backends.huber_sums(theta_KNM, atoms_KL, levels_M, kappa)
         weights_M = _risk_weights(levels_M, eta).to(losses_KM)
 
-        # No term depends on where 0 lies, but far from it float32 has few digits for a difference of means.
-        centre_K1 = atoms_KL.mean(dim=-1, keepdim=True)
+        # No term depends on where 0 lies, but far from it float32 has few digits for a difference of means. It is put
+        # on a prediction: the atoms' mean follows an outlier, far from all the others.
+        centre_K1 = theta_KNM[:, 0, theta_KNM.shape[-1] // 2, None]
         spread_KNM = theta_KNM - centre_K1[:, None]
         ensemble_KM = spread_KNM.mean(dim=1)
         order_KM = ensemble_KM.argsort(dim=-1)

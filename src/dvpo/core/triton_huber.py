@@ -63,11 +63,17 @@ def _huber_token(
     mean = tl.sum(wide, axis=0) / num_atoms
     away = tl.where(atom, wide - mean, 0.0)
     sums, squares = tl.cumsum(away, axis=0), tl.cumsum(away * away, axis=0)
+    # Counts compare float32, less a prediction from here on: an offset takes no digits then. Ties need what was given.
+    origin = 0.0
+    if smooth:
+        origin = tl.load(theta_ptr + token * num_heads * num_quantiles + num_quantiles // 2)
+    atoms -= origin
     loss = tl.zeros([block_m], dtype=tl.float64)
     for i in tl.static_range(num_heads):
         at = (token * num_heads + i) * num_quantiles + j
         theta = tl.load(theta_ptr + at, mask=level, other=0.0)
         x = theta.to(tl.float64) - mean
+        theta -= origin
         n1 = _count_below(atoms, theta, depth, False)
         s1 = _first(sums, n1)
         if smooth:
