@@ -49,8 +49,9 @@ def test_the_oracles_episode_reads_as_the_chat_does_and_its_reward_lands_on_the_
     for example in task.split("train"):
         messages = converse(task.environment(example), expert)
         episode = episode_of(task, example, Script(turns_of(messages)))
-        # Token for token what the chat template makes of the conversation, less the header of a next turn.
-        assert [*episode.prompt_tokens, *episode.tokens] == ENCODER.prompt(messages)[:-1]
+        # Token for token what the chat template makes of the conversation, whose last message a prompt leaves open.
+        eos = ENCODER.tokenizer.eos_token_id
+        assert [*episode.prompt_tokens, *episode.tokens] == [*ENCODER.prompt(messages), eos]
         rollout = rollout_of(task, episode)
         written = [t for t, mask in zip(episode.tokens, rollout.mask_BT[0].tolist(), strict=True) if mask]
         assert ENCODER.tokenizer.decode(written) == "".join(f"{turn}<|end|>" for turn in turns_of(messages))
