@@ -19,12 +19,13 @@ from dvpo.checkpoint import checkpoint_step, find_fault, latest_checkpoint
 from dvpo.config import Config, load_config
 from dvpo.distributed import gather_rows, is_main, share
 from dvpo.durable import output_file, write_atomically
+from dvpo.environments import environment_at
 from dvpo.errors import InputError
 from dvpo.faults import fault_rows, lost_in_evaluation
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.rewards import Scores
 from dvpo.runlog import json_line
-from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Sampler, begin, environment_at, fit_prompts, play
+from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Sampler, begin, fit_prompts, play
 from dvpo.scoring import Scorer, open_reward
 from dvpo.seeding import derive_seed
 from dvpo.settings import SamplingConfig

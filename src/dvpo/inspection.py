@@ -15,6 +15,7 @@ from dvpo.checkpoint import checkpoint_step
 from dvpo.config import Config, load_config
 from dvpo.core.masks import identity
 from dvpo.critic import Critic, load_critic
+from dvpo.environments import environment_at, step
 from dvpo.errors import InputError
 from dvpo.estimates import Signals, overlong_penalties, reward_trust, shape_rewards
 from dvpo.evaluate import refuse_what_python_gave, sound_checkpoint
@@ -24,7 +25,7 @@ from dvpo.privilege import Privilege
 from dvpo.report import write_page
 from dvpo.report_data import Run
 from dvpo.report_texts import page_data, script_json
-from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, collate, environment_at, play, step
+from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, collate, play
 from dvpo.scoring import Scorer
 from dvpo.seeding import derive_seed
 from dvpo.tasks import Example, SingleTurn, Task, make_task

@@ -10,8 +10,7 @@ turn), so that a row's draw does not depend on the rows beside it, on the batch 
 
 import math
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,12 +21,12 @@ from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsW
 
 from dvpo.batch import Rollout
 from dvpo.decoding import Decoder
+from dvpo.environments import environment_at, step
 from dvpo.errors import InputError
 from dvpo.policy import Policy
-from dvpo.reward_worker import one_line
 from dvpo.seeding import derive_seed
 from dvpo.settings import SamplingConfig
-from dvpo.tasks import Environment, Example, Message, Prompt, Step, Task
+from dvpo.tasks import Environment, Example, Message, Prompt, Task
 
 
 @dataclass(frozen=True)
@@ -235,35 +234,6 @@ def begin(
             f"sampling.max_prompt_length = {limit}: raise it, or set sampling.long_prompts to truncate"
         )
     return Episode(example, visit, sample, tokens[-limit:]), environment
-
-
-@contextmanager
-def environment_at(example: Example) -> Iterator[None]:
-    """Whatever the user's environment raises at an example ends the run in one sentence."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"task: the environment of prompt {example.id} raised {one_line(error)}: mend it") from error
-
-
-def step(environment: Environment, example: Example, response: str) -> Step:
-    """The environment's answer.
-
-    Raises:
-        InputError: it raised something, or answered no `Step`.
-    """
-    with environment_at(example):
-        answer = environment.step(response)
-    try:
-        reward = None if answer.reward is None else float(answer.reward)
-        return Step(() if answer.done else tuple(answer.messages), reward, answer.done)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise InputError(
-            f"task: the environment of prompt {example.id} answered {answer!r:.80}: let its method step return a "
-            "dvpo.tasks.Step of messages, a number or None, and whether it is over"
-        ) from error
 
 
 def play(
