@@ -2,6 +2,8 @@
 
 import json
 import math
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from dvpo.trainer import Trainer
 from runs import Parity, run_config
 
 FUNCTIONS = """
+import os, time
+
 def length(completion_ids, **columns):
     return [float(len(ids)) for ids in completion_ids]
 
@@ -34,6 +38,25 @@ def broken(completion_ids, **columns):
 
 def words(completions, **columns):
     return ["good"] * len(completions)
+
+def meeting(mine, other):
+    open(mine, "w").close()
+    end = time.monotonic() + 20
+    while not os.path.exists(other):
+        if time.monotonic() > end:
+            raise TimeoutError("nobody came")
+        time.sleep(0.01)
+
+def one(completions, **columns):
+    meeting("one", "other")
+    return [1.0] * len(completions)
+
+def other(completions, **columns):
+    meeting("other", "one")
+    return [2.0] * len(completions)
+
+def endless(completions, **columns):
+    time.sleep(60)
 """
 
 
@@ -149,6 +172,35 @@ def test_a_run_adds_up_the_task_and_a_function_and_logs_each(tmp_path: Path) -> 
             )
             assert row["reward/part/task"] == pytest.approx(row["reward/true"])
             assert (row["reward/part/task/missing"], row["reward/faults"]) == (0, 0)
+
+
+@pytest.mark.usefixtures("functions")
+def test_functions_are_asked_side_by_side(tmp_path: Path) -> None:
+    parts = mix_of("{function: 'mixed_rewards:one'}", "{function: 'mixed_rewards:other'}")
+    trainer = Trainer(run_config(tmp_path / "run", "algorithm=ppo", parts), task=Parity())
+    rollout, collected = trainer.collect()  # each waits for the other
+    trainer.close()
+    assert collected.faults()[0] == []
+    assert set(rollout.observed_B.tolist()) == {3.0}
+
+
+@pytest.mark.usefixtures("functions")
+def test_an_interrupt_ends_all_functions_of_a_mix_at_once(tmp_path: Path) -> None:
+    parts = mix_of("{function: 'mixed_rewards:endless'}", "{function: 'mixed_rewards:endless', name: again}")
+    trainer = Trainer(run_config(tmp_path / "run", "algorithm=ppo", parts), task=Parity())
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before, start = signal.signal(signal.SIGALRM, interrupt), time.monotonic()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.collect()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        trainer.close()
+    assert time.monotonic() - start < 20
 
 
 @pytest.mark.usefixtures("functions")

@@ -195,6 +195,11 @@ class GuardedReward:
         parts = [_select(batch, range(start, end)) for start, end in pairwise(cuts)]
         return _joined([self._score(self._lanes[0], parts[0])] if len(parts) == 1 else self._score_side_by_side(parts))
 
+    def interrupt(self) -> None:
+        """End the workers in the middle of a call, from another thread than the call's."""
+        for lane in self._lanes:
+            lane.interrupt()
+
     def close(self) -> None:
         """End the workers and whatever they started; a later call would start others."""
         for lane in self._lanes:
@@ -212,8 +217,7 @@ class GuardedReward:
             try:
                 return list(threads.map(self._score, self._lanes, parts))
             except BaseException:  # Ctrl-C, say: without their workers the threads end at once
-                for lane in self._lanes:
-                    lane.interrupt()
+                self.interrupt()
                 raise
 
     def _score(self, lane: Lane, batch: Batch, deadline: float | None = None) -> Scores:

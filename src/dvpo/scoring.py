@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -153,10 +154,21 @@ class Scorer:
     def _parts(
         self, mix: RewardMix, episodes: Sequence[Episode], by_the_task: list[Reward], columns: Columns
     ) -> list[Scores]:
-        return [
-            Scores(by_the_task, []) if part.source is None else self._ask(part.source, episodes, columns)
-            for part in mix.parts
-        ]
+        """What each part says. Functions run in processes of their own, so that nobody waits for the sum of them."""
+        functions = [part.source for part in mix.parts if isinstance(part.source, GuardedReward)]
+        with ThreadPoolExecutor(max(len(functions), 1)) as threads:
+            try:
+                asked = {source: threads.submit(self._ask, source, episodes, columns) for source in functions}
+                return [
+                    Scores(by_the_task, []) if part.source is None
+                    else asked[part.source].result() if isinstance(part.source, GuardedReward)
+                    else self._ask(part.source, episodes, columns)
+                    for part in mix.parts
+                ]  # fmt: skip
+            except BaseException:  # Ctrl-C, say: without their workers the threads end at once
+                for source in functions:
+                    source.interrupt()
+                raise
 
     def _ask(self, reward: RewardSource, episodes: Sequence[Episode], columns: Columns) -> Scores:
         completions: list[Completion] = [e.text if isinstance(e.example.prompt, str) else e.messages for e in episodes]
