@@ -266,15 +266,14 @@ def _train(arguments: argparse.Namespace) -> None:
     if not first:
         warnings.simplefilter("ignore")  # the first process gives them
     try:
-        from rich.console import Console
-
         from dvpo.distributed import shutdown
+        from dvpo.plain_text import plain_console
         from dvpo.progress import RunProgress
         from dvpo.trainer import Trainer
 
         allow = arguments.allow.split(",") if arguments.allow else ()
         trainer = Trainer(config, resume=arguments.resume, allow=allow)
-        console = Console(quiet=not first, markup=False)
+        console = plain_console(quiet=not first)
         with RunProgress(config.algorithm, config.steps, trainer.folder, trainer.step, console) as progress:
             trainer.observer = progress
             trainer.train()
@@ -298,8 +297,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 def _study(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from rich.console import Console
-
+    from dvpo.plain_text import plain_console
     from dvpo.study import load_study
 
     study = load_study(arguments.study, arguments.overrides, arguments.only)
@@ -318,11 +316,11 @@ def _study(arguments: argparse.Namespace) -> int:
         if arguments.markdown:
             sys.stdout.write(to_markdown(report))
         else:
-            print_report(report, Console(markup=False) if sys.stdout.isatty() else Console(width=160, markup=False))
+            print_report(report, plain_console() if sys.stdout.isatty() else plain_console(width=160))
         return 0
     from dvpo.study_run import run_study
 
-    console = Console(markup=False)
+    console = plain_console()
     try:
         failed = run_study(study, arguments.processes, results, console)
     except Interrupted as stop:
@@ -334,18 +332,16 @@ def _study(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
+    from dvpo.plain_text import plain_console
     from dvpo.report import write_report
 
     page = write_report(arguments.sources, arguments.output, arguments.results, arguments.baseline)
-    Console(markup=False).print(f"report: {page}", soft_wrap=True)
+    plain_console().print(f"report: {page}", soft_wrap=True)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from dvpo.inspection import Question, inspect_checkpoint
+    from dvpo.plain_text import plain_console
 
     question = Question(
         prompt=arguments.prompt,
@@ -357,36 +353,34 @@ def _inspect(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     colour = {"advantage": "advantages"}.get(arguments.colour, arguments.colour)
-    inspect_checkpoint(arguments.checkpoint, question, colour, arguments.compare, arguments.html, Console(markup=False))
+    inspect_checkpoint(arguments.checkpoint, question, colour, arguments.compare, arguments.html, plain_console())
 
 
 def _watch(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
+    from dvpo.plain_text import plain_console
     from dvpo.watch import watch
 
-    watch(arguments.runs, arguments.metric, arguments.once, arguments.every, Console(markup=False))
+    watch(arguments.runs, arguments.metric, arguments.once, arguments.every, plain_console())
 
 
 def _label(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from dvpo.config import load_config
     from dvpo.label import label_file
+    from dvpo.plain_text import plain_console
 
     config = load_config(arguments.config, arguments.overrides)
-    label_file(config, arguments.samples, arguments.prompts, arguments.output, Console(markup=False))
+    label_file(config, arguments.samples, arguments.prompts, arguments.output, plain_console())
 
 
 def _reward_model(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
+    from dvpo.plain_text import plain_console
 
     if arguments.from_task:
         from dvpo.config import load_config
         from dvpo.preferences import pairs_file
 
         config = load_config(arguments.from_task, arguments.set)
-        pairs_file(config, arguments.count, arguments.wrong, arguments.pairs, Console(markup=False))
+        pairs_file(config, arguments.count, arguments.wrong, arguments.pairs, plain_console())
         return
     from dvpo.reward_training import Training, train_folder
 
@@ -398,27 +392,25 @@ def _reward_model(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     output, device, dtype = arguments.output, arguments.device, arguments.dtype
-    train_folder(arguments.pairs, arguments.model, output, settings, device, dtype, Console(markup=False))
+    train_folder(arguments.pairs, arguments.model, output, settings, device, dtype, plain_console())
 
 
 def _diagnose(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from dvpo.config import load_config
     from dvpo.diagnose import Effort, diagnose_file
+    from dvpo.plain_text import plain_console
 
     config = load_config(arguments.config, arguments.overrides)
     effort = Effort(prompts=arguments.prompts, samples=arguments.samples, repeats=arguments.repeats)
-    diagnose_file(config, effort, arguments.reward, arguments.json, Console(markup=False))
+    diagnose_file(config, effort, arguments.reward, arguments.json, plain_console())
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from dvpo.config import load_config
     from dvpo.doctor import report_installation, report_needs
+    from dvpo.plain_text import plain_console
 
-    console = Console(markup=False)
+    console = plain_console()
     config = load_config(arguments.config, arguments.overrides) if arguments.config else None
     report_installation(console)
     if config is not None:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from dvpo.config import load_config
 from dvpo.evaluate import interval_text
+from dvpo.plain_text import plain_console
 from dvpo.progress import RunProgress
 from dvpo.report import write_report
 from dvpo.trainer import Trainer
@@ -31,7 +31,7 @@ def run_demo(
     Raises:
         InputError: bad settings, before anything is trained.
     """
-    console = Console(markup=False)
+    console = plain_console()
     folder = Path(output or f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}")
     configs = {
         name: load_config(

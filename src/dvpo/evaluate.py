@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from dvpo.checkpoint import checkpoint_step, find_fault, latest_checkpoint
@@ -22,6 +21,7 @@ from dvpo.durable import output_file, write_atomically
 from dvpo.environments import environment_at
 from dvpo.errors import InputError
 from dvpo.faults import fault_rows, lost_in_evaluation
+from dvpo.plain_text import plain_console
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.rewards import Scores
 from dvpo.runlog import json_line
@@ -341,7 +341,7 @@ def evaluate_checkpoint(
             results[split] = evaluate(policy, task, examples[split], judge, config.sampling, samples, config.seed)
             rows += [{"split": split, **row} for row in results[split].rows]
     write_atomically(file, map(json_line, rows))
-    console = Console(markup=False)
+    console = plain_console()
     console.print(_table(results, f"{checkpoint}: % of held-out items solved, 95% intervals in brackets"))
     if said := lost_in_evaluation([row for result in results.values() for row in result.faults]):
         console.print(said, style="bold red", markup=False, highlight=False, soft_wrap=True)

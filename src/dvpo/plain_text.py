@@ -1,6 +1,9 @@
-"""Text of models as text: nothing in it acts on a terminal, a page or the order of what stands beside it."""
+"""Text of models and users as text: nothing in it acts on a terminal, a page or the order of what stands beside it."""
 
 import unicodedata
+from typing import Any
+
+from rich.console import Console
 
 KEPT = "\n\t"
 JOINERS = "\u200c\u200d"
@@ -34,3 +37,12 @@ def _sign(character: str) -> str:
     if unicodedata.category(character) == "Zs":
         return " "
     return f"\\u{number:04x}" if number <= 0xFFFF else f"\\U{number:08x}"
+
+
+def plain_console(**options: Any) -> Console:
+    """A terminal that prints a path as it is: rich would take brackets in it for markup.
+
+    Args:
+        options: of `rich.console.Console`.
+    """
+    return Console(markup=False, **options)

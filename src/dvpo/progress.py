@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dvpo.alarms import NAMES as ALARMS
 from dvpo.evaluate import interval_text
 from dvpo.faults import FaultTally
+from dvpo.plain_text import plain_console
 from dvpo.rewards import Fault
 
 SHOWN = (
@@ -38,7 +39,7 @@ class RunProgress:
     """
 
     def __init__(self, name: str, steps: int, folder: Path, start: int = 0, console: Console | None = None) -> None:
-        self.console = Console(markup=False) if console is None else console
+        self.console = plain_console() if console is None else console
         self.name, self.steps, self.start = name, steps, start
         self._tally, self._faults_file = FaultTally(), folder / "faults.jsonl"
         self._began = self._said = time.monotonic()

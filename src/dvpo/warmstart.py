@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn import functional
@@ -46,6 +45,7 @@ from dvpo.embedded import ROLES, make_model, make_tokenizer
 from dvpo.errors import InputError
 from dvpo.interrupt import handled
 from dvpo.lessons import SOURCES, Demonstrated
+from dvpo.plain_text import plain_console
 from dvpo.policy import Policy
 from dvpo.verdicts import measure, verdict
 
@@ -289,7 +289,7 @@ def losses(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, lesson: 
 @contextmanager
 def progress_reports(steps: int, wanted: bool) -> Iterator[Callable[[int, str], None]]:
     """Hand out `report(step, text)`: a bar on a terminal, a line for each tenth elsewhere, or nothing."""
-    console = Console(stderr=True, markup=False)
+    console = plain_console(stderr=True)
     if not wanted:
         yield lambda step, text: None
     elif console.is_terminal:
@@ -321,7 +321,7 @@ def main(arguments: list[str] | None = None) -> None:
             folder = warm_start(options.task, options.checker, options.seed, rebuild=options.rebuild, cache=options.out)
     except InputError as error:
         parser.error(str(error))
-    Console(markup=False).print(f"{folder}\n{(folder / 'warmstart.json').read_text()}", highlight=False)
+    plain_console().print(f"{folder}\n{(folder / 'warmstart.json').read_text()}", highlight=False)
 
 
 if __name__ == "__main__":
