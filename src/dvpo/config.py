@@ -59,6 +59,7 @@ TASKS_WITH = {
 }
 """Setting of `task` -> the tasks that read it."""
 OF_ANY_NOISE = ("then", "low", "high")
+"""Settings of `noise` that say something without a kind."""
 
 
 @section
@@ -164,18 +165,17 @@ class Config:
                 f"alarms.kl_reference = {self.alarms.kl_reference:g} watches what is measured only where "
                 "actor.kl.coef is above 0: set that, to 1e-6 say, or drop the alarm"
             )
-        silent = {
-            "value": None if row.has_critic else f"algorithm = {self.algorithm} has no critic",
-            # Measured before each minibatch's own update: the first sees the sampling policy itself.
-            "kl": "a step of one update (update.epochs, update.minibatches) is measured before it"
-            if self.update.epochs * self.update.minibatches == 1 and not self.alarms.kl_reference
-            else None,
-        }
-        if cannot := [name for name in self.alarms.stop if silent.get(name)]:
-            raise ValueError(
-                f"alarms.stop names {cannot[0]}, which cannot ring: {silent[cannot[0]]}; drop it"
-                + (", or set alarms.kl_reference and actor.kl.coef" if cannot[0] == "kl" else "")
+        silent = {}
+        if not row.has_critic:
+            silent["value"] = f"algorithm = {self.algorithm} has no critic; drop it"
+        # Measured before each minibatch's own update: the first sees the sampling policy itself.
+        if self.update.epochs * self.update.minibatches == 1 and not self.alarms.kl_reference:
+            silent["kl"] = (
+                "a step of one update (update.epochs, update.minibatches) is measured before it; drop it, or set "
+                "alarms.kl_reference and actor.kl.coef"
             )
+        if cannot := [name for name in self.alarms.stop if name in silent]:
+            raise ValueError(f"alarms.stop names {cannot[0]}, which cannot ring: {silent[cannot[0]]}")
         if self.reward.overlong > self.sampling.max_completion_length:
             raise ValueError(
                 f"reward.overlong = {self.reward.overlong} exceeds sampling.max_completion_length = "

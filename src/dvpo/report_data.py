@@ -4,6 +4,7 @@ A `Place` is what is compared: series of runs (an algorithm, several seeds) unde
 """
 
 import json
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -129,11 +130,12 @@ def place_of_runs(folders: Iterable[Path]) -> Place:
     if len({run.folder.resolve() for run in runs if run.folder}) < len(runs):
         raise InputError("a run folder is named twice: give each once")
     groups: dict[tuple[str, int], list[Run]] = {}
-    for place, run in enumerate(runs):
+    times: Counter[tuple[str, int]] = Counter()
+    for run in runs:
         identity = json.dumps(_identity(run), sort_keys=True)
         # A seed that was run again, by other code or on another machine, is no further seed.
-        before = sum(_identity(other) == _identity(run) and other.seed == run.seed for other in runs[:place])
-        groups.setdefault((identity, before), []).append(run)
+        groups.setdefault((identity, times[identity, run.seed]), []).append(run)
+        times[identity, run.seed] += 1
     names = series_names([group[0] for group in groups.values()])
     series = [
         Series(name, [replace(run, name=name) for run in group], colour)
