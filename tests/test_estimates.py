@@ -13,15 +13,8 @@ from dvpo.core.backends import ascending
 from dvpo.core.masks import identity
 from dvpo.core.returns import gae, group_rank
 from dvpo.core.risk import cvar, rank_advantage, tv_worst_case
-from dvpo.estimates import (
-    Signals,
-    last_token,
-    law_value,
-    least_head_value,
-    mean_value,
-    recentred,
-    reward_trust,
-)
+from dvpo.estimates import law_value, least_head_value, mean_value, recentred
+from dvpo.shaping import Signals, last_token, reward_trust
 from dvpo.trainer import Trainer
 from responses import estimate, signals
 from runs import Parity, run_config

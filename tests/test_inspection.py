@@ -133,6 +133,7 @@ def test_what_follows_a_cut_is_worth_what_the_critic_says(runs: Path):
         ({"reward": {"norm": "group"}}, "reward.norm = group takes the returns of other responses"),
         ({"reward": {"trusted": 0.5, "correction": "backward"}}, "are estimated in the run (reward.trusted)"),
         ({"actor": {"kl": KLConfig(coef=0.1, place="reward")}}, "takes the starting policy"),
+        ({"advantage": {"recentre": True}}, "the values are recentred (advantage.recentre) by the responses of a step"),
     ],
 )
 def test_where_the_critic_learnt_from_more_than_one_response_there_are_no_advantages(

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from dvpo.core.masks import identity
 from dvpo.core.returns import group_location_scale
-from dvpo.estimates import last_token, overlong_penalties, shape_rewards
 from dvpo.settings import RewardConfig
+from dvpo.shaping import last_token, overlong_penalties, shape_rewards
 from dvpo.trainer import Trainer
 from responses import NOISE, shape, signals
 from runs import Parity, run_config

@@ -20,7 +20,6 @@ from dvpo.core.risk import critic_terms
 from dvpo.core.tail_law import law_tail_terms
 from dvpo.errors import InputError
 from dvpo.estimates import (
-    Signals,
     distributional_estimate,
     group_estimate,
     law_value,
@@ -31,6 +30,7 @@ from dvpo.estimates import (
     return_to_go_estimate,
     scalar_estimate,
 )
+from dvpo.shaping import Signals
 
 if TYPE_CHECKING:  # config.py imports this module to merge a row's defaults
     from dvpo.config import Config

@@ -1,7 +1,7 @@
-"""From rewards and values to advantages and critic targets: compositions of `core` that algorithm rows choose from."""
+"""From signals to advantages and critic targets: compositions of `core` that algorithm rows choose from."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,149 +9,14 @@ from torch import Tensor
 
 from dvpo.core import risk
 from dvpo.core.backends import ascending
-from dvpo.core.masks import Reduce, masked_mean, masked_variance, zero_masked
-from dvpo.core.returns import (
-    GROUP_STD_EPS,
-    distributional_targets,
-    gae,
-    group_location_scale,
-    mixture_targets,
-)
+from dvpo.core.masks import Reduce, masked_mean, zero_masked
+from dvpo.core.returns import distributional_targets, gae, mixture_targets
 from dvpo.noise_rates import NO_RATES, Rates
+from dvpo.shaping import Signals, correct_rewards, last_token
 
 if TYPE_CHECKING:  # config.py imports the rows to merge their defaults
     from dvpo.config import Config
-    from dvpo.settings import RewardConfig
     from dvpo.settings_learning import AdvantageConfig, LawConfig
-
-NO_SPREAD = 1e-6
-"""Returns that deviate by no more are taken for equal."""
-
-
-@dataclass(frozen=True)
-class Signals:
-    """What a row may use to estimate advantages and targets; shapes as in `dvpo.batch`."""
-
-    rewards_BT: Tensor
-    """Observed rewards, shaped as `config.reward` says, less the KL penalty where it is part of the reward."""
-    mask_BT: Tensor
-    """Tokens that train."""
-    values_BTNM: Tensor
-    """The critic's predictions at the states of the tokens (N = M = 0 without a critic)."""
-    bootstrap_BNM: Tensor
-    """The critic's predictions after the last token; 0 where the episode's end is worth 0."""
-    zero_last_delta_B: Tensor
-    """Sequences whose reward is missing and whose last temporal difference is therefore 0."""
-    groups_B: Tensor
-    """int64, equal for the responses to one prompt of this step."""
-    rewarded_B: Tensor
-    """Sequences that have a reward and train: those that count in group statistics."""
-    seed: int
-    """Of this step, for rows that draw."""
-    tokens_before: int = 0
-    """Tokens that train on processes of lower rank, for rows that draw."""
-    rates: Rates = NO_RATES
-    """What is believed of the noise, for values that are denoised."""
-    reward_trust: float = 1.0
-    """Share of each response's last temporal difference that the actor believes in this step (`reward_trust`)."""
-
-
-# Rewards
-
-
-def shape_rewards(
-    rewards_BT: Tensor,
-    mask_BT: Tensor,
-    groups_B: Tensor,
-    rewarded_B: Tensor,
-    settings: "RewardConfig",
-    reduce: Reduce,
-    rates: Rates = NO_RATES,
-    penalties_B: Tensor | None = None,
-) -> Tensor:
-    """Correct, lower, normalise and clip observed rewards before any critic or baseline sees them.
-
-        r -> (r - p) / (1 - p - q) or r - (1 - q), then r - penalty, then (r - location) / scale of its group or of the
-        global batch, then clipped to [-clip, clip]: each reward, or, once it is normalised, the return
-
-    Missing rewards stay 0 and count in nothing.
-    """
-    if settings.correction == "backward":
-        rewards_BT = correct_rewards(rewards_BT, mask_BT, rewarded_B, rates)
-    elif settings.correction == "forward":
-        rewards_BT = forward_weights(rewards_BT, mask_BT, rewarded_B, rates)
-    if penalties_B is not None:
-        rewards_BT = _map_returns(rewards_BT, mask_BT, rewarded_B, penalties_B, torch.ones_like(penalties_B))
-    if settings.norm != "none":
-        returns_B = (rewards_BT * mask_BT).sum(dim=-1, dtype=torch.float64)
-        if settings.norm == "batch":
-            location_B = masked_mean(returns_B, rewarded_B, reduce).expand_as(returns_B)
-            scale_B = masked_variance(returns_B, rewarded_B, reduce).sqrt().expand_as(returns_B)
-        else:
-            robust = settings.norm == "group_robust"
-            location_B, scale_B = group_location_scale(returns_B, groups_B, rewarded_B, robust)
-        # Without a spread every return is its location: a scale of 1 leaves 0 of it, and turns' rewards as they are.
-        scale_B = torch.where(scale_B > NO_SPREAD, scale_B + GROUP_STD_EPS, 1.0)
-        rewards_BT = _map_returns(rewards_BT, mask_BT, rewarded_B, location_B, scale_B)
-    if settings.clip is None:
-        return rewards_BT
-    if settings.norm == "none":
-        return rewards_BT.clamp(-settings.clip, settings.clip)
-    # What was subtracted stands at the last token alone: clipped reward by reward it would be lost.
-    returns_B = (rewards_BT * mask_BT).sum(dim=-1)
-    beyond_B = returns_B.clamp(-settings.clip, settings.clip) - returns_B
-    return rewards_BT + last_token(mask_BT) * (beyond_B * rewarded_B).unsqueeze(-1)
-
-
-def overlong_penalties(lengths_B: Tensor, limit: int, margin: int) -> Tensor:
-    """What a response loses for its length: 0 up to limit - margin tokens, then in proportion, 1 at the limit.
-
-    Source: DAPO, arXiv 2503.14476, soft overlong punishment.
-    """
-    return ((lengths_B - (limit - margin)) / margin).clamp(min=0.0, max=1.0)
-
-
-def correct_rewards(rewards_BT: Tensor, mask_BT: Tensor, rewarded_B: Tensor, rates: Rates) -> Tensor:
-    """Turn binary returns R into unbiased estimates of the true ones, (R - p) / (1 - p - q).
-
-    Source: Natarajan et al. 2013; the "backward correction" of arXiv 2510.00915.
-    """
-    ones_B = rewards_BT.new_ones(len(rewards_BT))
-    p, q = rates
-    return _map_returns(rewards_BT, mask_BT, rewarded_B, p * ones_B, (1 - p - q) * ones_B)
-
-
-def forward_weights(rewards_BT: Tensor, mask_BT: Tensor, rewarded_B: Tensor, rates: Rates) -> Tensor:
-    """Turn binary returns R into weights of the score function that are 0 on average for a right response, R - (1 - q).
-
-        w(1) = q, w(0) = -(1 - q):   E[w | right] = (1 - q) q - q (1 - q) = 0,   E[w | wrong] = -(1 - p - q)
-
-    So E[w | truth] = (1 - p - q) (truth - 1), and E[w grad log pi] = (1 - p - q) grad E[truth], for the score has mean
-    0: the direction is right, its length is not, and p need not be known.
-
-    Source: the "forward correction" of arXiv 2510.00915.
-    """
-    ones_B = rewards_BT.new_ones(len(rewards_BT))
-    return _map_returns(rewards_BT, mask_BT, rewarded_B, (1 - rates.false_negative) * ones_B, ones_B)
-
-
-def _map_returns(
-    rewards_BT: Tensor, mask_BT: Tensor, rewarded_B: Tensor, location_B: Tensor, scale_B: Tensor
-) -> Tensor:
-    """Turn each return R into (R - location) / scale, whether the response has one reward or many.
-
-    Scale acts on every reward of a response, location on its last token.
-    """
-    # The difference first: it is small where location is large, and the quotients of both would have lost its digits.
-    moved_BT = rewards_BT - last_token(mask_BT) * location_B.unsqueeze(-1)
-    return (moved_BT / scale_B.unsqueeze(-1)).to(rewards_BT) * rewarded_B.unsqueeze(-1)
-
-
-def last_token(mask_BT: Tensor) -> Tensor:
-    """1 at the last policy token of each row, 0 elsewhere: [B, T] float32."""
-    counted_BT = mask_BT.long().cumsum(dim=-1)
-    return (mask_BT & (counted_BT == counted_BT[:, -1:])).float()
-
 
 # The number that a row acts on: [..., N, M] -> [...]. A constant added to all atoms comes through as it is.
 
@@ -236,17 +101,6 @@ def _scalar_gae(
     signals = trusted_rewards(signals, values_BT, bootstrap_B, settings.gamma)
     advantages_BT, _ = _gae(signals, values_BT, bootstrap_B, settings, settings.lam, settings.delta_clip)
     return advantages_BT, returns_BT.unsqueeze(-1)
-
-
-def reward_trust(settings: "AdvantageConfig", step: int) -> float:
-    """w of a step, from 1 on: `reward_trust` at first, and 1 after `doubt_steps` steps, in a straight line between.
-
-    The noise of n rewards that share a fact falls as 1/n, what the critic does not explain stays: doubt has its time
-    at the beginning.
-    """
-    if settings.doubt_steps is None:
-        return settings.reward_trust
-    return 1 - (1 - settings.reward_trust) * max(0.0, 1 - (step - 1) / settings.doubt_steps)
 
 
 def trusted_rewards(signals: Signals, values_BT: Tensor, bootstrap_B: Tensor, gamma: float) -> Signals:

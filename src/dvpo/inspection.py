@@ -7,7 +7,6 @@ import torch
 from markupsafe import Markup
 from rich.console import Console
 from rich.text import Text
-from torch import Tensor
 
 from dvpo.algorithms import Algorithm, find_algorithm
 from dvpo.batch import Estimates, Rollout
@@ -17,7 +16,6 @@ from dvpo.core.masks import identity
 from dvpo.critic import Critic, load_critic
 from dvpo.environments import environment_at, step
 from dvpo.errors import InputError
-from dvpo.estimates import Signals, overlong_penalties, reward_trust, shape_rewards
 from dvpo.evaluate import refuse_what_python_gave, sound_checkpoint
 from dvpo.noise_rates import Rates
 from dvpo.policy import Policy, choose_device, open_policy
@@ -28,6 +26,7 @@ from dvpo.report_texts import page_data, script_json
 from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, collate, play
 from dvpo.scoring import Scorer
 from dvpo.seeding import derive_seed
+from dvpo.shaping import step_signals
 from dvpo.tasks import Example, SingleTurn, Task, make_task
 from dvpo.token_terminal import print_view
 from dvpo.token_view import token_row
@@ -226,7 +225,11 @@ def _estimates(subject: Subject, rollout: Rollout) -> Estimates:
     states_BUD = subject.critic.states(rollout, subject.policy)
     temperature = subject.config.sampling.temperature
     values_BUNM = subject.critic.values(states_BUD, rollout, subject.policy, temperature)
-    advantages_BT, targets_BTL = _advantages(subject, rollout, values_BUNM)
+    config, step = subject.config, max(checkpoint_step(subject.folder), 1)
+    rates = Rates(config.reward.rates.false_positive or 0.0, config.reward.rates.false_negative or 0.0)
+    seed = derive_seed(config.seed, "inspect")
+    signals = step_signals(rollout, values_BUNM[:, :-1], values_BUNM[:, -1], config, step, seed, identity, rates)
+    advantages_BT, targets_BTL = subject.algorithm.estimate(signals, config)
     return Estimates(rollout.mask_BT, advantages_BT, targets_BTL, values_BUNM[:, :-1], zeros_BT)
 
 
@@ -241,32 +244,10 @@ def _unweighed(subject: Subject, rollout: Rollout) -> str | None:
         return f"reward.norm = {reward.norm} takes the returns of other responses"
     if reward.trusted and (reward.correction != "none" or advantage.law.functional == "denoised"):
         return "the noise's rates, which a reward is corrected by, are estimated in the run (reward.trusted)"
+    if advantage.recentre:
+        return "the values are recentred (advantage.recentre) by the responses of a step"
     if kl.coef and kl.place == "reward":
         return "the KL penalty in the reward (actor.kl.place) takes the starting policy"
     if advantage.truncation == "mask" and rollout.truncated_B.any():
         return "a response that the length limit cut leaves the step (advantage.truncation = mask)"
     return None
-
-
-def _advantages(subject: Subject, rollout: Rollout, values_BUNM: Tensor) -> tuple[Tensor, Tensor]:
-    config = subject.config
-    given = config.reward.rates
-    rates = Rates(given.false_positive or 0.0, given.false_negative or 0.0)
-    margin, limit = config.reward.overlong, config.sampling.max_completion_length
-    lengths_B = rollout.attention_BS[:, rollout.prompt_length :].sum(dim=-1)
-    penalties_B = overlong_penalties(lengths_B, limit, margin) if margin else None
-    fixed = (rollout.mask_BT, rollout.groups(), rollout.rewarded_B)
-    goes_on_B = rollout.truncated_B & (config.advantage.truncation == "bootstrap")
-    signals = Signals(
-        rewards_BT=shape_rewards(rollout.rewards_BT, *fixed, config.reward, identity, rates, penalties_B),
-        mask_BT=rollout.mask_BT,
-        values_BTNM=values_BUNM[:, :-1],
-        bootstrap_BNM=values_BUNM[:, -1] * goes_on_B.view(-1, 1, 1),
-        zero_last_delta_B=~rollout.rewarded_B,
-        groups_B=rollout.groups(),
-        rewarded_B=rollout.rewarded_B,
-        seed=derive_seed(config.seed, "inspect"),
-        rates=rates,
-        reward_trust=reward_trust(config.advantage, max(checkpoint_step(subject.folder), 1)),
-    )
-    return subject.algorithm.estimate(signals, config)

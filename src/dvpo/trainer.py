@@ -44,7 +44,7 @@ from dvpo.distributed import (
     world_size,
 )
 from dvpo.errors import RunStoppedError
-from dvpo.estimates import Signals, overlong_penalties, recentred, reward_trust, shape_rewards
+from dvpo.estimates import recentred
 from dvpo.evaluate import Evaluation, evaluate, fitting_examples
 from dvpo.faults import fault_figures, lost_in_evaluation, refuse_broken_reward, stop_at_faults
 from dvpo.heap import keep_freed_memory
@@ -68,6 +68,7 @@ from dvpo.runlog import RunLog, refuse_used_folder
 from dvpo.sampling import ChatEncoder, collate, fit_prompts
 from dvpo.scoring import Scorer, longest_scoring, open_reward
 from dvpo.seeding import derive_seed
+from dvpo.shaping import response_penalties, step_signals
 from dvpo.sinks import refuse_unusable
 from dvpo.skips import Skips
 from dvpo.tasks import Task, make_task
@@ -334,42 +335,17 @@ class Trainer(Learner):
     @torch.no_grad()
     def estimate(self, rollout: Rollout) -> tuple[Estimates, dict[str, float]]:
         """Values, advantages and targets, once a step and before any update."""
-        settings = self.config.advantage
-        keep_B = torch.ones_like(rollout.rewarded_B)
-        if settings.truncation == "mask":
-            keep_B &= ~rollout.truncated_B
-        if settings.missing_reward == "mask":
-            keep_B &= rollout.rewarded_B
-        mask_BT = rollout.mask_BT & keep_B.unsqueeze(-1)
-        groups_B = rollout.groups()
-        counted_B = rollout.rewarded_B & keep_B
+        settings, kl = self.config.advantage, self.config.actor.kl
         rates = self.rates.rates() if self.rates else NO_RATES
-        penalties_B = self._overlong_penalties(rollout)
-        given = (rollout.rewards_BT, rollout.mask_BT, groups_B, counted_B)
-        shaped_BT = shape_rewards(*given, self.config.reward, all_reduce_sum, rates, penalties_B)
-        rewards_BT = shaped_BT * mask_BT
-        zeros_BT = torch.zeros_like(rewards_BT)
+        zeros_BT = torch.zeros_like(rollout.rewards_BT)
         reference_BT = self._token_figures(self.reference, rollout)[0] if self.reference else zeros_BT
-        if self.config.actor.kl.place == "reward":
-            rewards_BT = rewards_BT - self.kl.coef * (rollout.old_logprobs_BT - reference_BT) * mask_BT
-
+        kl_BT = self.kl.coef * (rollout.old_logprobs_BT - reference_BT) if kl.place == "reward" else None
         values_BTNM, bootstrap_BNM = self._values(rollout)
-        if settings.truncation != "bootstrap":
-            bootstrap_BNM = torch.zeros_like(bootstrap_BNM)
-        bootstrap_BNM = bootstrap_BNM * rollout.truncated_B.view(-1, 1, 1)
-        signals = Signals(
-            rewards_BT=rewards_BT,
-            mask_BT=mask_BT,
-            values_BTNM=values_BTNM,
-            bootstrap_BNM=bootstrap_BNM,
-            zero_last_delta_B=~rollout.rewarded_B,
-            groups_B=groups_B,
-            rewarded_B=counted_B,
-            seed=derive_seed(self.config.seed, "targets", self.step),
-            tokens_before=before_me(int(mask_BT.sum())),
-            rates=rates,
-            reward_trust=reward_trust(settings, self.step),
-        )
+        seed = derive_seed(self.config.seed, "targets", self.step)
+        given = (rollout, values_BTNM, bootstrap_BNM, self.config, self.step, seed)
+        signals = step_signals(*given, all_reduce_sum, rates, kl_BT)
+        mask_BT, groups_B, counted_B = signals.mask_BT, signals.groups_B, signals.rewarded_B
+        signals = replace(signals, tokens_before=before_me(int(mask_BT.sum())))
         if settings.recentre and self.critic is not None:
             cut_B = rollout.truncated_B & (settings.truncation == "bootstrap")
             signals = recentred(signals, self.row.value, cut_B, settings, all_reduce_sum)
@@ -384,19 +360,14 @@ class Trainer(Learner):
             figures |= {"actor/kl_sampled": mean_of(gaps_K, all_reduce_sum), "actor/kl_coef": self.kl.coef}
         if self.rates:
             figures |= self.rates.figures() | risk_figures(self.config, rates)
-        if penalties_B is not None:
+        if (penalties_B := response_penalties(rollout, self.config)) is not None:
             figures["reward/overlong"] = mean_of(penalties_B[counted_B], all_reduce_sum)
         if self.critic is not None:
             seen_BT = rollout.mask_BT & counted_B.unsqueeze(-1)
-            _, returns_BT = gae(rewards_BT, zeros_BT, rollout.mask_BT, settings.gamma, lam=1.0)
+            _, returns_BT = gae(signals.rewards_BT, zeros_BT, rollout.mask_BT, settings.gamma, lam=1.0)
             truth_BT = rollout.true_B.unsqueeze(-1).expand_as(returns_BT)
             figures |= critic_figures(values_BTNM, returns_BT, truth_BT, seen_BT, all_reduce_sum)
         return Estimates(mask_BT, advantages_BT, targets_BTL, values_BTNM, reference_BT), figures
-
-    def _overlong_penalties(self, rollout: Rollout) -> Tensor | None:
-        margin, limit = self.config.reward.overlong, self.config.sampling.max_completion_length
-        lengths_B = rollout.attention_BS[:, rollout.prompt_length :].sum(dim=-1)
-        return overlong_penalties(lengths_B, limit, margin) if margin else None
 
     def _values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Predictions at every token's state, and at the state after the last token: [B, T, N, M], [B, N, M]."""

@@ -15,9 +15,10 @@ from dvpo.config import Config, load_config
 from dvpo.core.risk import spectral_value
 from dvpo.critic import CriticShape
 from dvpo.errors import InputError
-from dvpo.estimates import Signals, law_weights
+from dvpo.estimates import law_weights
 from dvpo.seeding import derive_seed
 from dvpo.settings_learning import CriticLoraConfig
+from dvpo.shaping import Signals
 
 SECTIONS = ("algorithm", "seed", "critic", "advantage")
 """What of dvpo's config means something inside verl; the rest of it is verl's own."""
