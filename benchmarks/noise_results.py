@@ -6,6 +6,7 @@ A study that has not all of its rows yet is shown with what is there, and says s
 """
 
 import argparse
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -282,6 +283,46 @@ def _with_rows(sheet: Sheet) -> Sheet:
     return replace(sheet, lines=tuple(line for line in sheet.lines if line[3:4] != (NONE,)))
 
 
+def glance() -> str:
+    """A line a part: `dvpo` less `ppo`, and less the row that ends highest, each over all places."""
+    lines = []
+    for part in REPORTING:
+        if not part.pooled or part.baseline != NINE.baseline:
+            continue
+        study, rows = whole_seeds(part)
+        planned = len(study_at(part.study, part.only).names("seed"))
+        link = f"[{part.title}](#{anchor(part.title)})"
+        if not rows:
+            lines.append((link, f"0 of {planned}", *[""] * 5))
+            continue
+        found = {(name, split): d for name, split, d in contrasts(study, rows, part.baseline)}
+        best = min((name for name, _ in found), key=lambda name: sum(found[name, split].mean for split in SPLITS))
+        shown = [
+            difference_text(found[name, split]) if (name, split) in found else NONE
+            for name in ("ppo", best)
+            for split in SPLITS
+        ]
+        seeds = f"{len(study.names('seed'))} of {planned}"
+        lines.append((link, seeds, *shown[:2], f"`{best}`", *shown[2:]))
+    return "\n".join(
+        [
+            f"**At a glance: `{NINE.baseline}` less another row, points, paired by seed, over all places of a part**",
+            "",
+            "| part | seeds | less `ppo`, ID | OOD | highest other row | less it, ID | OOD |",
+            "|---|---|---|---|---|---|---|",
+            *(f"| {' | '.join(line)} |" for line in lines),
+            "",
+            "The highest row is chosen by what it reached, ID and OOD together, which flatters it. Nothing is "
+            "corrected here. Parts whose noises may not be averaged are left out.\n\n",
+        ]
+    )
+
+
+def anchor(title: str) -> str:
+    """Of a heading, as a page's links name it."""
+    return re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
+
+
 # What the protocol asks
 
 
@@ -387,7 +428,7 @@ def pages() -> dict[Path, str]:
     """What docs/results.md, docs/results_tables.md and their figures have to be."""
     last = (noise_predictions.section(), reward_information.section())
     return {
-        PAGE: block(PAGE.read_text(), "\n".join([verdict(), *map(summary, REPORTING), *last])),
+        PAGE: block(PAGE.read_text(), "\n".join([verdict(), glance(), *map(summary, REPORTING), *last])),
         TABLES: block(TABLES.read_text(), "\n".join(section(part) for part in (*REPORTING, *TUNING))),
         **{path: str(drawn) for part in REPORTING for path, drawn in figures(part).items()},
     }

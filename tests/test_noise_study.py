@@ -209,6 +209,27 @@ def test_the_verdict_is_no_where_dvpo_loses_and_open_where_controls_are_missing(
     assert "| a fair coin: no row rises | no | rising: dvpo |" in rising
 
 
+def test_at_a_glance_stand_the_lead_over_ppo_and_over_the_row_that_ends_highest(monkeypatch: pytest.MonkeyPatch):
+    given(monkeypatch, lambda task, noise, seed: 5 + seed % 2, without=("clean",))
+    rows_of = noise_results.rows_of
+
+    def with_a_higher_row(part: Any) -> tuple[Study, list[dict[str, Any]]]:
+        study, rows = rows_of(part)
+        higher = dict.fromkeys(("id_true", "ood_true"), 0.02)
+        return study, [
+            row | {name: row[name] + more for name, more in higher.items() if row["algorithm"] == "grpo"}
+            for row in rows
+        ]
+
+    monkeypatch.setattr(noise_results, "rows_of", with_a_higher_row)
+    lines = {line.split("|")[1].strip(): line for line in noise_results.glance().splitlines() if line.startswith("| [")}
+    # Seeds 101 to 112, six of them odd: 5.5 on average, less the 2 of the higher row.
+    nine = [cell.strip() for cell in lines["[Nine cells, checker dial 1](#nine-cells-checker-dial-1)"].split("|")[2:-1]]
+    assert [cell.split()[0] for cell in nine] == ["12", "+5.5", "+5.5", "`grpo`", "+3.5", "+3.5"]
+    assert "| 0 of 5 |" in lines["[Control: clean rewards](#control-clean-rewards)"]
+    assert not any("More noises" in line for line in lines)  # not to be averaged
+
+
 def a_row(noise: str, name: str, seed: int, score: float) -> dict[str, Any]:
     curve = [[0, 0.4, None], [10, score / 100, None]]
     accuracies = {"id_before": 0.4, "ood_before": None, "id_true": score / 100, "ood_true": None}
