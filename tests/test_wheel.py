@@ -23,7 +23,7 @@ def test_the_wheel_holds_the_finished_models_and_the_type_marker_but_no_tests(tm
     with zipfile.ZipFile(build(tmp_path)) as wheel:
         names = wheel.namelist()
         weights = [wheel.getinfo(n) for n in names if n.startswith("dvpo/assets/") and n.endswith("model.safetensors")]
-    assert len(weights) == 4
+    assert len(weights) == 6
     assert max(info.file_size for info in weights) <= 1_000_000
     assert "dvpo/py.typed" in names
     pages = {path.name for path in (ROOT / "src" / "dvpo" / "templates").iterdir()}
