@@ -55,7 +55,7 @@ from dvpo.lora import Adapters, refuse_without_peft
 from dvpo.metrics import Means, critic_figures, mean_of, reward_figures, rollout_figures, task_figures
 from dvpo.noise import make_noise
 from dvpo.noise_rates import NO_RATES, open_rates
-from dvpo.optimiser import Optimiser
+from dvpo.optimiser import Optimiser, warn_of_rate
 from dvpo.parallel import WholeCopy, refuse_processes, shard
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.privilege import open_privilege
@@ -143,6 +143,7 @@ class Trainer(Learner):
         # A run with adapters goes on from the model that it began with: what it has trained is among its parts.
         trained = None if config.model.lora.rank else checkpoint
         self.policy = self._open_start(source) if trained is None else self._open(trained / "policy")
+        warn_of_rate(self.policy.model, config)
         encoder = ChatEncoder(self.policy.tokenizer)
         prompt_tokens = fit_prompts(train, encoder, config.sampling, self.policy.context_length)
         train = [example for example in train if example.id in prompt_tokens]
