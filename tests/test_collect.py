@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from dvpo.collect import has_signal
 from dvpo.config import load_config
 from dvpo.errors import InputError
+from dvpo.metrics import has_signal
 from dvpo.tasks import Environment, Example, Reward
 from dvpo.trainer import Trainer
 from runs import Guessing, Parity, farthest, rows, run_config, trained, weights

@@ -336,6 +336,13 @@ def test_what_a_setting_is_given_to_is_not_refused():
     assert load_config(None, [*stop, "alarms.kl_reference=1", "actor.kl.coef=1e-6"]).alarms.stop == ("kl",)
 
 
+def test_clipped_deltas_are_refused_where_there_is_no_critic():
+    for row in (name for name, row in ALGORITHMS.items() if not row.has_critic):
+        words = f"advantage.delta_clip = 0.5 clips .*, but algorithm = {row} has no critic: set it to null"
+        with pytest.raises(InputError, match=words):
+            load_config({"algorithm": row}, ["advantage.delta_clip=0.5"])
+
+
 def test_clipped_deltas_are_refused_where_the_advantage_is_a_rank():
     with pytest.raises(InputError, match="clips nothing in a rank"):
         load_config({"algorithm": "dvpo_rank"}, ["advantage.delta_clip=1"])

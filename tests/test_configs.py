@@ -25,6 +25,13 @@ def test_dvpo_and_ppo_are_compared_with_everything_equal_but_the_critic_and_its_
     assert {key.split(".")[0] for key in keys if key != "advantage.law.functional"} == {"algorithm", "critic", "output"}
 
 
+@pytest.mark.parametrize("name", ["qwen3_8b_dvpo", "qwen3_8b_dvpo_lora", "qwen3_8b_ppo"])
+def test_the_reward_reaches_the_first_token_of_a_response_of_a_real_model(name: str):
+    real = config(name)
+    assert real.advantage.lam**real.sampling.max_completion_length > 0.5  # .95^4096 is 6e-92
+    assert real.advantage.critic_lam is None
+
+
 def test_the_real_model_has_the_methods_defaults_for_real_models():
     real = config("qwen3_8b_dvpo")
     assert (real.sampling.prompts_per_step, real.sampling.samples_per_prompt) == (64, 8)

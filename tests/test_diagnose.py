@@ -28,6 +28,9 @@ dice = random.Random(7)  # of its own: 18 answers' deviation by other dice falls
 def scattered(completions, **columns):
     return [dice.random() for _ in completions]
 
+async def alone(completions, **columns):
+    return scattered(completions)
+
 def failing(completions, **columns):
     return [float("inf") if i % 3 == 0 else None if i % 3 == 1 else 1.0 for i, _ in enumerate(completions)]
 
@@ -106,8 +109,9 @@ def test_a_reward_that_scatters_and_one_that_fails_are_told_apart(own: list[str]
 
 
 def test_parts_of_a_mix_and_further_rewards_are_compared(own: list[str]):
-    mix = "reward.mix=[{function: 'diagnosed:length'}, {function: 'diagnosed:scattered', name: dice}]"
-    found = find(fill_sheet(embedded(*own, mix), SMALL, ["diagnosed:length"])).agreements
+    mix = "reward.mix=[{function: 'diagnosed:length'}, {function: 'diagnosed:alone', name: dice}]"
+    # For the async part: the other one, and the further one, are called as they are.
+    found = find(fill_sheet(embedded(*own, mix, "reward.concurrency=4"), SMALL, ["diagnosed:length"])).agreements
     assert [one.name for one in found] == ["length", "dice", "diagnosed:length"]
     assert found[0].order == found[2].order
     assert found[0].order > 0.9  # the sum goes by the length, beside which a number in [0, 1] is small

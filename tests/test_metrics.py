@@ -20,6 +20,7 @@ from dvpo.metrics import (
     explained_variance,
     reward_figures,
     rollout_figures,
+    signal_figures,
 )
 
 VALUES = torch.tensor([0.2, 0.8, 0.6, 0.4])
@@ -180,6 +181,22 @@ def test_pairwise_accuracy_ignores_each_prompt_s_own_offset_and_positive_scale()
         for seen_B in (observed_B, moved_B)
     )
     assert plain == moved
+
+
+def test_prompts_without_signal_by_hand():
+    nan = math.nan
+    # Prompt 0: a flip breaks the tie of two right responses. 1: the two that were seen are alike, the truth is not.
+    # 2: one seen, one known: none observed, and the truth says nothing. 3: one response, no group. 4: alike to 1e-7.
+    observed_B = torch.tensor([1.0, 0.0, 1.0, 1.0, nan, nan, 1.0, 0.0, 0.5, 0.5 + 1e-7])
+    true_B = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 0.0, nan, 0.0, 1.0, 0.0])
+    groups_B = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3, 4, 4])
+    expected = {"reward/no_signal": 3 / 4, "reward/no_signal_true": 1 / 3}  # 1, 2, 4 of 0, 1, 2, 4;  0 of 0, 1, 4
+    assert signal_figures(observed_B, true_B, groups_B, alone) == pytest.approx(expected)
+    for cut in (2, 5, 10):  # a prompt's responses are on one process
+        for figures in on_two_processes(signal_figures, (observed_B, true_B, groups_B), cut):
+            assert figures == pytest.approx(expected)
+    lone = signal_figures(observed_B, true_B, torch.arange(10), alone)
+    assert all(math.isnan(lone[key]) for key in expected)
 
 
 # Not defined

@@ -2,14 +2,20 @@
 
 import copy
 import math
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from dvpo.optimiser import Optimiser, learning_rate
+from dvpo import optimiser as optimisers
+from dvpo.config import load_config
+from dvpo.optimiser import Optimiser, learning_rate, warn_of_rate
 from dvpo.settings_learning import OptimiserConfig
+from dvpo.trainer import Trainer
+from runs import Parity, run_config
 
 
 def module_with_gradient(*gradient: float) -> nn.Module:
@@ -135,3 +141,33 @@ def test_a_resume_goes_by_the_settings_that_it_was_given_and_keeps_the_moments()
     moments = [one.adamw.state[one.parameters[0]]["exp_avg"] for one in (old, new)]
     assert moments[0].abs().min() > 0
     assert torch.equal(*moments)
+
+
+# The embedded model's rate at a large one
+
+
+def test_a_large_policy_at_a_small_ones_rate_is_warned_of_with_the_settings_to_copy() -> None:
+    model = nn.Linear(50_001, 1_000, bias=False, device="meta")
+    words = (
+        r"policy_optimiser\.lr = 0\.0003 suits .* 50 million parameters, .*: "
+        r"set policy_optimiser\.lr=1e-6 critic_optimiser\.lr=1e-5$"
+    )
+    with pytest.warns(UserWarning, match=words):
+        warn_of_rate(model, load_config())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "settings"),
+    [(50_000, []), (50_001, ["policy_optimiser.lr=2e-5"]), (50_001, ["model.lora.rank=8"])],
+    ids=["small", "low", "adapters"],
+)
+def test_a_rate_that_may_fit_is_not_warned_of(inputs: int, settings: list[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_rate(nn.Linear(inputs, 1_000, bias=False, device="meta"), load_config(None, settings))
+
+
+def test_a_run_warns_of_its_policys_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimisers, "LARGE", 1_000)
+    with pytest.warns(UserWarning, match=r"^policy_optimiser\.lr"):
+        Trainer(run_config(tmp_path / "run", "algorithm=grpo"), task=Parity()).close()

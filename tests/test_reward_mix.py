@@ -57,6 +57,12 @@ def other(completions, **columns):
 
 def endless(completions, **columns):
     time.sleep(60)
+
+def lot(completions, **columns):
+    return [float(len(completions))] * len(completions)
+
+async def async_lot(completions, **columns):
+    return lot(completions)
 """
 
 
@@ -182,6 +188,27 @@ def test_functions_are_asked_side_by_side(tmp_path: Path) -> None:
     trainer.close()
     assert collected.faults()[0] == []
     assert set(rollout.observed_B.tolist()) == {3.0}
+
+
+@pytest.mark.usefixtures("functions")
+def test_async_functions_are_called_for_each_response_and_the_others_of_the_mix_for_the_batch(tmp_path: Path) -> None:
+    parts = mix_of("{function: 'mixed_rewards:lot', weight: 10}", "{function: 'mixed_rewards:async_lot'}")
+    config = run_config(tmp_path / "run", "algorithm=ppo", parts, "reward.concurrency=2")
+    trainer = Trainer(config, task=Parity())
+    rollout, _ = trainer.collect()
+    trainer.close()
+    assert rollout.observed_B.tolist() == [10.0 * len(rollout) + 1.0] * len(rollout)
+
+
+@pytest.mark.usefixtures("functions")
+@pytest.mark.parametrize(
+    "reward", [mix_of("{function: task}", "{function: 'mixed_rewards:lot'}"), "reward.function=mixed_rewards:lot"]
+)
+def test_a_concurrency_that_no_function_is_async_for_is_refused(reward: str) -> None:
+    with pytest.raises(
+        InputError, match=r"reward\.concurrency = 2 is for `async def` .* none among mixed_rewards:lot: set it to 0"
+    ):
+        open_reward(load_config(None, [reward, "reward.concurrency=2"]), Parity())
 
 
 @pytest.mark.usefixtures("functions")

@@ -270,9 +270,10 @@ def test_an_async_function_that_blocks_its_loop_is_killed_and_costs_the_guilty_s
     assert kinds(scores) == [("timeout", 1)]
 
 
-def test_side_by_side_calls_of_a_function_that_is_not_async_are_an_input_error(guard: Guard) -> None:
-    with pytest.raises(InputError, match=r"is no async function, so reward\.concurrency = 2"):
-        guard("def reward(**columns): return [1.0]", concurrency=2)
+def test_a_function_that_is_not_async_gets_one_call_for_the_batch_whatever_the_concurrency(guard: Guard) -> None:
+    reward = guard("def reward(completions, **columns): return [float(len(completions))] * 3", concurrency=2)
+    assert score(reward, ["a", "b", "c"]).rewards == [3.0] * 3
+    assert reward.concurrency == 0
 
 
 # What the user can mend is said before the run.

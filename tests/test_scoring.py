@@ -240,6 +240,8 @@ def test_a_run_without_anyone_who_knows_a_reward_and_one_without_prompts_do_not_
         # 16 samples, 12 at a time in 2 rounds and half a limit more; and all again
         (("concurrency=12", "retries=1"), 6 * 2 * 2.5 * 600),
         (("mix=[{function: task, weight: 1}, {function: 'm:f', weight: 2}]",), 2 * 6 * 12 * 600),
+        # an async part needs 2 * 2.5 limits, one that is not 1 + 10 + 2
+        (("concurrency=12", "retries=1", "mix=[{function: 'm:f'}, {function: 'm:g'}]"), 2 * 6 * 13 * 600),
     ],
 )
 def test_a_process_that_waits_for_another_waits_as_long_as_its_rewards_may_take(settings, seconds):

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from dvpo import study as studies
+from dvpo import study_run
 from dvpo.cli import main
 from dvpo.errors import InputError
 from dvpo.study import load_study
@@ -301,3 +302,29 @@ def test_a_setting_that_is_added_later_leaves_a_hash_as_it_was(place: Path, monk
     plain = studies.to_plain
     monkeypatch.setattr(studies, "to_plain", lambda config: {**plain(config), "later": 1, "more": {"later": 2}})
     assert studies.result_hash(cell.config) == cell.config_hash
+
+
+@pytest.mark.parametrize(
+    ("gpu", "words", "processes"),
+    [
+        (False, [], 7),
+        (True, [], 1),
+        (True, ["device=cuda:1"], 1),
+        (True, ["device=cpu"], 7),
+        (True, ["--processes", "3"], 3),
+    ],
+)
+def test_runs_that_take_a_gpu_are_one_at_a_time_and_others_as_many_as_cores(
+    place: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool, words: list[str], processes: int
+):
+    asked: list[int] = []
+
+    def trained(_: Any, processes: int) -> list[Any]:
+        asked.append(processes)
+        return []
+
+    monkeypatch.setattr(study_run, "_trained", trained)
+    monkeypatch.setattr(study_run.torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert main(["study", write(place), *words]) == 0
+    assert asked == [processes]

@@ -297,3 +297,11 @@ def test_the_trainer_tests_no_algorithms_name():
     names = "|".join(map(re.escape, ALGORITHMS))
     assert re.findall(rf"[\"']({names})[\"']", source) == []
     assert "row.name" not in source
+
+
+def test_the_policys_rate_is_logged_in_every_step_in_which_it_learns(tmp_path: Path):
+    rising = ("policy_optimiser.lr=3e-3", "policy_optimiser.warmup_steps=3", "update.actor_warmup_steps=1")
+    trainer = trained(tmp_path / "run", "algorithm=ppo", "steps=4", *rising)
+    first, *rates = [row.get("actor/lr") for row in rows(trainer)]
+    assert first is None
+    assert rates == pytest.approx([2e-3, 3e-3, 3e-3])  # a third a step

@@ -167,6 +167,17 @@ def test_a_truncated_response_ends_at_0_at_the_critics_value_or_leaves(tmp_path:
     trainer.close()
 
 
+@pytest.mark.parametrize(("rule", "share"), [("mask", 1.0), ("terminal", 0.5)])
+def test_a_cut_response_that_leaves_the_step_is_no_signal(tmp_path: Path, rule: str, share: float):
+    trainer = Trainer(run_config(tmp_path / "run", "algorithm=grpo", f"advantage.truncation={rule}"), task=Parity())
+    returns_B = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])  # three responses to each of two prompts
+    cut_B = torch.tensor([True, False, False, False, False, False])
+    rollout = dataclasses.replace(rollout_of(trainer), observed_B=returns_B, true_B=1 - returns_B, truncated_B=cut_B)
+    figures = trainer.estimate(rollout)[1]
+    trainer.close()
+    assert (figures["reward/no_signal"], figures["reward/no_signal_true"]) == (share, share)
+
+
 def test_several_turns_train_on_the_policys_words_only_whatever_the_micro_batch(tmp_path: Path):
     settings = [*LINEAR, "sampling.max_completion_length=24"]
     one = trained(tmp_path / "1", *settings, "update.microbatch_size=1", task=Talk())

@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("study", metavar="STUDY.yaml", help="the grid; configs/studies/ has some to start from")
     study.add_argument("overrides", nargs="*", metavar="key.sub=value", help=f"{OVERRIDES}; of every run")
     study.add_argument(
-        "--processes", type=int, metavar="N", default=os.cpu_count() or 1, help="runs at a time (default: cores)"
+        "--processes", type=int, metavar="N", help="runs at a time (default: cores; 1 where runs take a GPU)"
     )
     study.add_argument("--only", metavar="AXIS=VALUE,...", help="some cells, e.g. task=math,noise=flip,seed=101")
     study.add_argument("--results", metavar="FILE", help="default: results.jsonl in the study's output")

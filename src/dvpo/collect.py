@@ -11,12 +11,11 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dvpo.config import Config
 from dvpo.distributed import gather_objects, gather_rows, share
 from dvpo.faults import fault_rows
-from dvpo.metrics import SAME
+from dvpo.metrics import has_signal
 from dvpo.prompts import MixedPrompts, PromptStream
 from dvpo.rewards import Fault
 from dvpo.sampling import ChatEncoder, Episode, Sampler, play_draws
@@ -137,9 +136,3 @@ class Collector:
             self.settings,
             self.seed,
         )
-
-
-def has_signal(observed_B: Tensor) -> bool:
-    """Whether the observed returns of a group, NaN where missing, tell one response from another."""
-    seen_B = observed_B[observed_B.isfinite()]
-    return len(seen_B) > 1 and float(seen_B.max() - seen_B.min()) >= SAME

@@ -195,6 +195,11 @@ class Config:
                     f"advantage.{key} = bootstrap asks a critic, but algorithm = {self.algorithm} has none: "
                     "set it to mask"
                 )
+        if self.advantage.delta_clip is not None and not row.has_critic:
+            raise ValueError(
+                f"advantage.delta_clip = {self.advantage.delta_clip:g} clips differences of a critic's values, but "
+                f"algorithm = {self.algorithm} has no critic: set it to null, or bound the reward with reward.clip"
+            )
         if self.advantage.delta_clip is not None and row.has_law and self.advantage.law.functional == "rank":
             raise ValueError(
                 f"advantage.delta_clip = {self.advantage.delta_clip:g} clips nothing in a rank, which is bounded: "

@@ -21,12 +21,13 @@ from dvpo.diagnosis import Agreement, ErrorRate, Findings, Sheet, find
 from dvpo.durable import output_file, write_atomically
 from dvpo.errors import InputError
 from dvpo.faults import headline
-from dvpo.noise import make_noise
+from dvpo.noise import NO_NOISE, Noise, make_noise
 from dvpo.prompts import PromptStream
 from dvpo.report_words import percent
-from dvpo.rewards import Fault
+from dvpo.reward_mix import RewardMix
+from dvpo.rewards import Fault, RewardSource
 from dvpo.sampling import Episode
-from dvpo.scoring import Scorer, open_reward
+from dvpo.scoring import Scorer, open_reward, open_source
 from dvpo.seeding import derive_seed
 from dvpo.settings import RewardConfig
 from dvpo.tasks import make_task
@@ -82,15 +83,16 @@ def fill_sheet(config: Config, effort: Effort, others: Sequence[str] = (), conso
     task = make_task(config.task)
     with ExitStack() as opened:
 
-        def scorer(settings: RewardConfig, noisy: bool) -> Scorer:
-            source = open_reward(replace(config, reward=settings), task)
+        def scorer(source: RewardSource | RewardMix | None, noise: Noise = NO_NOISE) -> Scorer:
             if source is not None:
                 opened.enter_context(source)
-            noise = [make_noise(config.noise, config.seed, task.split("train"))] if noisy else []
-            return Scorer(task, source, *noise)
+            return Scorer(task, source, noise)
 
-        main = scorer(config.reward, noisy=True)
-        further = {name: scorer(reward, noisy=False) for name, reward in _further(config.reward, others).items()}
+        main = scorer(open_reward(config, task), make_noise(config.noise, config.seed, task.split("train")))
+        further = {
+            name: scorer(open_source(config, task, function, "reward.function"))
+            for name, function in _further(config.reward, others).items()
+        }
         answerer = Answerer(config, task, purpose="diagnosis")
         episodes = _answers(answerer, config, effort, console)
         shape = (-1, effort.samples)
@@ -110,11 +112,9 @@ def fill_sheet(config: Config, effort: Effort, others: Sequence[str] = (), conso
         )
 
 
-def _further(reward: RewardConfig, others: Sequence[str]) -> dict[str, RewardConfig]:
+def _further(reward: RewardConfig, others: Sequence[str]) -> dict[str, str]:
     """The parts of a mix, and what else is asked for, each as a reward by itself."""
-    alone = replace(reward, mix=(), function="task")
-    parts = {part.label: replace(alone, function=part.function) for part in reward.mix}
-    return parts | {name: replace(alone, function=name) for name in others}
+    return {part.label: part.function for part in reward.mix} | {name: name for name in others}
 
 
 def _answers(answerer: Answerer, config: Config, effort: Effort, console: Console | None) -> list[Episode]:

@@ -163,6 +163,29 @@ def reward_figures(
     return means.result(reduce)
 
 
+def signal_figures(observed_B: Tensor, true_B: Tensor, groups_B: Tensor, reduce: Reduce) -> dict[str, float]:
+    """Share of the prompts whose responses nothing tells apart; NaN where no prompt has two of them.
+
+    Noise breaks ties: by the observed returns fewer prompts are without signal than by the truth.
+
+    Args:
+        observed_B: observed return, NaN where missing.
+        true_B: true return, NaN where unknown; a prompt of which fewer than two are known does not count.
+        groups_B: equal for the responses to one prompt, which one process holds together.
+        reduce: sums over processes.
+    """
+    means, known_B = Means(), true_B.isfinite()
+    means.add("reward/no_signal", _silent_groups(observed_B, groups_B))
+    means.add("reward/no_signal_true", _silent_groups(true_B[known_B], groups_B[known_B]))
+    return means.result(reduce)
+
+
+def has_signal(returns_B: Tensor) -> bool:
+    """Whether the returns of a group, NaN where missing, tell one response from another."""
+    seen_B = returns_B[returns_B.isfinite()]
+    return len(seen_B) > 1 and float(seen_B.max() - seen_B.min()) >= SAME
+
+
 def task_figures(tasks: Iterable[str], task_B: Sequence[str], true_B: Tensor, reduce: Reduce) -> dict[str, float]:
     """Mean true reward of each task of a mix; NaN where a step has no response of it.
 
@@ -193,6 +216,12 @@ def rollout_figures(rollout: Rollout, sampled: int, reduce: Reduce) -> dict[str,
         "rollout/length": tokens / responses,
         "rollout/truncated": truncated / responses,
     }
+
+
+def _silent_groups(returns_B: Tensor, groups_B: Tensor) -> Tensor:
+    """Of each group of two or more, whether it is without signal."""
+    groups = [returns_B[groups_B == group] for group in groups_B.unique()]
+    return torch.tensor([not has_signal(own_B) for own_B in groups if len(own_B) > 1])
 
 
 def _ordered_pairs(observed_B: Tensor, true_B: Tensor, groups_B: Tensor) -> Tensor:

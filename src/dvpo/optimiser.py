@@ -1,14 +1,30 @@
 """One optimiser a module: AdamW, its learning-rate schedule, its own gradient clipping."""
 
 import math
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from dvpo.config import Config
 from dvpo.parallel import add_gradients, shared_like
 from dvpo.settings_learning import OptimiserConfig
+
+LARGE, HIGH = 50_000_000, 2e-5
+"""A policy of more parameters, which all learn, is hardly ever trained at a higher rate: the literature takes 1e-6."""
+
+
+def warn_of_rate(model: nn.Module, config: Config) -> None:
+    """Of a policy much larger than the embedded one: say that the rate which suits that one does not suit it."""
+    size, rate = sum(p.numel() for p in model.parameters()), config.policy_optimiser.lr
+    if size > LARGE and rate > HIGH and not config.model.lora.rank:
+        warnings.warn(
+            f"policy_optimiser.lr = {rate:g} suits the embedded model, and this one has {size / 1e6:,.0f} million "
+            "parameters, which all learn: set policy_optimiser.lr=1e-6 critic_optimiser.lr=1e-5",
+            stacklevel=2,
+        )
 
 
 class Optimiser:

@@ -50,7 +50,6 @@ class Lane:
         sys_path: the worker's `sys.path`.
         timeout: seconds for one call of the function.
         start_timeout: seconds for a fresh process to import the function.
-        concurrency: calls of an async function at a time, one a sample; 0 = one call for the batch.
     """
 
     def __init__(
@@ -60,11 +59,9 @@ class Lane:
         sys_path: Sequence[str],
         timeout: float,
         start_timeout: float,
-        concurrency: int = 0,
     ) -> None:
         self._load = {"request": "load", "function": function, "sys_path": list(sys_path)}
         self._directory, self._timeout, self._start_timeout = directory, timeout, start_timeout
-        self._concurrency = concurrency
         self._worker: _Worker | None = None
         self._interrupted = False
 
@@ -73,20 +70,21 @@ class Lane:
         request = {"request": "check", "arguments": list(arguments), "complete": complete}
         return self._prepare(self._running_worker(), request)
 
-    def ask(self, arguments: bytes, token_counts: Sequence[int]) -> list[Any] | Failure:
+    def ask(self, arguments: bytes, token_counts: Sequence[int], concurrency: int = 0) -> list[Any] | Failure:
         """One call for a batch: for each sample its raw entry or its `Failure`; or why there is no answer at all.
 
         Args:
             arguments: keyword arguments of the function, pickled.
             token_counts: of each completion.
+            concurrency: calls of an async function at a time, one a sample; 0 = one call for the batch.
         """
         if self._interrupted:
             return Failure("worker_died", "not tried: the run was interrupted")
         size, seconds = len(token_counts), self._timeout
         request: dict[str, Any] = {"request": "call", "arguments": arguments}
-        if self._concurrency:
-            request |= {"request": "call_each", "concurrency": self._concurrency, "seconds": seconds}
-            seconds *= -(-size // self._concurrency) + 0.5  # half a limit more, so that the samples' own come first
+        if concurrency:
+            request |= {"request": "call_each", "concurrency": concurrency, "seconds": seconds}
+            seconds *= -(-size // concurrency) + 0.5  # half a limit more, so that the samples' own come first
         limit = REPLY_BYTES + REPLY_BYTES_PER_SAMPLE * size + REPLY_BYTES_PER_TOKEN * sum(token_counts)
         try:
             reply = self._running_worker().exchange(request, seconds, limit)

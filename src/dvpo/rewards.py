@@ -111,7 +111,7 @@ class GuardedReward:
         field: the config field that an InputError names.
         workers: processes that share a batch; the completions of one prompt stay together.
         concurrency: > 0: an async function is called for each sample by itself, so many calls at a time, each with
-            the time limit to itself; 0: one call for the batch.
+            the time limit to itself; 0, and a function that is not async: one call for the batch.
         retries: further attempts for a sample that raised, timed out or killed its process when it was alone.
         most: samples of one call, about; a larger batch is several calls, each with the time limit to itself. None:
             all are one call.
@@ -137,10 +137,10 @@ class GuardedReward:
         self._most = most
         self.name = function if isinstance(function, str) else getattr(function, "__name__", repr(function))
         self._field, self._timeout = field, timeout
-        self._concurrency, self._retries = concurrency, retries
+        self.concurrency, self._retries = concurrency, retries
         sent, directory = self._transportable(function), os.getcwd()
         sys_path = [*map(str, path), directory, *sys.path]
-        self._lanes = [Lane(sent, directory, sys_path, timeout, start_timeout, concurrency) for _ in range(workers)]
+        self._lanes = [Lane(sent, directory, sys_path, timeout, start_timeout) for _ in range(workers)]
         self.signature = self.check(columns)
 
     def check(self, columns: Iterable[str] | None = None) -> str:
@@ -162,11 +162,8 @@ class GuardedReward:
                 f"{', '.join(arguments)} ({reply['refusal']})",
                 _meant(reply["refusal"], names) + "write it as f(prompts, completions, completion_ids, **columns)",
             )
-        if self._concurrency and not reply["is_async"]:
-            raise self._input_error(
-                f"is no async function, so reward.concurrency = {self._concurrency} cannot run its calls side by side",
-                "write it as `async def`, or set reward.concurrency to 0",
-            )
+        if not reply["is_async"]:
+            self.concurrency = 0
         return str(reply["signature"])
 
     def __call__(
@@ -277,7 +274,7 @@ class GuardedReward:
         return scores
 
     def _ask(self, lane: Lane, batch: Batch) -> list[Any] | Failure:
-        return lane.ask(self._pickled(batch), [len(ids) for ids in batch["completion_ids"]])
+        return lane.ask(self._pickled(batch), [len(ids) for ids in batch["completion_ids"]], self.concurrency)
 
     def _transportable(self, function: str | Callable[..., Any]) -> str | bytes:
         if not isinstance(function, str):

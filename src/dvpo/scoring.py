@@ -208,14 +208,17 @@ def open_reward(
         raise InputError(f"task.name = {config.task.name}: its training split is empty, give it at least one example")
     if not config.reward.mix:
         name = config.reward.function if function is None else function
-        return _open_source(config, task, name, "reward.function", device)
+        source = open_source(config, task, name, "reward.function", device)
+        _refuse_idle_concurrency(config, [source])
+        return source
     if function is not None:
         raise InputError("reward.mix and a reward function given in Python exclude each other: keep one of them")
     parts: list[Part] = []
     try:
         for place, part in enumerate(config.reward.mix):
-            source = _open_source(config, task, part.function, f"reward.mix.{place}.function", device)
+            source = open_source(config, task, part.function, f"reward.mix.{place}.function", device)
             parts.append(Part(part.label, part.weight, source))
+        _refuse_idle_concurrency(config, [part.source for part in parts])
     except InputError:
         RewardMix(parts).close()
         raise
@@ -227,13 +230,26 @@ def longest_scoring(config: Config) -> float:
     reward, sampling, evaluation = config.reward, config.sampling, config.evaluation
     step = sampling.responses_per_step
     calls = math.ceil(max(step, evaluation.prompts * max(evaluation.samples, 1)) / step) * max(len(reward.mix), 1)
-    return calls * longest_call(step, reward.timeout, reward.concurrency, reward.retries)
+    # Of a mix the async functions alone are called side by side.
+    ways = {reward.concurrency, 0} if reward.mix else {reward.concurrency}
+    return calls * max(longest_call(step, reward.timeout, concurrency, reward.retries) for concurrency in ways)
 
 
-def _open_source(
-    config: Config, task: Task, name: str | Callable[..., Any], field: str, device: torch.device | None
+def _refuse_idle_concurrency(config: Config, sources: Sequence[RewardSource | None]) -> None:
+    functions = [source for source in sources if isinstance(source, GuardedReward)]
+    if config.reward.concurrency and functions and not any(function.concurrency for function in functions):
+        for function in functions:
+            function.close()
+        raise InputError(
+            f"reward.concurrency = {config.reward.concurrency} is for `async def` functions, and there is none among "
+            f"{', '.join(function.name for function in functions)}: set it to 0, or write one so"
+        )
+
+
+def open_source(
+    config: Config, task: Task, name: str | Callable[..., Any], field: str, device: torch.device | None = None
 ) -> RewardSource | None:
-    """Whoever observes one reward; None: the task."""
+    """Whoever observes one reward, whether or not `reward.concurrency` is for it; None: the task."""
     examples = task.split("train")
     if name == "math_verify":
         if importlib.util.find_spec("math_verify") is None:

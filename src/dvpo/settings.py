@@ -254,7 +254,7 @@ class RewardConfig:
     """Processes that run the function; they share a batch, the responses to one prompt staying together."""
     concurrency: CountOrZero = 0
     """Call an `async def` function for each response by itself, so many at a time, each with the time limit to itself;
-    0 = one call for the batch."""
+    0 = one call for the batch, as other functions of a mix have it whatever stands here."""
     retries: CountOrZero = 0
     """Further attempts for a response whose reward alone raised, timed out or ended its process."""
     on_fault: Literal["abstain", "stop"] = "abstain"

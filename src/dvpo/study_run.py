@@ -35,12 +35,12 @@ ERROR, SAID, LOCK = "error", "output.txt", ".lock"
 """In a run's folder: why it failed; what it said; held by the process that runs it."""
 
 
-def run_study(study: Study, processes: int, results: Path, console: Console) -> list[Cell]:
+def run_study(study: Study, processes: int | None, results: Path, console: Console) -> list[Cell]:
     """Run the cells that have no row yet.
 
     Args:
         study: what to run.
-        processes: so many cells at a time, each on one thread.
+        processes: so many cells at a time, each on one thread; None: as many as cores, one where cells take a GPU.
         results: file that a row is appended to whenever a run has finished.
         console: takes a line for each finished or failed run.
 
@@ -50,13 +50,16 @@ def run_study(study: Study, processes: int, results: Path, console: Console) -> 
     Raises:
         InputError: before anything runs: tasks that cannot be made, or rows and runs of other settings.
     """
-    if processes < 1:
+    if processes is not None and processes < 1:
         raise InputError(f"--processes = {processes} must be at least 1")
     with ResultsFile(results) as file:
         done = finished_cells(study, file.rows, results)
         left = [cell for cell in study.cells if cell.key not in done]
         _refuse_other_runs(left)
         _refuse_unmakeable_tasks(left)
+        if processes is None:  # two runs would share a GPU's memory
+            on_gpu = torch.cuda.is_available() and any(cell.config.device != "cpu" for cell in left)
+            processes = 1 if on_gpu else os.cpu_count() or 1
         total, failed = len(study.cells), []
         console.print(f"{total} cells, {total - len(left)} of them done: {results}", soft_wrap=True)
         progress = _Progress(console, total, len(left))

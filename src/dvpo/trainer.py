@@ -52,10 +52,18 @@ from dvpo.interrupt import Interrupted, check, deferred
 from dvpo.keeper import Keeper, refuse_without_judge
 from dvpo.kl import KLController
 from dvpo.lora import Adapters, refuse_without_peft
-from dvpo.metrics import Means, critic_figures, mean_of, reward_figures, rollout_figures, task_figures
+from dvpo.metrics import (
+    Means,
+    critic_figures,
+    mean_of,
+    reward_figures,
+    rollout_figures,
+    signal_figures,
+    task_figures,
+)
 from dvpo.noise import make_noise
 from dvpo.noise_rates import NO_RATES, open_rates
-from dvpo.optimiser import Optimiser
+from dvpo.optimiser import Optimiser, warn_of_rate
 from dvpo.parallel import WholeCopy, refuse_processes, shard
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.privilege import open_privilege
@@ -143,6 +151,7 @@ class Trainer(Learner):
         # A run with adapters goes on from the model that it began with: what it has trained is among its parts.
         trained = None if config.model.lora.rank else checkpoint
         self.policy = self._open_start(source) if trained is None else self._open(trained / "policy")
+        warn_of_rate(self.policy.model, config)
         encoder = ChatEncoder(self.policy.tokenizer)
         prompt_tokens = fit_prompts(train, encoder, config.sampling, self.policy.context_length)
         train = [example for example in train if example.id in prompt_tokens]
@@ -354,6 +363,9 @@ class Trainer(Learner):
         if settings.whiten:
             advantages_BT = whiten(advantages_BT, mask_BT, all_reduce_sum)
         figures = reward_figures(rollout.observed_B, rollout.true_B, rollout.rewarded_B, groups_B, all_reduce_sum)
+        stays_B = ~rollout.truncated_B | (settings.truncation != "mask")
+        observed_B, true_B = (own_B.where(stays_B, torch.nan) for own_B in (rollout.observed_B, rollout.true_B))
+        figures |= signal_figures(observed_B, true_B, groups_B, all_reduce_sum)
         figures["actor/advantage_std"] = spread
         if self.kl.adaptive:
             gaps_K = kl_estimate(rollout.old_logprobs_BT[mask_BT], reference_BT[mask_BT], "k3")

@@ -21,7 +21,7 @@ from dvpo.distributed import agreed, all_reduce_sum, gather_objects, rank
 from dvpo.kl import KLController
 from dvpo.metrics import Means
 from dvpo.noise_rates import KnownRates, RateEstimator
-from dvpo.optimiser import Optimiser
+from dvpo.optimiser import Optimiser, learning_rate
 from dvpo.parallel import idle_passes, inside
 from dvpo.policy import Policy
 from dvpo.risk_control import matched_to_noise
@@ -60,7 +60,10 @@ class Learner:
                     self._update_critic(rollout, estimates, rows, means)
                 if epoch < actor_epochs:
                     self._update_actor(rollout, estimates, rows, means)
-        return means.result(all_reduce_sum, agreed)
+        figures = means.result(all_reduce_sum, agreed)
+        if not warming_up:
+            figures["actor/lr"] = learning_rate(self.config.policy_optimiser, self.step, self.config.steps)
+        return figures
 
     def _minibatches(self, rollout: Rollout, *key: str | int) -> tuple[Tensor, ...]:
         """All rows of all processes, each in one of `minibatches` parts, in an order keyed by what it is for.
