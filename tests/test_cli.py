@@ -1,6 +1,7 @@
 """The command line as a new user meets it: one clear sentence for every mistake, exit code 2, nothing half-written."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -11,10 +12,12 @@ import warnings
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from dvpo import doctor
 from dvpo.cli import FIRST_SPEAKS_SECONDS, main
 from dvpo.config import load_config, to_yaml
+from dvpo.progress import RunProgress
 from dvpo.runlog import read_rows
 from dvpo.warmstart import warm_start
 from runs import run_config
@@ -308,6 +311,15 @@ def test_train_logs_plainly_when_it_is_not_a_terminal(here: Path, capsys: pytest
     assert "\x1b" not in out
 
 
+@pytest.mark.parametrize(("cut", "said"), [(0.2, False), (0.25, True)])
+def test_the_progress_line_says_when_more_than_a_fifth_of_the_responses_are_cut(tmp_path: Path, cut: float, said: bool):
+    out = io.StringIO()
+    RunProgress("ppo", 1, tmp_path, console=Console(file=out)).on_step(
+        1, {"reward/observed": 0.0, "reward/missing": 0.0, "rollout/truncated": cut}
+    )
+    assert out.getvalue().startswith(f"ppo step 1/1  observed 0.000{'  cut 0.250' if said else ''}  0 s left")
+
+
 def test_eval_prints_a_table_and_writes_one_row_an_item(here: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["train", "good.yaml"]) == 0
     capsys.readouterr()
@@ -347,6 +359,7 @@ def test_doctor_says_what_is_installed_and_what_a_config_needs(here: Path, capsy
             "100 steps",
             "one step (of 1: a guess)",
             "failed 0/6",
+            "responses cut at 12 tokens",
             "one checkpoint on disk",
         )
     )

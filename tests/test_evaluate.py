@@ -1,5 +1,6 @@
 """Evaluation: the summary of a rigged sampler by hand, and draws that are keyed by the item."""
 
+import io
 import json
 import math
 import re
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy.stats import binomtest
 
 from dvpo import evaluate as evaluate_module
@@ -180,6 +182,14 @@ def test_a_checkpoints_table_has_shares_in_per_cent_and_its_rows_hold_whatever_p
     assert "50.0 [50, 50]" in line
 
 
+def test_the_table_has_the_greedy_answers_that_were_cut_in_per_cent(rigged):
+    out = io.StringIO()
+    Console(file=out, width=160).print(evaluate_module._table({"id": rigged}, ""))
+    head, line = (line for line in out.getvalue().splitlines() if line[0] in "┃│")
+    assert head.split("┃")[-2].strip() == "cut"
+    assert line.split("│")[-2].strip() == "20.0"  # one of five
+
+
 def test_a_task_or_reward_that_was_given_in_python_is_not_replaced_by_the_configs(tmp_path, monkeypatch):
     Trainer(run_config(tmp_path / "task", "steps=1"), task=Parity()).train()
     with pytest.raises(InputError, match=r"was given its task in Python, and its config says task.name = math: set"):
@@ -211,6 +221,7 @@ def test_the_interval_of_pass_at_k_is_wilsons_and_no_point_where_none_or_all_suc
 def test_rows_hold_each_items_own_answers_and_rewards(rigged):
     assert [row["id"] for row in rigged.rows] == [item.id for item in ITEMS]
     assert [row["reward"] for row in rigged.rows] == [1.0, 1.0, 0.25, 0.25, 1.0]
+    assert [row["truncated"] for row in rigged.rows] == [False, False, False, True, False]
     assert [row["samples"] for row in rigged.rows] == [
         [1.0, 0.25, 0.25], [1.0, 1.0, 1.0], [0.25, 0.25, 0.25], [0.25, 1.0, 0.25], [None, 1.0, 1.0]
     ]  # fmt: skip

@@ -49,7 +49,7 @@ class Evaluation:
     `truncated`; greedy means of the environments' own figures (dialogue: `tcr`, `acr`, `gcr`) and with k draws
     `mean@k`, with bootstrap intervals over prompts; `pass@k` and `pass^k` with Wilson's."""
     rows: list[dict[str, Any]]
-    """One an item: id, prompt, greedy completion and reward, rewards of the draws."""
+    """One an item: id, prompt, greedy completion, its reward and whether it was cut, rewards of the draws."""
     faults: list[dict[str, Any]] = field(default_factory=list)
     """One a fault of the reward, as `faults.jsonl` shows it."""
 
@@ -154,7 +154,7 @@ def _answers(
 
 def _row(item: _Item, samples: int) -> dict[str, Any]:
     row: dict[str, Any] = {"id": item.example.id, "prompt": item.example.prompt, "completion": item.completion}
-    row |= {"reward": _known(item.reward), **item.own}
+    row |= {"reward": _known(item.reward), "truncated": not item.terminated, **item.own}
     return row | {"samples": [_known(reward) for reward in item.drawn]} if samples else row
 
 
@@ -350,18 +350,20 @@ def evaluate_checkpoint(
 
 
 def _table(results: Mapping[str, Evaluation], title: str) -> Table:
-    """A row a split, a column a figure that has an interval; of one's own those that are shares are in per cent."""
+    """A row a split, a column a figure that has an interval, and the greedy answers that were cut; of one's own figures
+    those that are shares are in per cent."""
     summaries = [result.summary for result in results.values()]  # the tasks of a mix have figures of their own
     names = dict.fromkeys(name for figures in summaries for name in figures if f"{name}_low" in figures)
     rows = [row for result in results.values() for row in result.rows]  # which hold no figure of ours that is drawn
     shares = {name for name in names if all(0 <= row.get(name, 0) <= 1 for row in rows)}
     table = Table(title=title)
-    for column in ("split", "items", *(name.replace("accuracy", "greedy accuracy") for name in names)):
+    for column in ("split", "items", *(name.replace("accuracy", "greedy accuracy") for name in names), "cut"):
         table.add_column(column, justify="right")
     for split, result in results.items():
         known, of = result.summary["items"], len(result.rows)
         texts = (interval_text(result.summary, name, percent=name in shares) for name in names)
-        table.add_row(split, str(known) if known == of else f"{known} of {of}", *texts)
+        cut = f"{100 * result.summary['truncated']:.1f}"
+        table.add_row(split, str(known) if known == of else f"{known} of {of}", *texts, cut)
     return table
 
 
