@@ -177,17 +177,18 @@ def test_a_checkpoints_table_has_shares_in_per_cent_and_its_rows_hold_whatever_p
         "2026-01-02 00:00:00"
     ] * 2
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│"))
-    assert "1 of 2" in line  # the greedy answers that accuracy is over
+    assert "1 known of 2 " in line  # the greedy answers that accuracy is over
     assert "300 [300, 300]" in line
     assert "50.0 [50, 50]" in line
 
 
-def test_the_table_has_the_greedy_answers_that_were_cut_in_per_cent(rigged):
+def test_the_table_has_the_greedy_answers_that_were_cut_and_of_how_many_items_these_are(rigged):
     out = io.StringIO()
-    Console(file=out, width=160).print(evaluate_module._table({"id": rigged}, ""))
+    Console(file=out, width=160).print(evaluate_module._table({"id": rigged}, {"id": 40}, ""))
     head, line = (line for line in out.getvalue().splitlines() if line[0] in "┃│")
     assert head.split("┃")[-2].strip() == "cut"
     assert line.split("│")[-2].strip() == "20.0"  # one of five
+    assert line.split("│")[2].strip() == "5 of 40"
 
 
 def test_a_task_or_reward_that_was_given_in_python_is_not_replaced_by_the_configs(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -341,17 +342,18 @@ def evaluate_checkpoint(
             results[split] = evaluate(policy, task, examples[split], judge, config.sampling, samples, config.seed)
             rows += [{"split": split, **row} for row in results[split].rows]
     write_atomically(file, map(json_line, rows))
-    console = plain_console()
-    console.print(_table(results, f"{checkpoint}: % of held-out items solved, 95% intervals in brackets"))
+    console = plain_console() if sys.stdout.isatty() else plain_console(width=160)
+    sizes = {split: len(task.split(split)) for split in splits}
+    console.print(_table(results, sizes, f"{checkpoint}: % of held-out items solved, 95% intervals in brackets"))
     if said := lost_in_evaluation([row for result in results.values() for row in result.faults]):
         console.print(said, style="bold red", markup=False, highlight=False, soft_wrap=True)
     console.print(f"items: {file}", soft_wrap=True)
     return file
 
 
-def _table(results: Mapping[str, Evaluation], title: str) -> Table:
+def _table(results: Mapping[str, Evaluation], sizes: Mapping[str, int], title: str) -> Table:
     """A row a split, a column a figure that has an interval, and the greedy answers that were cut; of one's own figures
-    those that are shares are in per cent."""
+    those that are shares are in per cent. `sizes`: how many items each split has, asked or not."""
     summaries = [result.summary for result in results.values()]  # the tasks of a mix have figures of their own
     names = dict.fromkeys(name for figures in summaries for name in figures if f"{name}_low" in figures)
     rows = [row for result in results.values() for row in result.rows]  # which hold no figure of ours that is drawn
@@ -360,10 +362,12 @@ def _table(results: Mapping[str, Evaluation], title: str) -> Table:
     for column in ("split", "items", *(name.replace("accuracy", "greedy accuracy") for name in names), "cut"):
         table.add_column(column, justify="right")
     for split, result in results.items():
-        known, of = result.summary["items"], len(result.rows)
+        known, asked = result.summary["items"], len(result.rows)
+        items = str(asked) if known == asked else f"{known} known of {asked}"
+        items += f" of {sizes[split]}" if asked < sizes[split] else ""
         texts = (interval_text(result.summary, name, percent=name in shares) for name in names)
         cut = f"{100 * result.summary['truncated']:.1f}"
-        table.add_row(split, str(known) if known == of else f"{known} of {of}", *texts, cut)
+        table.add_row(split, items, *texts, cut)
     return table
 
 

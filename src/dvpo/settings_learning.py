@@ -349,7 +349,7 @@ class EvaluationConfig:
     every: CountOrZero = 0
     """Steps between evaluations during training (0 = only before and after)."""
     prompts: Count = 128
-    """Prompts of each split."""
+    """Prompts of each split, the first ones (of your own files in an order by hash, not the file's)."""
     samples: CountOrZero = 0
     """Draws a prompt at the sampling temperature, for pass@k (0 = greedy only)."""
 
