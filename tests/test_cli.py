@@ -329,6 +329,10 @@ def test_eval_prints_a_table_and_writes_one_row_an_item(here: Path, capsys: pyte
     items = [json.loads(line) for line in (here / "run" / "evaluation-1.jsonl").read_text().splitlines()]
     assert {row["split"] for row in items} == {"id"}
     assert all(len(row["samples"]) == 3 and row["reward"] > 0 for row in items)
+    for setting, draws in (([], 8), (["evaluation.samples=2"], 2)):
+        assert main(["eval", "run", *setting, "--output", f"{draws}.jsonl"]) == 0
+        lines = (here / f"{draws}.jsonl").read_text().splitlines()
+        assert {len(json.loads(line)["samples"]) for line in lines} == {draws}
     arguments = ["eval", "run/checkpoint-1", "--splits", "train", "--samples", "0", "--output", "mine.jsonl"]
     assert main([*arguments, "evaluation.prompts=5"]) == 0
     assert len((here / "mine.jsonl").read_text().splitlines()) == 5

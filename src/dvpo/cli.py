@@ -128,7 +128,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
     evaluate.add_argument("--splits", nargs="+", help="default: id and ood, if the task has them")
     evaluate.add_argument(
-        "--samples", type=int, metavar="N", default=8, help="draws an item for pass@k (default: 8; 0: greedy)"
+        "--samples",
+        type=int,
+        metavar="N",
+        help="draws an item for pass@k; 0: greedy (default: evaluation.samples, or 8 where that is 0)",
     )
     evaluate.add_argument("--output", help="the JSONL file (default: evaluation-N.jsonl in the run folder)")
     evaluate.set_defaults(run=_eval)

@@ -37,6 +37,8 @@ from dvpo.tasks.mixture import each_of_its_tasks, held_out
 Judge = Callable[[Sequence[Episode]], Scores]
 CORRECT = 1 - 1e-6
 """A reward from here on counts as a solved item (the verifiers give 0 or 1)."""
+DRAWS = 8
+"""An item, in `dvpo eval`, where neither the command nor the config says how many."""
 OURS = frozenset(("accuracy", "completion", "id", "items", "prompt", "reward", "samples", "split", "truncated"))
 """Names in rows and summaries that no environment may give to a figure of its own."""
 
@@ -298,7 +300,7 @@ def refuse_what_python_gave(source: str | Path, config: Config, part: Literal["t
 
 
 def evaluate_checkpoint(
-    source: str | Path, overrides: Sequence[str], splits: Sequence[str] | None, samples: int, output: str | None
+    source: str | Path, overrides: Sequence[str], splits: Sequence[str] | None, samples: int | None, output: str | None
 ) -> Path:
     """Evaluate a run's checkpoint on its own task, print the summary, and write one JSONL row an item.
 
@@ -306,7 +308,7 @@ def evaluate_checkpoint(
         source: a run folder (its newest sound checkpoint is taken) or a `checkpoint-N` folder in one.
         overrides: `key.sub=value` settings that win over the run's config.
         splits: splits of the task; None: `id` and `ood`, if it has them, of each task of a mix.
-        samples: draws an item, 0 = greedy only.
+        samples: draws an item, 0 = greedy only; None: `evaluation.samples`, or 8 where that is 0.
         output: the file; None: `evaluation-N.jsonl` in the run folder.
 
     Returns:
@@ -318,6 +320,7 @@ def evaluate_checkpoint(
     checkpoint = sound_checkpoint(source)
     config = load_config(checkpoint.parent / "config.yaml", overrides)
     refuse_what_python_gave(checkpoint, config, "task")
+    samples = config.evaluation.samples or DRAWS if samples is None else samples
     if samples < 0:
         raise InputError(f"--samples = {samples} is negative: take 0 for greedy only")
     task = make_task(config.task)
