@@ -333,9 +333,15 @@ def test_eval_prints_a_table_and_writes_one_row_an_item(here: Path, capsys: pyte
         assert main(["eval", "run", *setting, "--output", f"{draws}.jsonl"]) == 0
         lines = (here / f"{draws}.jsonl").read_text().splitlines()
         assert {len(json.loads(line)["samples"]) for line in lines} == {draws}
-    arguments = ["eval", "run/checkpoint-1", "--splits", "train", "--samples", "0", "--output", "mine.jsonl"]
-    assert main([*arguments, "evaluation.prompts=5"]) == 0
-    assert len((here / "mine.jsonl").read_text().splitlines()) == 5
+    first = (here / "run" / "evaluation-1.jsonl").read_bytes()
+    assert main(["eval", "run/checkpoint-1", "--splits", "train", "--samples", "0", "evaluation.prompts=5"]) == 0
+    assert len((here / "run" / "evaluation-1-2.jsonl").read_text().splitlines()) == 5
+    assert (here / "run" / "evaluation-1.jsonl").read_bytes() == first
+    told = json.loads((here / "run" / "evaluation-1-2.json").read_text())
+    train = told["splits"].pop("train")
+    assert told == {"checkpoint": "run/checkpoint-1", "overrides": ["evaluation.prompts=5"], "k": 0, "splits": {}}
+    assert (train["in_split"], train["items"]) == (19, 5)  # one of the twenty prompts is held out
+    assert train["accuracy_low"] <= train["accuracy"] <= train["accuracy_high"]
 
 
 def test_eval_refuses_what_it_cannot_do_in_one_sentence(here: Path, capsys: pytest.CaptureFixture[str]):
@@ -345,6 +351,11 @@ def test_eval_refuses_what_it_cannot_do_in_one_sentence(here: Path, capsys: pyte
     assert "--splits ood: the task prompts has no such examples" in refusal(capsys, "eval", "run", "--splits", "ood")
     assert "--samples = -1 is negative" in refusal(capsys, "eval", "run", "--samples", "-1")
     assert "there is no folder no" in refusal(capsys, "eval", "run", "--output", "no/items.jsonl")
+    assert "--output = prompts.jsonl: prompts.jsonl exists" in refusal(
+        capsys, "eval", "run", "--output", "prompts.jsonl"
+    )
+    assert "run/manifest.json exists: name" in refusal(capsys, "eval", "run", "--output", "run/manifest.jsonl")
+    assert "--output = x.json is the name of its summary" in refusal(capsys, "eval", "run", "--output", "x.json")
 
 
 def test_doctor_says_what_is_installed_and_what_a_config_needs(here: Path, capsys, monkeypatch):

@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="draws an item for pass@k; 0: greedy (default: evaluation.samples, or 8 where that is 0)",
     )
-    evaluate.add_argument("--output", help="the JSONL file (default: evaluation-N.jsonl in the run folder)")
+    evaluate.add_argument("--output", help="the rows (default: a new evaluation-N.jsonl in the run folder)")
     evaluate.set_defaults(run=_eval)
 
     study = command("study", "a grid of task x noise x algorithm x seed; the same command resumes it")

@@ -25,7 +25,7 @@ from dvpo.faults import fault_rows, lost_in_evaluation
 from dvpo.plain_text import plain_console
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.rewards import Scores
-from dvpo.runlog import json_line
+from dvpo.runlog import json_line, unused
 from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Sampler, begin, fit_prompts, play
 from dvpo.scoring import Scorer, open_reward
 from dvpo.seeding import derive_seed
@@ -39,7 +39,9 @@ CORRECT = 1 - 1e-6
 """A reward from here on counts as a solved item (the verifiers give 0 or 1)."""
 DRAWS = 8
 """An item, in `dvpo eval`, where neither the command nor the config says how many."""
-OURS = frozenset(("accuracy", "completion", "id", "items", "prompt", "reward", "samples", "split", "truncated"))
+OURS = frozenset(
+    ("accuracy", "completion", "id", "in_split", "items", "prompt", "reward", "samples", "split", "truncated")
+)
 """Names in rows and summaries that no environment may give to a figure of its own."""
 
 
@@ -302,17 +304,17 @@ def refuse_what_python_gave(source: str | Path, config: Config, part: Literal["t
 def evaluate_checkpoint(
     source: str | Path, overrides: Sequence[str], splits: Sequence[str] | None, samples: int | None, output: str | None
 ) -> Path:
-    """Evaluate a run's checkpoint on its own task, print the summary, and write one JSONL row an item.
+    """Evaluate a run's checkpoint on its own task, print the summary, and write it and one JSONL row an item.
 
     Args:
         source: a run folder (its newest sound checkpoint is taken) or a `checkpoint-N` folder in one.
         overrides: `key.sub=value` settings that win over the run's config.
         splits: splits of the task; None: `id` and `ood`, if it has them, of each task of a mix.
         samples: draws an item, 0 = greedy only; None: `evaluation.samples`, or 8 where that is 0.
-        output: the file; None: `evaluation-N.jsonl` in the run folder.
+        output: the rows' file; None: `evaluation-N.jsonl` in the run folder, `evaluation-N-2.jsonl` where there is one.
 
     Returns:
-        The file.
+        The rows' file; the summary stands beside it, with the ending `.json`.
 
     Raises:
         InputError: no run, no sound checkpoint, no such split, a prompt that is too long, a task given in Python.
@@ -334,9 +336,13 @@ def evaluate_checkpoint(
             f"{', '.join(['train', *held_out(task)])}"
         )
     policy = open_policy(checkpoint / "policy", torch.device(choose_device(config.device)), config.model.dtype)
-    file = output_file(output or checkpoint.parent / f"evaluation-{checkpoint_step(checkpoint)}.jsonl", "--output")
-    if file.exists() and not file.name.startswith("evaluation-"):
-        raise InputError(f"--output = {file} exists: name a new file")
+    unnamed = unused(checkpoint.parent, f"evaluation-{checkpoint_step(checkpoint)}", ".jsonl", ".json")
+    file = output_file(output or unnamed, "--output")
+    about = file.with_suffix(".json")
+    if about == file:
+        raise InputError(f"--output = {file} is the name of its summary: name a file that ends in .jsonl")
+    if taken := [path for path in (file, about) if path.exists()]:
+        raise InputError(f"--output = {file}: {taken[0]} exists: name a new file")
     examples = {split: fitting_examples(task, split, config, policy) for split in splits}
     rows, results = [], {}
     with open_reward(config, task) or nullcontext() as reward:
@@ -344,13 +350,16 @@ def evaluate_checkpoint(
         for split in splits:
             results[split] = evaluate(policy, task, examples[split], judge, config.sampling, samples, config.seed)
             rows += [{"split": split, **row} for row in results[split].rows]
-    write_atomically(file, map(json_line, rows))
-    console = plain_console() if sys.stdout.isatty() else plain_console(width=160)
     sizes = {split: len(task.split(split)) for split in splits}
+    summaries = {split: {"in_split": sizes[split], **result.summary} for split, result in results.items()}
+    story = {"checkpoint": str(checkpoint), "overrides": list(overrides), "k": samples, "splits": summaries}
+    write_atomically(file, map(json_line, rows))
+    write_atomically(about, [json_line(story)])
+    console = plain_console() if sys.stdout.isatty() else plain_console(width=160)
     console.print(_table(results, sizes, f"{checkpoint}: % of held-out items solved, 95% intervals in brackets"))
     if said := lost_in_evaluation([row for result in results.values() for row in result.faults]):
         console.print(said, style="bold red", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"items: {file}", soft_wrap=True)
+    console.print(f"items: {file}, summary: {about}", soft_wrap=True)
     return file
 
 
