@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+import dvpo.tasks
 from dvpo import doctor
 from dvpo.cli import FIRST_SPEAKS_SECONDS, main
 from dvpo.config import load_config, to_yaml
@@ -423,4 +424,5 @@ def test_a_warning_of_ours_is_a_sentence_and_one_of_others_keeps_its_place(here:
     assert main(["train", "good.yaml", "--print-config"]) == 0
     ours = warnings.formatwarning("few", UserWarning, doctor.__file__, 7)
     assert ours == "dvpo: warning: few\n"
+    assert warnings.formatwarning("few", UserWarning, dvpo.tasks.__file__, 7) == ours
     assert "other.py:7: UserWarning: few" in warnings.formatwarning("few", UserWarning, "other.py", 7)

@@ -65,7 +65,7 @@ def _warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """Our own warnings are sentences to the user; where they were raised is no news to them."""
-    if category is UserWarning and os.path.dirname(filename) == os.path.dirname(__file__):
+    if category is UserWarning and filename.startswith(os.path.join(os.path.dirname(__file__), "")):
         return f"dvpo: warning: {message}\n"
     return PLACED_WARNING(message, category, filename, lineno, line)
 
