@@ -23,7 +23,7 @@ from dvpo.sampling import Episode, Turn
 from dvpo.settings import SamplingConfig
 from dvpo.tasks import Example, Reward, SingleTurn
 from dvpo.trainer import Trainer
-from runs import Parity, run_config
+from runs import Guessing, Parity, run_config
 from tiny_models import END_ID, AsciiPolicy, tiny_policy
 
 ITEMS = [Example(f"item {i}", "q" * (i + 1)) for i in range(5)]
@@ -226,6 +226,31 @@ def test_rows_hold_each_items_own_answers_and_rewards(rigged):
     assert [row["samples"] for row in rigged.rows] == [
         [1.0, 0.25, 0.25], [1.0, 1.0, 1.0], [0.25, 0.25, 0.25], [0.25, 1.0, 0.25], [None, 1.0, 1.0]
     ]  # fmt: skip
+
+
+class Twice(Task):
+    """Asks once more."""
+
+    def environment(self, example: Example) -> Guessing:
+        return Guessing(example)
+
+
+class Always:
+    """Answers every turn alike."""
+
+    def sample(self, contexts: Sequence[Sequence[int]], budgets: Sequence[int], seeds: Sequence[int]) -> list[Turn]:
+        return [Turn([65, END_ID], [0.0, 0.0], finished=True) for _ in contexts]
+
+
+def test_a_row_of_several_turns_holds_what_the_environment_said_as_well(rigged):
+    two = evaluate(tiny_policy(), Twice(), ITEMS[:1], all_of(1.0), SamplingConfig(), 0, 0, lambda greedy: Always())
+    (row,) = two.rows
+    word, again = row["completion"].split("\n")
+    assert word == again
+    assert row["messages"] == [
+        {"role": role, "content": text} for role, text in (("assistant", word), ("user", "?!"), ("assistant", word))
+    ]
+    assert "messages" not in rigged.rows[0]
 
 
 def test_a_fault_of_the_reward_is_kept_with_its_sample(rigged):

@@ -31,7 +31,7 @@ from dvpo.scoring import Scorer, open_reward
 from dvpo.seeding import derive_seed
 from dvpo.settings import SamplingConfig
 from dvpo.stats import bootstrap_interval, wilson_interval
-from dvpo.tasks import Environment, Example, Task, make_task, total
+from dvpo.tasks import Environment, Example, Message, Task, make_task, total
 from dvpo.tasks.mixture import each_of_its_tasks, held_out
 
 Judge = Callable[[Sequence[Episode]], Scores]
@@ -40,7 +40,10 @@ CORRECT = 1 - 1e-6
 DRAWS = 8
 """An item, in `dvpo eval`, where neither the command nor the config says how many."""
 OURS = frozenset(
-    ("accuracy", "completion", "id", "in_split", "items", "prompt", "reward", "samples", "split", "truncated")
+    (
+        *("accuracy", "completion", "id", "in_split", "items", "messages", "prompt", "reward", "samples", "split"),
+        "truncated",
+    )
 )
 """Names in rows and summaries that no environment may give to a figure of its own."""
 
@@ -119,6 +122,8 @@ class _Item:
     example: Example
     completion: str
     terminated: bool
+    conversation: dict[str, list[Message]]
+    """All that was said, where that is more than the completion."""
     reward: float
     """Of the greedy answer; NaN where unknown."""
     own: dict[str, float]
@@ -151,7 +156,7 @@ def _answers(
     if samples:
         drawn = rewards_of(take(policy, task, examples, settings, samples, seed, drawer=drawer)[0]).tolist()
     items = [
-        _Item(e.example, e.text, e.terminated, float(reward), own, of_draws)
+        _Item(e.example, e.text, e.terminated, e.conversation(), float(reward), own, of_draws)
         for e, reward, own, of_draws in zip(greedy, rewards, figures, drawn, strict=True)
     ]
     return items, faults
@@ -159,7 +164,7 @@ def _answers(
 
 def _row(item: _Item, samples: int) -> dict[str, Any]:
     row: dict[str, Any] = {"id": item.example.id, "prompt": item.example.prompt, "completion": item.completion}
-    row |= {"reward": _known(item.reward), "truncated": not item.terminated, **item.own}
+    row |= {"reward": _known(item.reward), "truncated": not item.terminated, **item.conversation, **item.own}
     return row | {"samples": [_known(reward) for reward in item.drawn]} if samples else row
 
 

@@ -380,6 +380,6 @@ class LogConfig:
     offline: bool = False
     """W&B needs no network and no key: it writes to the run folder's `wandb/`, which `wandb sync` sends later."""
     completions: CountOrZero = 4
-    """Completions written to completions.jsonl a step (0 = none)."""
+    """Completions written to completions.jsonl a step, one of each prompt before any second (0 = none)."""
     tokens: CountOrZero = 2
     """Responses written to tokens.jsonl token by token, in the steps 1, 2, 4, 8, ... and the last (0 = none)."""
