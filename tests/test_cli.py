@@ -1,6 +1,7 @@
 """The command line as a new user meets it: one clear sentence for every mistake, exit code 2, nothing half-written."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -11,10 +12,13 @@ import warnings
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+import dvpo.tasks
 from dvpo import doctor
 from dvpo.cli import FIRST_SPEAKS_SECONDS, main
 from dvpo.config import load_config, to_yaml
+from dvpo.progress import RunProgress
 from dvpo.runlog import read_rows
 from dvpo.warmstart import warm_start
 from runs import run_config
@@ -308,6 +312,15 @@ def test_train_logs_plainly_when_it_is_not_a_terminal(here: Path, capsys: pytest
     assert "\x1b" not in out
 
 
+@pytest.mark.parametrize(("cut", "said"), [(0.2, False), (0.25, True)])
+def test_the_progress_line_says_when_more_than_a_fifth_of_the_responses_are_cut(tmp_path: Path, cut: float, said: bool):
+    out = io.StringIO()
+    RunProgress("ppo", 1, tmp_path, console=Console(file=out)).on_step(
+        1, {"reward/observed": 0.0, "reward/missing": 0.0, "rollout/truncated": cut}
+    )
+    assert out.getvalue().startswith(f"ppo step 1/1  observed 0.000{'  cut 0.250' if said else ''}  0 s left")
+
+
 def test_eval_prints_a_table_and_writes_one_row_an_item(here: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["train", "good.yaml"]) == 0
     capsys.readouterr()
@@ -317,9 +330,19 @@ def test_eval_prints_a_table_and_writes_one_row_an_item(here: Path, capsys: pyte
     items = [json.loads(line) for line in (here / "run" / "evaluation-1.jsonl").read_text().splitlines()]
     assert {row["split"] for row in items} == {"id"}
     assert all(len(row["samples"]) == 3 and row["reward"] > 0 for row in items)
-    arguments = ["eval", "run/checkpoint-1", "--splits", "train", "--samples", "0", "--output", "mine.jsonl"]
-    assert main([*arguments, "evaluation.prompts=5"]) == 0
-    assert len((here / "mine.jsonl").read_text().splitlines()) == 5
+    for setting, draws in (([], 8), (["evaluation.samples=2"], 2)):
+        assert main(["eval", "run", *setting, "--output", f"{draws}.jsonl"]) == 0
+        lines = (here / f"{draws}.jsonl").read_text().splitlines()
+        assert {len(json.loads(line)["samples"]) for line in lines} == {draws}
+    first = (here / "run" / "evaluation-1.jsonl").read_bytes()
+    assert main(["eval", "run/checkpoint-1", "--splits", "train", "--samples", "0", "evaluation.prompts=5"]) == 0
+    assert len((here / "run" / "evaluation-1-2.jsonl").read_text().splitlines()) == 5
+    assert (here / "run" / "evaluation-1.jsonl").read_bytes() == first
+    told = json.loads((here / "run" / "evaluation-1-2.json").read_text())
+    train = told["splits"].pop("train")
+    assert told == {"checkpoint": "run/checkpoint-1", "overrides": ["evaluation.prompts=5"], "k": 0, "splits": {}}
+    assert (train["in_split"], train["items"]) == (19, 5)  # one of the twenty prompts is held out
+    assert train["accuracy_low"] <= train["accuracy"] <= train["accuracy_high"]
 
 
 def test_eval_refuses_what_it_cannot_do_in_one_sentence(here: Path, capsys: pytest.CaptureFixture[str]):
@@ -329,6 +352,11 @@ def test_eval_refuses_what_it_cannot_do_in_one_sentence(here: Path, capsys: pyte
     assert "--splits ood: the task prompts has no such examples" in refusal(capsys, "eval", "run", "--splits", "ood")
     assert "--samples = -1 is negative" in refusal(capsys, "eval", "run", "--samples", "-1")
     assert "there is no folder no" in refusal(capsys, "eval", "run", "--output", "no/items.jsonl")
+    assert "--output = prompts.jsonl: prompts.jsonl exists" in refusal(
+        capsys, "eval", "run", "--output", "prompts.jsonl"
+    )
+    assert "run/manifest.json exists: name" in refusal(capsys, "eval", "run", "--output", "run/manifest.jsonl")
+    assert "--output = x.json is the name of its summary" in refusal(capsys, "eval", "run", "--output", "x.json")
 
 
 def test_doctor_says_what_is_installed_and_what_a_config_needs(here: Path, capsys, monkeypatch):
@@ -347,6 +375,7 @@ def test_doctor_says_what_is_installed_and_what_a_config_needs(here: Path, capsy
             "100 steps",
             "one step (of 1: a guess)",
             "failed 0/6",
+            "responses cut at 12 tokens",
             "one checkpoint on disk",
         )
     )
@@ -395,4 +424,5 @@ def test_a_warning_of_ours_is_a_sentence_and_one_of_others_keeps_its_place(here:
     assert main(["train", "good.yaml", "--print-config"]) == 0
     ours = warnings.formatwarning("few", UserWarning, doctor.__file__, 7)
     assert ours == "dvpo: warning: few\n"
+    assert warnings.formatwarning("few", UserWarning, dvpo.tasks.__file__, 7) == ours
     assert "other.py:7: UserWarning: few" in warnings.formatwarning("few", UserWarning, "other.py", 7)

@@ -12,7 +12,7 @@ from dvpo.errors import InputError
 from dvpo.metrics import has_signal
 from dvpo.tasks import Environment, Example, Reward
 from dvpo.trainer import Trainer
-from runs import Guessing, Parity, farthest, rows, run_config, trained, weights
+from runs import Guessing, Parity, Talk, farthest, rows, run_config, trained, weights
 
 SIZE = 3
 """Samples a prompt, as in `runs.SETTINGS`; prompts a step are 2."""
@@ -75,6 +75,27 @@ def test_silent_groups_are_replaced_by_the_next_prompts_and_the_others_stay_wher
         assert rollout.prompt_ids == tuple(e.example.id for e in collected.episodes)
     assert trainer.prompts.drawn > 6
     trainer.close()
+
+
+def test_the_log_shows_one_answer_of_each_prompt_before_any_second_and_all_that_was_said_in_it(tmp_path: Path) -> None:
+    trainer = Trainer(run_config(tmp_path / "run", "sampling.max_completion_length=40"), task=Talk())
+    collected = trainer.collect()[1]
+    shown = collected.completions(4)
+    trainer.close()
+    assert [row["sample"] for row in shown] == [0, 0, 1, 1]
+    first, second, *again = [row["prompt_id"] for row in shown]
+    assert first != second
+    assert again == [first, second]
+    ended = [collected.episodes[place].terminated for place in (0, SIZE, 1, SIZE + 1)]
+    assert [row["truncated"] for row in shown] == [not end for end in ended]
+    for row in shown:
+        if "messages" in row:
+            one, hint, two = row["messages"]
+            assert hint == {"role": "user", "content": "?!"}
+            assert row["completion"] == f"{one['content']}\n{two['content']}"
+        else:
+            assert row["truncated"]  # a `Guessing` takes two turns
+    assert any("messages" in row for row in shown)
 
 
 def test_rounds_are_bounded_a_step_keeps_its_size_and_every_rollout_is_counted(tmp_path: Path) -> None:

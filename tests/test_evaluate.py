@@ -1,5 +1,6 @@
 """Evaluation: the summary of a rigged sampler by hand, and draws that are keyed by the item."""
 
+import io
 import json
 import math
 import re
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy.stats import binomtest
 
 from dvpo import evaluate as evaluate_module
@@ -21,7 +23,7 @@ from dvpo.sampling import Episode, Turn
 from dvpo.settings import SamplingConfig
 from dvpo.tasks import Example, Reward, SingleTurn
 from dvpo.trainer import Trainer
-from runs import Parity, run_config
+from runs import Guessing, Parity, run_config
 from tiny_models import END_ID, AsciiPolicy, tiny_policy
 
 ITEMS = [Example(f"item {i}", "q" * (i + 1)) for i in range(5)]
@@ -175,9 +177,18 @@ def test_a_checkpoints_table_has_shares_in_per_cent_and_its_rows_hold_whatever_p
         "2026-01-02 00:00:00"
     ] * 2
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│"))
-    assert "1 of 2" in line  # the greedy answers that accuracy is over
+    assert "1 known of 2 " in line  # the greedy answers that accuracy is over
     assert "300 [300, 300]" in line
     assert "50.0 [50, 50]" in line
+
+
+def test_the_table_has_the_greedy_answers_that_were_cut_and_of_how_many_items_these_are(rigged):
+    out = io.StringIO()
+    Console(file=out, width=160).print(evaluate_module._table({"id": rigged}, {"id": 40}, ""))
+    head, line = (line for line in out.getvalue().splitlines() if line[0] in "┃│")
+    assert head.split("┃")[-2].strip() == "cut"
+    assert line.split("│")[-2].strip() == "20.0"  # one of five
+    assert line.split("│")[2].strip() == "5 of 40"
 
 
 def test_a_task_or_reward_that_was_given_in_python_is_not_replaced_by_the_configs(tmp_path, monkeypatch):
@@ -211,9 +222,35 @@ def test_the_interval_of_pass_at_k_is_wilsons_and_no_point_where_none_or_all_suc
 def test_rows_hold_each_items_own_answers_and_rewards(rigged):
     assert [row["id"] for row in rigged.rows] == [item.id for item in ITEMS]
     assert [row["reward"] for row in rigged.rows] == [1.0, 1.0, 0.25, 0.25, 1.0]
+    assert [row["truncated"] for row in rigged.rows] == [False, False, False, True, False]
     assert [row["samples"] for row in rigged.rows] == [
         [1.0, 0.25, 0.25], [1.0, 1.0, 1.0], [0.25, 0.25, 0.25], [0.25, 1.0, 0.25], [None, 1.0, 1.0]
     ]  # fmt: skip
+
+
+class Twice(Task):
+    """Asks once more."""
+
+    def environment(self, example: Example) -> Guessing:
+        return Guessing(example)
+
+
+class Always:
+    """Answers every turn alike."""
+
+    def sample(self, contexts: Sequence[Sequence[int]], budgets: Sequence[int], seeds: Sequence[int]) -> list[Turn]:
+        return [Turn([65, END_ID], [0.0, 0.0], finished=True) for _ in contexts]
+
+
+def test_a_row_of_several_turns_holds_what_the_environment_said_as_well(rigged):
+    two = evaluate(tiny_policy(), Twice(), ITEMS[:1], all_of(1.0), SamplingConfig(), 0, 0, lambda greedy: Always())
+    (row,) = two.rows
+    word, again = row["completion"].split("\n")
+    assert word == again
+    assert row["messages"] == [
+        {"role": role, "content": text} for role, text in (("assistant", word), ("user", "?!"), ("assistant", word))
+    ]
+    assert "messages" not in rigged.rows[0]
 
 
 def test_a_fault_of_the_reward_is_kept_with_its_sample(rigged):

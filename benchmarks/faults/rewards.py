@@ -78,7 +78,8 @@ def expected(manner: Manner, rows: Sequence[dict[str, Any]]) -> list[tuple[int, 
     if not manner.of_calls:
         bad = [row for row in rows if is_bad(row["completion"])]
     else:
-        calls = [rows[start : start + 2] for start in range(0, len(rows), 2)]
+        together = sorted(rows, key=place)  # a worker's part is a prompt's two
+        calls = [together[start : start + 2] for start in range(0, len(together), 2)]
         bad = [row for call in calls if is_bad(*(row["completion"] for row in call)) for row in call]
     return sorted(map(place, bad))
 

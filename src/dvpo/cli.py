@@ -65,7 +65,7 @@ def _warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """Our own warnings are sentences to the user; where they were raised is no news to them."""
-    if category is UserWarning and os.path.dirname(filename) == os.path.dirname(__file__):
+    if category is UserWarning and filename.startswith(os.path.join(os.path.dirname(__file__), "")):
         return f"dvpo: warning: {message}\n"
     return PLACED_WARNING(message, category, filename, lineno, line)
 
@@ -128,9 +128,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
     evaluate.add_argument("--splits", nargs="+", help="default: id and ood, if the task has them")
     evaluate.add_argument(
-        "--samples", type=int, metavar="N", default=8, help="draws an item for pass@k (default: 8; 0: greedy)"
+        "--samples",
+        type=int,
+        metavar="N",
+        help="draws an item for pass@k; 0: greedy (default: evaluation.samples, or 8 where that is 0)",
     )
-    evaluate.add_argument("--output", help="the JSONL file (default: evaluation-N.jsonl in the run folder)")
+    evaluate.add_argument("--output", help="the rows (default: a new evaluation-N.jsonl in the run folder)")
     evaluate.set_defaults(run=_eval)
 
     study = command("study", "a grid of task x noise x algorithm x seed; the same command resumes it")

@@ -42,13 +42,13 @@ class Collected:
         return [self.sampled[row] for row in self.kept]
 
     def completions(self, count: int) -> list[dict[str, Any]]:
-        """The first responses of the step, of all processes, as the log shows them."""
+        """Responses of the step, of all processes, as the log shows them: one of each prompt before any second."""
         observed, true = self.scored.fields["observed_B"], self.scored.fields["true_B"]
         rows = [
             {**self.sampled[row].record(), "observed": float(observed[row]), "true": float(true[row])}
-            for row in self.kept[:count]
+            for row in sorted(self.kept, key=lambda row: self.sampled[row].sample)[:count]
         ]
-        return gather_rows(rows)[:count]
+        return sorted(gather_rows(rows), key=lambda row: row["sample"])[:count]
 
     def faults(self) -> tuple[list[Fault], int]:
         """What went wrong with the rewards of all processes, and how much they sampled: indices count through it."""

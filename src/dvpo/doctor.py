@@ -104,6 +104,7 @@ def report_needs(config: Config, console: Console) -> None:
     named = zip(("policy", "critic"), counts, strict=False)
     parameters = [(f"{name} parameters (of them training)", f"{every:,} ({own:,})") for name, (every, own) in named]
     seconds = steps[-1]["time/step"]
+    longest = config.sampling.max_completion_length
     batch = config.sampling.prompts_per_step * config.sampling.samples_per_prompt
     table = Table(title=f"{config.algorithm}: measured over {TRIAL_STEPS} real steps on this machine")
     table.add_column("what")
@@ -115,6 +116,7 @@ def report_needs(config: Config, console: Console) -> None:
         ("responses a step", f"{batch:,}"),
         *rewards.rows(steps),
         ("response length, mean", f"{steps[-1]['rollout/length']:.0f} tokens"),
+        (f"responses cut at {longest} tokens", f"{100 * steps[-1]['rollout/truncated']:.1f}%"),
         (f"one step (of {TRIAL_STEPS}: a guess)", f"{seconds:.2f} s (sampling {steps[-1]['time/sample']:.2f} s)"),
         (f"{config.steps} steps without evaluations", duration(seconds * config.steps)),
         ("one checkpoint on disk", f"{on_disk / MIB:,.0f} MiB"),

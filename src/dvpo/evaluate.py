@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -24,19 +25,26 @@ from dvpo.faults import fault_rows, lost_in_evaluation
 from dvpo.plain_text import plain_console
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.rewards import Scores
-from dvpo.runlog import json_line
+from dvpo.runlog import json_line, unused
 from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Sampler, begin, fit_prompts, play
 from dvpo.scoring import Scorer, open_reward
 from dvpo.seeding import derive_seed
 from dvpo.settings import SamplingConfig
 from dvpo.stats import bootstrap_interval, wilson_interval
-from dvpo.tasks import Environment, Example, Task, make_task, total
+from dvpo.tasks import Environment, Example, Message, Task, make_task, total
 from dvpo.tasks.mixture import each_of_its_tasks, held_out
 
 Judge = Callable[[Sequence[Episode]], Scores]
 CORRECT = 1 - 1e-6
 """A reward from here on counts as a solved item (the verifiers give 0 or 1)."""
-OURS = frozenset(("accuracy", "completion", "id", "items", "prompt", "reward", "samples", "split", "truncated"))
+DRAWS = 8
+"""An item, in `dvpo eval`, where neither the command nor the config says how many."""
+OURS = frozenset(
+    (
+        *("accuracy", "completion", "id", "in_split", "items", "messages", "prompt", "reward", "samples", "split"),
+        "truncated",
+    )
+)
 """Names in rows and summaries that no environment may give to a figure of its own."""
 
 
@@ -49,7 +57,7 @@ class Evaluation:
     `truncated`; greedy means of the environments' own figures (dialogue: `tcr`, `acr`, `gcr`) and with k draws
     `mean@k`, with bootstrap intervals over prompts; `pass@k` and `pass^k` with Wilson's."""
     rows: list[dict[str, Any]]
-    """One an item: id, prompt, greedy completion and reward, rewards of the draws."""
+    """One an item: id, prompt, greedy completion, its reward and whether it was cut, rewards of the draws."""
     faults: list[dict[str, Any]] = field(default_factory=list)
     """One a fault of the reward, as `faults.jsonl` shows it."""
 
@@ -114,6 +122,8 @@ class _Item:
     example: Example
     completion: str
     terminated: bool
+    conversation: dict[str, list[Message]]
+    """All that was said, where that is more than the completion."""
     reward: float
     """Of the greedy answer; NaN where unknown."""
     own: dict[str, float]
@@ -146,7 +156,7 @@ def _answers(
     if samples:
         drawn = rewards_of(take(policy, task, examples, settings, samples, seed, drawer=drawer)[0]).tolist()
     items = [
-        _Item(e.example, e.text, e.terminated, float(reward), own, of_draws)
+        _Item(e.example, e.text, e.terminated, e.conversation(), float(reward), own, of_draws)
         for e, reward, own, of_draws in zip(greedy, rewards, figures, drawn, strict=True)
     ]
     return items, faults
@@ -154,7 +164,7 @@ def _answers(
 
 def _row(item: _Item, samples: int) -> dict[str, Any]:
     row: dict[str, Any] = {"id": item.example.id, "prompt": item.example.prompt, "completion": item.completion}
-    row |= {"reward": _known(item.reward), **item.own}
+    row |= {"reward": _known(item.reward), "truncated": not item.terminated, **item.conversation, **item.own}
     return row | {"samples": [_known(reward) for reward in item.drawn]} if samples else row
 
 
@@ -297,19 +307,19 @@ def refuse_what_python_gave(source: str | Path, config: Config, part: Literal["t
 
 
 def evaluate_checkpoint(
-    source: str | Path, overrides: Sequence[str], splits: Sequence[str] | None, samples: int, output: str | None
+    source: str | Path, overrides: Sequence[str], splits: Sequence[str] | None, samples: int | None, output: str | None
 ) -> Path:
-    """Evaluate a run's checkpoint on its own task, print the summary, and write one JSONL row an item.
+    """Evaluate a run's checkpoint on its own task, print the summary, and write it and one JSONL row an item.
 
     Args:
         source: a run folder (its newest sound checkpoint is taken) or a `checkpoint-N` folder in one.
         overrides: `key.sub=value` settings that win over the run's config.
         splits: splits of the task; None: `id` and `ood`, if it has them, of each task of a mix.
-        samples: draws an item, 0 = greedy only.
-        output: the file; None: `evaluation-N.jsonl` in the run folder.
+        samples: draws an item, 0 = greedy only; None: `evaluation.samples`, or 8 where that is 0.
+        output: the rows' file; None: `evaluation-N.jsonl` in the run folder, `evaluation-N-2.jsonl` where there is one.
 
     Returns:
-        The file.
+        The rows' file; the summary stands beside it, with the ending `.json`.
 
     Raises:
         InputError: no run, no sound checkpoint, no such split, a prompt that is too long, a task given in Python.
@@ -317,6 +327,7 @@ def evaluate_checkpoint(
     checkpoint = sound_checkpoint(source)
     config = load_config(checkpoint.parent / "config.yaml", overrides)
     refuse_what_python_gave(checkpoint, config, "task")
+    samples = config.evaluation.samples or DRAWS if samples is None else samples
     if samples < 0:
         raise InputError(f"--samples = {samples} is negative: take 0 for greedy only")
     task = make_task(config.task)
@@ -330,9 +341,13 @@ def evaluate_checkpoint(
             f"{', '.join(['train', *held_out(task)])}"
         )
     policy = open_policy(checkpoint / "policy", torch.device(choose_device(config.device)), config.model.dtype)
-    file = output_file(output or checkpoint.parent / f"evaluation-{checkpoint_step(checkpoint)}.jsonl", "--output")
-    if file.exists() and not file.name.startswith("evaluation-"):
-        raise InputError(f"--output = {file} exists: name a new file")
+    unnamed = unused(checkpoint.parent, f"evaluation-{checkpoint_step(checkpoint)}", ".jsonl", ".json")
+    file = output_file(output or unnamed, "--output")
+    about = file.with_suffix(".json")
+    if about == file:
+        raise InputError(f"--output = {file} is the name of its summary: name a file that ends in .jsonl")
+    if taken := [path for path in (file, about) if path.exists()]:
+        raise InputError(f"--output = {file}: {taken[0]} exists: name a new file")
     examples = {split: fitting_examples(task, split, config, policy) for split in splits}
     rows, results = [], {}
     with open_reward(config, task) or nullcontext() as reward:
@@ -340,28 +355,36 @@ def evaluate_checkpoint(
         for split in splits:
             results[split] = evaluate(policy, task, examples[split], judge, config.sampling, samples, config.seed)
             rows += [{"split": split, **row} for row in results[split].rows]
+    sizes = {split: len(task.split(split)) for split in splits}
+    summaries = {split: {"in_split": sizes[split], **result.summary} for split, result in results.items()}
+    story = {"checkpoint": str(checkpoint), "overrides": list(overrides), "k": samples, "splits": summaries}
     write_atomically(file, map(json_line, rows))
-    console = plain_console()
-    console.print(_table(results, f"{checkpoint}: % of held-out items solved, 95% intervals in brackets"))
+    write_atomically(about, [json_line(story)])
+    console = plain_console() if sys.stdout.isatty() else plain_console(width=160)
+    console.print(_table(results, sizes, f"{checkpoint}: % of held-out items solved, 95% intervals in brackets"))
     if said := lost_in_evaluation([row for result in results.values() for row in result.faults]):
         console.print(said, style="bold red", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"items: {file}", soft_wrap=True)
+    console.print(f"items: {file}, summary: {about}", soft_wrap=True)
     return file
 
 
-def _table(results: Mapping[str, Evaluation], title: str) -> Table:
-    """A row a split, a column a figure that has an interval; of one's own those that are shares are in per cent."""
+def _table(results: Mapping[str, Evaluation], sizes: Mapping[str, int], title: str) -> Table:
+    """A row a split, a column a figure that has an interval, and the greedy answers that were cut; of one's own figures
+    those that are shares are in per cent. `sizes`: how many items each split has, asked or not."""
     summaries = [result.summary for result in results.values()]  # the tasks of a mix have figures of their own
     names = dict.fromkeys(name for figures in summaries for name in figures if f"{name}_low" in figures)
     rows = [row for result in results.values() for row in result.rows]  # which hold no figure of ours that is drawn
     shares = {name for name in names if all(0 <= row.get(name, 0) <= 1 for row in rows)}
     table = Table(title=title)
-    for column in ("split", "items", *(name.replace("accuracy", "greedy accuracy") for name in names)):
+    for column in ("split", "items", *(name.replace("accuracy", "greedy accuracy") for name in names), "cut"):
         table.add_column(column, justify="right")
     for split, result in results.items():
-        known, of = result.summary["items"], len(result.rows)
+        known, asked = result.summary["items"], len(result.rows)
+        items = str(asked) if known == asked else f"{known} known of {asked}"
+        items += f" of {sizes[split]}" if asked < sizes[split] else ""
         texts = (interval_text(result.summary, name, percent=name in shares) for name in names)
-        table.add_row(split, str(known) if known == of else f"{known} of {of}", *texts)
+        cut = f"{100 * result.summary['truncated']:.1f}"
+        table.add_row(split, items, *texts, cut)
     return table
 
 

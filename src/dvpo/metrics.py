@@ -15,6 +15,8 @@ from dvpo.core.quantiles import crossing_share
 CALIBRATION_BINS = 10
 SAME = 1e-6
 """Rewards that differ by less are the same."""
+MANY_CUT = 0.2
+"""A share of responses cut by the length limit above which a run's line and its report say so."""
 
 
 class Means:

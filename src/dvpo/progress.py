@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dvpo.alarms import NAMES as ALARMS
 from dvpo.evaluate import interval_text
 from dvpo.faults import FaultTally
+from dvpo.metrics import MANY_CUT
 from dvpo.plain_text import plain_console
 from dvpo.rewards import Fault
 
@@ -22,13 +23,14 @@ SHOWN = (
     ("actor/kl", "KL"),
     ("time/tokens_per_second", "tokens/s"),
 )
-WHEN_ABOVE_0 = (
-    ("reward/missing", "missing"),
-    ("actor/skipped_updates", "SKIPPED UPDATES"),
-    ("critic/skipped_updates", "CRITIC SKIPPED UPDATES"),
-    *((f"alarm/{name}", f"ALARM {name}") for name in ALARMS),
+WHEN_ABOVE = (
+    ("reward/missing", "missing", 0.0),
+    ("rollout/truncated", "cut", MANY_CUT),
+    ("actor/skipped_updates", "SKIPPED UPDATES", 0.0),
+    ("critic/skipped_updates", "CRITIC SKIPPED UPDATES", 0.0),
+    *((f"alarm/{name}", f"ALARM {name}", 0.0) for name in ALARMS),
 )
-"""Shown only where there is something to worry about."""
+"""Shown only where there is something to worry about: a figure above its bound."""
 PLAIN_EVERY_SECONDS = 10.0
 
 
@@ -64,7 +66,7 @@ class RunProgress:
 
     def on_step(self, step: int, figures: dict[str, float]) -> None:
         known = {name: value for name, value in figures.items() if math.isfinite(value)}  # the rest is not defined
-        shown = [*SHOWN, *((key, label) for key, label in WHEN_ABOVE_0 if known.get(key))]
+        shown = [*SHOWN, *((key, label) for key, label, bound in WHEN_ABOVE if known.get(key, 0.0) > bound)]
         text = "  ".join(f"{label} {_figure(key, known[key])}" for key, label in shown if key in known)
         self._bar.update(self._task, completed=step, figures=text)
         now = time.monotonic()

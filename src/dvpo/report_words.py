@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from dvpo.metrics import MANY_CUT
 from dvpo.report_data import Place, Run, Series
 from dvpo.stats import paired_difference
 
@@ -147,7 +148,7 @@ def _warnings(series: Series) -> list[str]:
         curve = run.curve("eval/id/accuracy")
         if len(curve) > 1 and (lost := max(value for _, value in curve) - curve[-1][1]) > LOST:
             found.append(f"{run.label}: it ends {100 * lost:.0f} points below its highest accuracy in distribution.")
-        if (cut := _late_of(run, "rollout/truncated")) is not None and cut > 0.2:
+        if (cut := _late_of(run, "rollout/truncated")) is not None and cut > MANY_CUT:
             found.append(f"{run.label}: {percent(cut)} of the last responses were cut by the length limit.")
         if (mismatch := _late_of(run, "actor/sampler_mismatch")) is not None and mismatch > 0.01:
             found.append(

@@ -199,18 +199,19 @@ def _resume(folder: Path, config: str, facts: Mapping[str, Any], step: int) -> s
             write_atomically(path, (line for line, _ in _rows(path, step)))
     before = (folder / "config.yaml").read_bytes()
     if step >= 0 and before != config.encode():
-        write_atomically(_unused(folder, f"config-{step}", ".yaml"), [before])
-    session = _record_session(folder, config, facts, _unused(folder, f"dirty-{step}", ".diff").name)
+        write_atomically(unused(folder, f"config-{step}", ".yaml"), [before])
+    session = _record_session(folder, config, facts, unused(folder, f"dirty-{step}", ".diff").name)
     manifest["resumes"].append({"step": step, **session})
     run_id: str = manifest.setdefault("run_id", secrets.token_hex(6))
     _write_json(folder / "manifest.json", manifest)
     return run_id
 
 
-def _unused(folder: Path, stem: str, ending: str) -> Path:
-    """The name, with -2, -3, ... where a resume at the same step has taken it."""
-    names = (f"{stem}{f'-{number}' if number > 1 else ''}{ending}" for number in count(1))
-    return next(folder / name for name in names if not (folder / name).exists())
+def unused(folder: Path, stem: str, *endings: str) -> Path:
+    """The stem with the first ending; with -2, -3, ... where the name with any of the endings is taken."""
+    stems = (f"{stem}{f'-{number}' if number > 1 else ''}" for number in count(1))
+    free = next(name for name in stems if not any((folder / f"{name}{ending}").exists() for ending in endings))
+    return folder / f"{free}{endings[0]}"
 
 
 def _record_session(folder: Path, config: str, facts: Mapping[str, Any], diff_name: str) -> dict[str, Any]:

@@ -70,14 +70,20 @@ class Episode:
         return "\n".join(m["content"] for m in self.messages if m["role"] == "assistant")
 
     def record(self) -> dict[str, Any]:
-        """The sample as logs show it."""
+        """The sample as logs show it; a conversation of several turns whole as well."""
         return {
             "prompt_id": self.example.id,
             "visit": self.visit,
             "sample": self.sample,
             "prompt": self.example.prompt,
             "completion": self.text,
+            "truncated": not self.terminated,
+            **self.conversation(),
         }
+
+    def conversation(self) -> dict[str, list[Message]]:
+        """`messages`, the policy's and the environment's, where there is more than one."""
+        return {"messages": self.messages} if len(self.messages) > 1 else {}
 
 
 class ChatEncoder:

@@ -349,7 +349,7 @@ class EvaluationConfig:
     every: CountOrZero = 0
     """Steps between evaluations during training (0 = only before and after)."""
     prompts: Count = 128
-    """Prompts of each split."""
+    """Prompts of each split, the first ones (of your own files in an order by hash, not the file's)."""
     samples: CountOrZero = 0
     """Draws a prompt at the sampling temperature, for pass@k (0 = greedy only)."""
 
@@ -380,6 +380,6 @@ class LogConfig:
     offline: bool = False
     """W&B needs no network and no key: it writes to the run folder's `wandb/`, which `wandb sync` sends later."""
     completions: CountOrZero = 4
-    """Completions written to completions.jsonl a step (0 = none)."""
+    """Completions written to completions.jsonl a step, one of each prompt before any second (0 = none)."""
     tokens: CountOrZero = 2
     """Responses written to tokens.jsonl token by token, in the steps 1, 2, 4, 8, ... and the last (0 = none)."""

@@ -4,6 +4,7 @@ import builtins
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,34 @@ def test_given_evaluation_files_are_the_splits_and_nothing_is_held_out(write: Wr
     task = FilesTask(path, id_path=ids, ood_path=ood, held_out=0.5)
     assert [len(task.split(name)) for name in ("train", "id", "ood")] == [30, 2, 1]
     assert task.split("train")[0].columns == {"level": None}, "the columns of one split are those of all"
+
+
+def test_held_out_prompts_that_are_trained_on_are_counted_in_a_warning(write: Write) -> None:
+    train, ids = write(many(10)), write([*many(12)[7:], {"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}], "id.jsonl")
+    said = rf"^task.id_path = {re.escape(str(ids))}: 3 of 8 held-out prompts \(37.5%\) stand word for word in task.path"
+    with pytest.warns(UserWarning, match=said) as caught:  # numbers 7, 8 and 9 of 7 to 11, and three others
+        FilesTask(train, id_path=ids, ood_path=write([{"prompt": "x"}], "ood.jsonl"))
+    assert len(caught) == 1  # none of `ood`
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FilesTask(train, held_out=0.5)
+
+
+def test_held_out_rows_have_an_order_of_their_own_and_training_rows_that_of_the_file(write: Write) -> None:
+    rows = many(20, topic="sums") + [{"prompt": f"Name {i}", "topic": "names"} for i in range(20)]  # sorted by topic
+
+    def order(given: list[Any], split: str, **settings: Any) -> list[str]:
+        return [str(e.prompt) for e in FilesTask(write(given), **settings).split(split)]
+
+    path, turned, other = write(rows, "id.jsonl"), write(rows[::-1], "turned.jsonl"), [{"prompt": "another"}]
+    first = order(other, "id", id_path=path)
+    assert 3 <= sum(prompt.startswith("Name") for prompt in first[:16]) <= 13  # 8 on average, 0 in the file's order
+    assert order(other, "id", id_path=turned) == order(other, "ood", ood_path=path, held_out=0) == first
+    assert order(other, "id", id_path=write(rows[5:], "fewer.jsonl")) == [
+        p for p in first if p not in [r["prompt"] for r in rows[:5]]
+    ]
+    assert order(rows, "id", held_out=0.5) == order(rows[::-1], "id", held_out=0.5)
+    assert order(rows, "train", held_out=0) == [row["prompt"] for row in rows]
 
 
 # The truth.

@@ -33,6 +33,7 @@ class FilesTask:
     - Without `id_path` a prompt is held out for the split `id` when a hash of it falls below `held_out`, or,
       if none does, the prompt with the lowest hash. All repetitions of a prompt are thus on one side, and once
       a hash falls below, no row changes sides because others come or go.
+    - `train` is in the order of its file, `id` and `ood` in that of a hash of the prompt.
 
     Args:
         path: a `.jsonl` file (or `.json`, one object a line), a `.parquet` file, or a `save_to_disk` folder.
@@ -74,6 +75,12 @@ class FilesTask:
         }
         if id_path is None and held_out > 0:
             self._splits |= _hold_out(self._splits["train"], held_out, path)
+        for split in ("id", "ood"):
+            field, source = sources[split]
+            if source is not None:
+                _warn_of_trained(self._splits[split], self._splits["train"], f"{field} = {source}")
+        # Evaluations take the first of a split: in the file's order, those of a single topic where it is sorted.
+        self._splits |= {split: _by_hash(self._splits[split]) for split in ("id", "ood") if split in self._splits}
         self._splits = _with_the_same_columns(self._splits)
         self.columns = list(self._splits["train"][0].columns)
         self.knows_truth = truth is not None
@@ -159,6 +166,22 @@ def _hold_out(examples: list[Example], share: float, path: str | Path) -> dict[s
         is_held = level == lowest or (level < share and level < highest)  # neither side is ever empty
         (held if is_held else kept).append(example)
     return {"train": kept, "id": held}
+
+
+def _warn_of_trained(held: list[Example], train: list[Example], said: str) -> None:
+    """Say how many held-out prompts are trained on; `said` names their field and file."""
+    trained = {_prompt_hash(example.prompt) for example in train}
+    if shared := sum(_prompt_hash(example.prompt) in trained for example in held):
+        warnings.warn(
+            f"{said}: {shared} of {len(held)} held-out prompts ({100 * shared / len(held):.1f}%) stand word for word "
+            f"in task.path, and how well they are answered may be memory: remove them from one of the two",
+            stacklevel=3,
+        )
+
+
+def _by_hash(examples: list[Example]) -> list[Example]:
+    """In an order that each prompt's hash decides: no two change places because others come or go."""
+    return sorted(examples, key=lambda example: derive_uniform("order", _prompt_hash(example.prompt)))
 
 
 def _with_the_same_columns(splits: Mapping[str, list[Example]]) -> dict[str, list[Example]]:
