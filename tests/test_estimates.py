@@ -87,6 +87,16 @@ def test_recentring_moves_the_value_after_a_cut_with_the_others() -> None:
         assert (recentre("ppo", given, ~NOBODY, gamma).values_BTNM == 0).all()
 
 
+def test_recentring_takes_the_mean_over_all_processes() -> None:
+    # V = 0, and five rewards here of sum 4; another process has three of sum 4: c = 8 / 8.
+    def with_another(tensor: Tensor) -> Tensor:
+        return tensor + (4 if tensor.is_floating_point() else 3)  # a sum of rewards, a count of them
+
+    given = dataclasses.replace(signals(num_quantiles=1), values_BTNM=torch.zeros(6, 4, 1, 1))
+    settings = load_config(overrides=["algorithm=ppo"]).advantage
+    assert (recentred(given, mean_value, NOBODY, settings, with_another).values_BTNM == 1).all()
+
+
 @pytest.mark.parametrize("gamma", [1.0, 0.99])
 def test_what_cut_responses_scatter_is_not_charged_to_the_few_that_ended(gamma: float) -> None:
     # One response of four ended, .5 above what was expected: c = .5. The values after the cuts scatter by 1 about those
