@@ -89,9 +89,11 @@ def test_only_the_actor_sees_the_corrected_reward_and_the_denoised_value() -> No
         ("ppo", lambda theta: noise_corrected_value(theta.mean(dim=-1), 0.1, 0.3)),
     ):
         given = dataclasses.replace(signals(num_quantiles=5 if name == "dvpo_plain" else 1), rates=NOISE)
+        given = dataclasses.replace(given, bootstrap_BNM=given.values_BTNM[:, 0])  # all cut short, and worth something
         advantages_BT, targets = estimate(name, given, *DENOISED)
         rewards_BT = correct_rewards(given.rewards_BT, given.mask_BT, given.rewarded_B, NOISE)
-        expected, _ = gae(rewards_BT, value(given.values_BTNM.mean(dim=-2)), given.mask_BT, 1.0, 0.95)
+        values_BT, ends_B = (value(theta.mean(dim=-2)) for theta in (given.values_BTNM, given.bootstrap_BNM))
+        expected, _ = gae(rewards_BT, values_BT, given.mask_BT, 1.0, 0.95, ends_B)
         torch.testing.assert_close(advantages_BT, expected)
         torch.testing.assert_close(targets, estimate(name, given)[1], rtol=0, atol=0)
 

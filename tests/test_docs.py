@@ -9,6 +9,7 @@ import textwrap
 import tomllib
 from contextlib import nullcontext
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -159,6 +160,26 @@ def test_every_setting_named_in_prose_exists(page: Path, settings: set[str]) -> 
     named = [re.match(r"[a-z_]+(?:\.[a-z_]+)+", line) for line in code(page)]
     keys = {match[0] for match in named if match and match[0].split(".")[0] in sections and match[0][-3:] != ".py"}
     assert keys - settings == set()
+
+
+def test_the_defaults_on_an_algorithms_page_are_those_of_its_row() -> None:
+    value = r"`?(true|false|[\d.]*\d(?:e-\d)?|[a-z]\w*)`?"
+    checked = 0
+    for name in ALGORITHMS:
+        page = (DOCS / f"algorithms/{name}.md").read_text()
+        section = page.split("\n## Defaults", 1)[1].split("\n## ", 1)[0]
+        stated = re.findall(rf"`([a-z_]+\.[a-z_.]+)`\s{value}(?=[,.;:]| \()", section)  # `setting` value,
+        for settings, values in re.findall(r"^\| (`.*?) \| (.*?) \|", section, re.MULTILINE):  # | `one`, `two` | 1, 2 |
+            stated += zip(re.findall(r"`([a-z_.]+)`", settings), re.findall(rf"(?:^|, ){value}", values), strict=False)
+        config = load_config(None, [f"algorithm={name}"])
+        for setting, word in stated:
+            actual = attrgetter(setting)(config)
+            said = yaml.safe_load(word) if word in ("true", "false") else word if word.isidentifier() else float(word)
+            if isinstance(said, str) and not isinstance(actual, str):
+                continue  # a verb, as in "whatever `critic.num_heads` says,"
+            assert actual == said, f"{name}: {setting}"
+            checked += 1
+    assert checked > 40
 
 
 @each_page

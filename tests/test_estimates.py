@@ -87,6 +87,18 @@ def test_recentring_moves_the_value_after_a_cut_with_the_others() -> None:
         assert (recentre("ppo", given, ~NOBODY, gamma).values_BTNM == 0).all()
 
 
+def test_recentring_takes_the_mean_over_all_processes() -> None:
+    # V = 0, and four rewards here of sum 3, one of a response without a token left out; another process has three of
+    # sum 4: c = 7 / 7.
+    def with_another(tensor: Tensor) -> Tensor:
+        return tensor + (4 if tensor.is_floating_point() else 3)  # a sum of rewards, a count of them
+
+    given = dataclasses.replace(signals(num_quantiles=1), values_BTNM=torch.zeros(6, 4, 1, 1))
+    given.mask_BT[0], given.rewards_BT[0] = False, 0
+    settings = load_config(overrides=["algorithm=ppo"]).advantage
+    assert (recentred(given, mean_value, NOBODY, settings, with_another).values_BTNM == 1).all()
+
+
 @pytest.mark.parametrize("gamma", [1.0, 0.99])
 def test_what_cut_responses_scatter_is_not_charged_to_the_few_that_ended(gamma: float) -> None:
     # One response of four ended, .5 above what was expected: c = .5. The values after the cuts scatter by 1 about those
@@ -226,7 +238,7 @@ def test_group_rows_ignore_a_missing_reward_whatever_stands_there(name: str) -> 
     wild = dataclasses.replace(given, rewards_BT=given.rewards_BT.clone())
     wild.rewards_BT[5, 3] = 1e6
     torch.testing.assert_close(estimate(name, wild)[0], estimate(name, given)[0])
-    assert not estimate(name, given)[0][5].any()
+    assert not estimate(name, given)[0][~given.mask_BT].any()  # the whole response, and the gap in another
 
 
 def test_grpo_divides_by_the_sample_deviation_of_the_group() -> None:

@@ -122,12 +122,17 @@ def test_a_draw_takes_one_level_from_each_part_keyed_by_what_it_is_for():
     assert torch.equal(drawn[0], drawn[2])
     assert not torch.equal(drawn[0], drawn[1])
     assert (drawn[0] * 50).floor().tolist() == list(range(50))
+    assert (drawn[0] * 50 % 1).std() > 0.2  # each at a place of its own: uniform, so .29
 
 
 def test_the_loss_is_the_exact_quantile_loss_at_the_drawn_levels(tmp_path: Path):
     trainer = Trainer(run_config(tmp_path / "run", "algorithm=dvpo_iqn"), task=Parity())
+    critic, used = trainer.critic, []
+    for _ in range(2):
+        trainer.train_step()
+        used.append(critic.heads.drawn_M)
     trainer.close()
-    critic = trainer.critic
+    assert not torch.allclose(*used)  # drawn anew in every step
     torch.nn.init.normal_(critic.heads.weight)
     states_KD, targets_KL = torch.randn(7, critic.shape.hidden_size), torch.rand(7, 5)
     critic.draw_levels(3, 1)

@@ -416,3 +416,5 @@ def test_the_first_model_is_the_same_with_and_without_others_behind_it() -> None
 def test_a_seed_of_one_s_own_parts_the_noise_from_the_run_s_seed() -> None:
     fixed = NoiseConfig(kind="flip", rate=0.3, seed=7)
     assert observe(make_noise(fixed, 0)) == observe(make_noise(fixed, 1)) == observe(noise_of("flip", 7, rate=0.3))
+    later = load_config({"noise": {"then": [{"kind": "flip", "rate": 0.3}]}}).noise
+    assert observe(make_noise(later, 0)) != observe(make_noise(later, 1))  # the run's, where it has none

@@ -126,6 +126,13 @@ def test_counts_of_all_processes_are_added() -> None:
     estimator.observe(["0", "1"], torch.tensor([1.0, 1.0]), torch.tensor([0.0, 1.0]), two_processes)
     assert estimator.state_dict() == {"false_positives": [2, 2], "false_negatives": [0, 2], "binary": True}
 
+    def another_saw_a_grade(counts: Tensor) -> Tensor:
+        return counts + (torch.arange(len(counts)) == 4)
+
+    with pytest.warns(UserWarning, match="1 of the rewards"):  # or this process would go on correcting alone
+        estimator.observe(["0"], torch.tensor([1.0]), torch.tensor([1.0]), another_saw_a_grade)
+    assert estimator.state_dict() == {"false_positives": [0, 0], "false_negatives": [0, 0], "binary": False}
+
 
 # What a correction may use
 

@@ -95,6 +95,7 @@ def test_where_all_returns_are_equal_nothing_is_left_of_them_and_turns_keep_thei
     rewards_BT = torch.zeros(6, 4)
     rewards_BT[:, 0] = 0.5  # a turn's reward, and the last token's makes a return of .75 for everybody
     rewards_BT += 0.25 * last_token(given.mask_BT)
+    rewards_BT[0, [0, 3]] = torch.tensor([0.1, 0.65])  # .75 but for float32's rounding, 2e-8: no spread to divide by
     rewards_BT *= given.rewarded_B.unsqueeze(-1)
     settings = RewardConfig(norm=norm)  # type: ignore[arg-type]
     shaped_BT = shape_rewards(rewards_BT, given.mask_BT, given.groups_B, given.rewarded_B, settings, identity)
@@ -128,6 +129,11 @@ def test_a_normalised_return_is_clipped_as_a_whole() -> None:
 
 def test_clipping_comes_last() -> None:
     assert shape("none", clip=0.5).max() == 0.5
+    given = signals()
+    lost = shape_rewards(
+        -given.rewards_BT, given.mask_BT, given.groups_B, given.rewarded_B, RewardConfig(clip=0.5), identity
+    )
+    assert lost.min() == -0.5
     assert shape("group", clip=0.5).abs().max() == 0.5
 
 

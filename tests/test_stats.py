@@ -208,6 +208,10 @@ def test_sign_flip_test_counts_all_sign_vectors_that_reach_the_sum() -> None:
     assert sign_flip_test([0, 0]) == 1.0
     # n of one sign: 2 / 2^n, whatever rounding does to sums in another order.
     assert sign_flip_test([0.1, 0.2, 0.3, 0.7, 1e-9]) == 2 / 32
+    # .1 + .2 + .3 - .3 rounds to .3000000000000001 and -.1 -.2 + .3 + .3 to .29999999999999993: the same sum. Of 8 up
+    # to their sign .9 .7 .5 .3 .3 .3 .1 .1: 6 reach .3.
+    assert sign_flip_test([0.1, 0.2, 0.3, -0.3]) == 0.75
+    assert sign_flip_test([1.0] * 16) == 2 / 2**16  # still exact: at random it could not be below 1 / 20,001
 
 
 def test_sign_flip_test_at_random_agrees_with_all_vectors_and_never_says_zero() -> None:

@@ -37,8 +37,7 @@ def law_value(values: Tensor, settings: "AdvantageConfig") -> Tensor:
     """What `advantage.law` makes of the ensemble's sorted atoms; the mean beside a rank, which is no value."""
     if settings.law.functional == "rank":
         return mean_value(values, settings)
-    theta = ascending(values.mean(dim=-2))
-    return risk.spectral_value(theta, law_weights(settings.law, theta.shape[-1]))
+    return risk.spectral_value(values.mean(dim=-2), law_weights(settings.law, values.shape[-1]))
 
 
 def recentred(

@@ -142,7 +142,7 @@ def shape_rewards(
     # What was subtracted stands at the last token alone: clipped reward by reward it would be lost.
     returns_B = (rewards_BT * mask_BT).sum(dim=-1)
     beyond_B = returns_B.clamp(-settings.clip, settings.clip) - returns_B
-    return rewards_BT + last_token(mask_BT) * (beyond_B * rewarded_B).unsqueeze(-1)
+    return rewards_BT + last_token(mask_BT) * beyond_B.unsqueeze(-1)
 
 
 def response_penalties(rollout: Rollout, config: "Config") -> Tensor | None:

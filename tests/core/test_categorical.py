@@ -20,6 +20,7 @@ def phi(x: float) -> float:
 def test_the_support_has_its_ends_at_the_bounds_and_room_for_four_deviations_beyond():
     # sigma .75 bins: 4 * .75 = 3 more on either side; 51 bins over one unit are .02 apart.
     assert len(CENTRES) == 57
+    assert len(histogram_centres(51, 0.0, 1.0, 1.0)) == 59
     torch.testing.assert_close(CENTRES[[0, 3, 4, 53, 56]], torch.tensor([-0.06, 0.0, 0.02, 1.0, 1.06], dtype=F64))
 
 

@@ -10,6 +10,7 @@ from dvpo.core.losses import (
     clipped_surrogate,
     huber_value_loss,
     kl_estimate,
+    truncated_ratio,
     value_loss,
 )
 from dvpo.core.masks import zero_masked
@@ -21,18 +22,18 @@ KINDS = ["token_mean", "seq_mean_token_mean", "seq_sum_fixed_length"]
 
 
 def test_clipped_surrogate_worked_example():
-    # ratios 1.5, 1.5, 0.5, 0.5, 1.1 with clip [0.8, 1.3]:
+    # ratios 1.5, 1.5, 0.5, 0.5, 1.1, 1.5 with clip [0.8, 1.3]:
     #   A = +1, ratio 1.5: min(1.5, 1.3) = 1.3, held back        A = -1: min(-1.5, -1.3) = -1.5, not held back
     #   A = +1, ratio 0.5: min(0.5, 0.8) = 0.5, not held back    A = -1: min(-0.5, -0.8) = -0.8, held back
-    #   A = +2, ratio 1.1: 2.2, inside
-    logprobs = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1]).log().requires_grad_()
-    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0])
-    loss, clipped = clipped_surrogate(logprobs, torch.zeros(5), advantages, clip_low=0.2, clip_high=0.3)
-    torch.testing.assert_close(loss, torch.tensor([-1.3, 1.5, -0.5, 0.8, -2.2]))
-    assert clipped.tolist() == [True, False, False, True, False]
+    #   A = +2, ratio 1.1: 2.2, inside                           A = 0: nothing to hold back
+    logprobs = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1, 1.5]).log().requires_grad_()
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0, 0.0])
+    loss, clipped = clipped_surrogate(logprobs, torch.zeros(6), advantages, clip_low=0.2, clip_high=0.3)
+    torch.testing.assert_close(loss, torch.tensor([-1.3, 1.5, -0.5, 0.8, -2.2, 0.0]))
+    assert clipped.tolist() == [True, False, False, True, False, False]
     loss.sum().backward()
     # d(-ratio A)/dlogp = -ratio A where not held back.
-    torch.testing.assert_close(logprobs.grad, torch.tensor([0.0, 1.5, -0.5, 0.0, -2.2]))
+    torch.testing.assert_close(logprobs.grad, torch.tensor([0.0, 1.5, -0.5, 0.0, -2.2, 0.0]))
 
 
 def test_at_the_first_update_the_surrogate_is_the_policy_gradient():
@@ -85,6 +86,16 @@ def test_surrogate_gradient_equals_finite_differences(seed):
         lambda x: clipped_surrogate(x, torch.zeros(6, dtype=torch.float64), advantages, 0.2, 0.2)[0],
         (logprobs,),
     )
+
+
+def test_truncated_ratio_worked_example():
+    # The policy's probabilities over the sampler's: .6/.2 = 3, capped at 2; .1/.4 = .25; .5/.5 = 1.
+    logprobs = torch.tensor([0.6, 0.1, 0.5]).log().requires_grad_()
+    weights, capped = truncated_ratio(logprobs, torch.tensor([0.2, 0.4, 0.5]).log(), cap=2.0)
+    torch.testing.assert_close(weights, torch.tensor([2.0, 0.25, 1.0]))
+    assert capped.tolist() == [1, 0, 0]
+    assert not weights.requires_grad
+    assert not truncated_ratio(logprobs, logprobs, cap=1.0)[1].any()  # a cap that is just reached takes nothing away
 
 
 # Value losses

@@ -52,6 +52,12 @@ def test_an_empty_mask_gives_zeros_and_a_count_of_one():
     assert torch.equal(whiten(values_BT, mask_BT), torch.zeros(2, 3))
 
 
+def test_whitening_divides_by_the_deviation_plus_1e_8():
+    # Deviation 1e-6: 1e-6 / (1e-6 + 1e-8) = .990. With the constant under the root it would be 1e-6 / 1e-4 = .01.
+    values_BT = torch.tensor([[1e-6, -1e-6]])
+    torch.testing.assert_close(whiten(values_BT, torch.ones(1, 2)), torch.tensor([[1.0, -1.0]]) / 1.01)
+
+
 def test_equal_advantages_whiten_to_zero_not_to_nan():
     assert torch.equal(whiten(torch.full((2, 2), 7.0), torch.ones(2, 2)), torch.zeros(2, 2))
 
@@ -125,6 +131,9 @@ def test_whitening_is_global_over_processes_and_a_local_one_is_rejected():
     means = in_processes(lambda part, reduce: masked_mean(*part, reduce=reduce), parts)
     assert means[0] == means[1]
     torch.testing.assert_close(means[0], masked_mean(values_BT, mask_BT))
+    # A process without a token counts as none: the sum 6 of two tokens has the mean 3, not 6 / (2 + 1).
+    idle = [(torch.tensor([2.0, 4.0]), torch.ones(2)), (torch.ones(2), torch.zeros(2))]
+    assert in_processes(lambda part, reduce: masked_mean(*part, reduce=reduce), idle) == [3.0, 3.0]
 
 
 def test_whitening_survives_an_offset_in_float32():

@@ -274,16 +274,18 @@ def test_mixture_atoms_follow_the_enumerated_law(gamma, lam):
         assert abs(drawn_L.mean() - (weights * atoms).sum()) < 2e-3
 
 
-def test_every_atom_is_expected_its_weight():
+# Tolerance: four standard errors at most.
+@pytest.mark.parametrize(("num_atoms", "seeds", "tolerance"), [(1, 1000, 0.05), (3, 4000, 0.012)])
+def test_every_atom_is_expected_its_weight(num_atoms, seeds, tolerance):
     # 3 tokens, few atoms, many seeds: the mean over seeds meets the exact mean to Monte Carlo accuracy even
-    # though L = 3 atoms cannot hold the 6 of the mixture.
+    # though L = 3 atoms, or 1, cannot hold the 6 of the mixture. One shift for both axes would be seen at L = 1.
     rewards_BT, quantiles_BTM, _, end_BM = random_batch(8, num_sequences=1, length=3, num_quantiles=2)
-    batch = (rewards_BT.expand(4000, -1), quantiles_BTM.expand(4000, -1, -1), torch.ones(4000, 3))
-    targets_BTL = mixture_targets(*batch, 0.9, 0.6, 3, 0, end_BM.expand(4000, -1))
+    batch = (rewards_BT.expand(seeds, -1), quantiles_BTM.expand(seeds, -1, -1), torch.ones(seeds, 3))
+    targets_BTL = mixture_targets(*batch, 0.9, 0.6, num_atoms, 0, end_BM.expand(seeds, -1))
     atoms, weights = brute_force(rewards_BT[0], quantiles_BTM[0], 0.9, 0.6, end_BM[0], t=0)
     share = ((targets_BTL[:, 0, :, None] - atoms).abs() < 1e-9).double().mean((0, 1))
-    torch.testing.assert_close(share, weights, rtol=0, atol=0.012)  # four standard errors at most
-    spread = targets_BTL[:, 0].mean(-1).std() / 4000**0.5
+    torch.testing.assert_close(share, weights, rtol=0, atol=tolerance)
+    spread = targets_BTL[:, 0].mean(-1).std() / seeds**0.5
     assert abs(targets_BTL[:, 0].mean() - (weights * atoms).sum()) < 4 * spread
 
 
@@ -343,6 +345,16 @@ def test_mixture_depends_on_its_seed_and_on_nothing_else():
     first, again, other = (mixture_targets(*arguments, 1.0, 0.9, 8, seed) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_mixture_draws_for_a_token_what_it_would_draw_on_one_process():
+    rewards_BT, quantiles_BTM, mask_BT, end_BM = random_batch(11)
+    whole_BTL = mixture_targets(rewards_BT, quantiles_BTM, mask_BT, 1.0, 0.9, 8, 1, end_BM)
+    later = (tensor[1:] for tensor in (rewards_BT, quantiles_BTM, mask_BT))
+    before = int(mask_BT[0].sum())
+    assert before > 0
+    later_BTL = mixture_targets(*later, 1.0, 0.9, 8, 1, end_BM[1:], tokens_before=before)
+    assert torch.equal(later_BTL, whole_BTL[1:])
 
 
 # Groups

@@ -27,6 +27,14 @@ def test_the_terms_by_hand():
     )
 
 
+def test_where_all_of_the_law_is_its_tail_no_return_is_cut_at_its_end():
+    # theta = (0, 1), alpha = beta = 1, G = 4: q is G itself, Z = 4, (.5 - 4)^2 = 12.25. At q = 1 it would be .25.
+    # c = .5: W = (4 - .5)^2 = 12.25, var .25, 12^2 = 144. From above q is 0 and G beyond it, with the same Z and W.
+    terms = law_tail_terms(torch.tensor([[0.0, 1.0]]), torch.tensor([4.0]), 1.0, 1.0)
+    expected = {"cvar": 12.25, "gain": 12.25, "shift": 12.25, "shape": 2 * 144}
+    assert {name: float(term) for name, term in terms.items()} == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(("alpha", "beta"), [(0.1, 0.1), (0.25, 0.5), (1.0, 1.0), (0.0, 0.3)])
 @pytest.mark.parametrize("name", TERMS)
 def test_returns_drawn_from_the_predicted_law_move_nothing_on_average(name: str, alpha: float, beta: float):
