@@ -46,8 +46,7 @@ def plain(text: str) -> str:
 
 def test_the_values_are_those_that_the_trainer_logs(runs: Path):
     # What a step recorded at its policy's and critic's start is what inspecting that start says of the same response.
-    settings = ["steps=2", "policy_optimiser.lr=0", "critic_optimiser.lr=0", "log.tokens=1", "critic.features=true"]
-    config = run_config(runs / "again", *settings)
+    config = run_config(runs / "again", "steps=2", "policy_optimiser.lr=0", "critic_optimiser.lr=0", "log.tokens=1")
     Trainer(config).train()
     subject = open_subject(str(runs / "again"))
     recorded = json.loads((runs / "again" / "tokens.jsonl").read_text().splitlines()[0])
