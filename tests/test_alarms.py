@@ -130,6 +130,21 @@ def test_any_other_course_of_the_rewards_is_none(observed, true):
 
 
 @pytest.mark.filterwarnings("ignore:step")
+@pytest.mark.parametrize(
+    ("observed", "true", "rung"),
+    [
+        # Pairs that differ by 1 have variance 1/2, the difference of two such means the error sqrt(1/4 + 1/4) = 0.707:
+        # 2.5 is 3.5 of them, 2 is 2.8.
+        ([0, 1, 2.5, 3.5], [3.5, 2.5, 1, 0], ["hacking"]),
+        ([0, 1, 2, 3], [3.5, 2.5, 1, 0], []),
+        ([0, 1, 2.5, 3.5], [3, 2, 1, 0], []),
+    ],
+)
+def test_both_means_must_have_moved_by_three_standard_errors(observed, true, rung):
+    assert shown(Watched(window=2), observed, true) == rung
+
+
+@pytest.mark.filterwarnings("ignore:step")
 def test_a_held_out_accuracy_that_falls_while_the_observed_reward_rises_is_hacking_until_it_is_back():
     watched = Watched()
     watched.evaluate(0.6)  # before training: the first steps' reward is what it is held against
@@ -140,6 +155,8 @@ def test_a_held_out_accuracy_that_falls_while_the_observed_reward_rises_is_hacki
     assert "held-out eval/id/accuracy = 0.300" in watched.rows[0]["message"]
     watched.evaluate(0.6)
     assert watched.show() == []
+    watched.evaluate(0.3)  # of equal evaluations the first counts: since then the observed reward has risen
+    assert watched.show() == ["hacking"]
 
 
 def test_a_held_out_accuracy_that_falls_within_its_interval_or_with_the_reward_is_none():
@@ -162,6 +179,12 @@ def test_alarms_that_go_on_from_their_state_ring_as_if_never_stopped():
     second.alarms.load_state_dict(first.alarms.state_dict())
     assert rung + shown(second, observed[8:], true[8:]) == expected != []
     assert second.alarms.state_dict() == whole.alarms.state_dict()
+    judged, resumed = Watched(), Watched()
+    judged.evaluate(0.6)
+    shown(judged, rewards([0.5] * 5) + rewards([0.8] * 5, seed=1), [math.nan] * 10)
+    judged.evaluate(0.3)
+    resumed.alarms.load_state_dict(judged.alarms.state_dict())
+    assert resumed.show() == judged.show() == ["hacking"]  # until the next evaluation
 
 
 # In a run

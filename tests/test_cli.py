@@ -228,6 +228,7 @@ def test_a_resume_may_differ_where_it_is_allowed_and_says_in_what(here: Path, ca
         assert said in message
     assert "microbatch_size" not in refusal(capsys, *other, "--allow", "update.microbatch_size").split("see")[0]
     assert "--allow micro: there is no such setting" in refusal(capsys, *other, "--allow", "micro")
+    assert "critic_optimiser.lr was" in refusal(capsys, *other, "--allow", "update,critic")  # which is another section
     assert "add --resume" in refusal(capsys, "train", "good.yaml", "--allow", "update")
     with pytest.warns(UserWarning, match=r"resume: .* was .* and is .*, as --allow says") as warned:
         assert main([*other, "--allow", "update,critic_optimiser.lr"]) == 0

@@ -57,7 +57,8 @@ def test_silent_groups_are_replaced_by_the_next_prompts_and_the_others_stay_wher
     plain = Trainer(run_config(tmp_path / "plain"), task=Silent(rest))
     order = [plain.collector.sample(plain.prompts.next(1))[0].example for _ in range(16)]
     plain.close()
-    trainer = Trainer(run_config(tmp_path / "run", "sampling.resample_rounds=9"), task=Silent(rest))
+    settings = ["sampling.resample_rounds=9", "critic.privileged=answer"]
+    trainer = Trainer(run_config(tmp_path / "run", *settings), task=Silent(rest))
     for _ in range(3):
         first = trainer.prompts.drawn
         rollout, collected = trainer.collect()
@@ -73,6 +74,8 @@ def test_silent_groups_are_replaced_by_the_next_prompts_and_the_others_stay_wher
         assert [e.example for e in collected.sampled] == [example for example in drawn for _ in range(SIZE)]
         assert rollout.observed_B.tolist() == [0.0, 1.0, 0.0] * 2
         assert rollout.prompt_ids == tuple(e.example.id for e in collected.episodes)
+        hints = [trainer.collector.encoder.text([t for t in row if t >= 0]) for row in rollout.hints_BH.tolist()]
+        assert hints == [f"{prompt_id}\n" for prompt_id in rollout.prompt_ids]  # Parity's answers are its ids
     assert trainer.prompts.drawn > 6
     trainer.close()
 

@@ -332,6 +332,8 @@ def test_settings_that_together_mean_nothing_are_refused(overrides: list[str], w
 def test_what_a_setting_is_given_to_is_not_refused():
     assert load_config({"task": {"name": "my_module:make_task", "path": "mine.jsonl"}}).task.path == "mine.jsonl"
     assert load_config({"noise": {"kind": "none", "rate": 0.4}}).noise.rate == 0.4  # switched off by name
+    sizes = ["sampling.prompts_per_step=2", "sampling.samples_per_prompt=2", "update.minibatches=4"]
+    assert load_config(None, sizes).update.minibatches == 4  # a response each
     stop = ["alarms.stop=[kl]", "update.epochs=1", "update.minibatches=1"]
     assert load_config(None, [*stop, "alarms.kl_reference=1", "actor.kl.coef=1e-6"]).alarms.stop == ("kl",)
 

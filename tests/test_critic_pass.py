@@ -105,4 +105,11 @@ def test_values_stand_in_the_rows_order_whichever_came_first(tmp_path: Path):
     for one, other in zip(plain, kept, strict=True):
         mask = rollout.mask_BT if one.dim() == 4 else slice(None)
         torch.testing.assert_close(one[mask], other[mask], rtol=1e-5, atol=1e-6)
+    # Other rows are asked for first, as many as were kept: in those no token may train.
+    rows_B = torch.tensor([1, 2, 4])
+    micro = rollout.select(rows_B).trimmed()
+    mask_BT = micro.mask_BT
+    expected_KNM = plain[0][rows_B, : mask_BT.shape[1]][mask_BT]
+    predicted_KNM = trainer.critic_pass.predictions(rows_B, micro, mask_BT)
+    torch.testing.assert_close(predicted_KNM.detach(), expected_KNM, rtol=1e-5, atol=1e-6)
     trainer.close()

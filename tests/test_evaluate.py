@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 
 from dvpo import evaluate as evaluate_module
 from dvpo.errors import InputError
-from dvpo.evaluate import Evaluation, Judge, evaluate, evaluate_checkpoint, interval_text
+from dvpo.evaluate import Evaluation, Judge, evaluate, evaluate_checkpoint, fitting_examples, interval_text
 from dvpo.faults import lost_in_evaluation
 from dvpo.rewards import Fault, Scores
 from dvpo.sampling import Episode, Turn
@@ -169,6 +169,22 @@ def make_task(settings: Any) -> Diary:
     return Diary([None])
 
 
+def test_the_first_examples_of_a_split_are_the_ones_that_count(tmp_path):
+    config = run_config(tmp_path, "evaluation.prompts=3")
+    chosen = fitting_examples(Parity(), "train", config, tiny_policy())
+    assert chosen == list(Parity().split("train"))[:3]
+
+
+def test_the_policy_is_that_of_the_newest_checkpoint_or_of_the_one_named(tmp_path, monkeypatch):
+    opened, open_policy = [], evaluate_module.open_policy
+    monkeypatch.setattr(evaluate_module, "open_policy", lambda *given: opened.append(given[0]) or open_policy(*given))
+    config = run_config(tmp_path, "task.name=test_evaluate:make_task", "checkpoint.every=1", "evaluation.every=0")
+    Trainer(config).train()
+    files = [evaluate_checkpoint(source, [], ["id"], 0, None) for source in (tmp_path, tmp_path / "checkpoint-1")]
+    assert opened == [tmp_path / f"checkpoint-{step}" / "policy" for step in (2, 1)]
+    assert [file.name for file in files] == ["evaluation-2.jsonl", "evaluation-1.jsonl"]
+
+
 def test_a_checkpoints_table_has_shares_in_per_cent_and_its_rows_hold_whatever_prompts_do(tmp_path, capsys):
     config = run_config(tmp_path, "task.name=test_evaluate:make_task", "steps=1")
     Trainer(config).train()
@@ -269,6 +285,13 @@ def test_unknown_rewards_count_in_no_figure(monkeypatch):
     assert math.isnan(nothing.summary["accuracy"])
     assert "mean@3" not in nothing.summary
     assert nothing.rows[0]["reward"] is None
+
+
+@pytest.mark.parametrize(("reward", "solved"), [(0.99, 0), (1 - 2**-24, 1)])  # the latter is a rounded float32
+def test_nearly_the_whole_reward_is_no_solution(monkeypatch, reward, solved):
+    monkeypatch.setattr(evaluate_module, "HuggingFaceSampler", RiggedSampler)
+    summary = evaluate(tiny_policy(), Task(), ITEMS, all_of(reward), SamplingConfig(), samples=3, seed=0).summary
+    assert [summary[name] for name in ("accuracy", "mean@3", "pass@3", "pass^3")] == [solved] * 4
 
 
 def test_an_item_without_a_reward_still_counts_among_the_cut_and_in_its_environments_figures(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from dvpo.cli import main
 from dvpo.config import load_config, to_yaml
 from dvpo.errors import InputError, RunStoppedError
-from dvpo.faults import KINDS, fault_figures, fault_rows, headline, stop_at_faults
+from dvpo.faults import KINDS, FaultTally, fault_figures, fault_rows, headline, stop_at_faults
 from dvpo.rewards import Fault
 from dvpo.runlog import read_rows
 from dvpo.sampling import Episode
@@ -58,6 +58,13 @@ def test_faults_are_counted_by_kind_and_cured_ones_apart():
         "reward/cured": 2.0,
         **{f"reward/faults_{kind}": float(counted.get(kind, 0)) for kind in KINDS},
     }
+
+
+def test_an_answer_that_two_parts_of_a_mix_failed_on_is_one_that_was_lost():
+    tally = FaultTally()
+    tally.add([Fault("timeout", 0, "a: late"), Fault("timeout", 0, "b: late"), Fault("timeout", 1, "", cured=True)], 6)
+    tally.add([Fault("exception", 0, "KeyError")], 6)
+    assert str(tally) == "reward: 2 of 12 answers failed, first: timeout: a: late"
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,13 @@ def test_once_losses_are_finite_again_it_makes_room(tmp_path: Path, monkeypatch:
         assert kept(tmp_path / "run") == left
 
 
+def test_a_run_whose_losses_were_never_finite_has_no_healthy_checkpoint_to_keep(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(FailsFrom, "failing", range(1, 99))
+    settings = ["checkpoint.every=1", "checkpoint.keep=1", "evaluation.every=0", "update.max_skipped=0"]
+    FailsFrom(run_config(tmp_path / "run", *settings), task=Parity()).train()
+    assert kept(tmp_path / "run") == [2]
+
+
 # Where a run that is interrupted goes on
 
 

@@ -149,6 +149,8 @@ def test_terciles_never_part_equal_agreement():
     groups = terciles(labels_of(*((votes, True) for votes in (4, 8, 1, 4, 3, 8, 4, 2, 4))))
     assert [sorted(label.votes for label in group) for group in groups] == [[1, 2, 3], [4, 4, 4, 4], [8, 8]]
     assert len(terciles(labels_of(*[(8, True)] * 5))) == 1
+    # Of five different ones two are the first that make a third, four the first that make two.
+    assert list(map(len, terciles(labels_of(*[(votes, True) for votes in range(1, 6)])))) == [2, 2, 1]
 
 
 def test_the_summary_prints_agreement_unanswered_and_accuracy_with_a_wilson_interval():

@@ -265,6 +265,15 @@ def test_estimating_changes_nothing_but_the_log(tmp_path: Path) -> None:
             ["reward.trusted=0.1", "advantage.law.functional=denoised", "actor.kl.place=reward", "actor.kl.coef=0.1"],
             "which actor.kl.place = reward would change",
         ),
+        (
+            [
+                "algorithm=dvpo_paper",
+                "reward.correction=forward",
+                "critic.adaptive_risk=true",
+                "reward.rates.false_negative=0.2",
+            ],
+            "needs reward.rates.false_positive too: set it, to 0 if there are none",
+        ),
         (["reward.overlong=65"], "reward.overlong = 65 exceeds sampling.max_completion_length = 64: lower it"),
     ],
 )

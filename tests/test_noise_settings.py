@@ -61,6 +61,10 @@ def test_a_reward_function_of_one_s_own_is_asked_with_the_pseudo_label(tmp_path:
     assert scorer([answered("a", "#4")]).fields["observed_B"].tolist() == [0.25]
     scorer.judge([answered("a", "#4")])
     assert asked == [[5]]
+    scorer.task = ChainArithmetic(train=1, id=1, ood=1)
+    scorer.task.true_reward = lambda prompts, *_, **__: [None] * len(prompts)  # type: ignore[method-assign]
+    scorer.judge([answered("a", "#4")])  # nobody knows the truth: evaluations ask too, with the answer of the data
+    assert asked == [[5], [4]]
 
 
 def test_other_noise_comes_on_top_of_pseudo_labels(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ def test_the_promised_share_of_preferences_is_turned_and_says_so_and_shares_are_
     few, many = turned(0.1), turned(0.3)
     assert few < many
     assert len(many) / 4000 == pytest.approx(0.3, abs=0.022)  # three standard errors
+    later = [[replace(episode, visit=visit) for episode in episodes_of("a", "b")] for visit in range(60)]
+    assert 15 < sum(bool(_told_apart(pair, [1.0, 0.0], 0.5, seed=0)[0].swapped) for pair in later) < 45
 
 
 def test_pairs_of_the_shipped_model_are_ordered_by_the_verifier_and_keyed():

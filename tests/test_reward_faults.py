@@ -190,6 +190,9 @@ def test_a_single_sample_is_not_asked_twice_unless_retries_are_allowed(guard: Gu
     reward = guard(FLAKY.format(folder=str(tmp_path)))
     assert kinds(score(reward, ["never"])) == [("exception", 0)]
     assert (tmp_path / "1-never").read_text() == "x"
+    once_more = guard(FLAKY.format(folder=str(tmp_path)), retries=1)
+    assert kinds(score(once_more, ["never"])) == [("exception", 0)]
+    assert (tmp_path / "1-never").read_text() == "xxx"  # two more: the call and its one retry
 
 
 def test_a_fault_that_only_the_batch_shows_is_cured_by_asking_one_by_one(guard: Guard) -> None:
@@ -294,15 +297,16 @@ def test_what_is_printed_is_passed_on_up_to_a_bound_and_never_blocks_the_call(
     assert len(printed) < 100_000
 
 
-def test_rubbish_in_the_pipe_of_the_replies_ends_the_worker_and_not_the_run(guard: Guard) -> None:
-    reward = guard("""
+@pytest.mark.parametrize("rubbish", [b"{}", b'{"number": 1, "rewards": [9.0]}'])  # the second is to another request
+def test_rubbish_in_the_pipe_of_the_replies_ends_the_worker_and_not_the_run(guard: Guard, rubbish: bytes) -> None:
+    reward = guard(f"""
         import os
         def reward(prompts, completions, completion_ids):
             if completions == ["ok"]:
                 return [1.0]
             for descriptor in range(3, 12):
                 try:
-                    os.write(descriptor, (2).to_bytes(8, "big") + b"{}")
+                    os.write(descriptor, ({len(rubbish)}).to_bytes(8, "big") + {rubbish!r})
                 except OSError:
                     pass
             return [2.0] * len(completions)

@@ -6,13 +6,15 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from dvpo.errors import InputError
-from dvpo.rewards import GuardedReward, Scores, _cuts
+from dvpo.reward_lane import Lane
+from dvpo.rewards import GuardedReward, Scores, _cuts, longest_call
 from guards import Guard, guards_in, kinds, score
 
 
@@ -251,6 +253,15 @@ def test_async_samples_that_failed_are_tried_again_and_the_others_are_not(guard:
     scores = score(reward, ["ok", "twice", "raises"], answer=["", "", ""])
     assert scores.rewards == [3.0, 3.0, None]
     assert [(f.kind, f.index, f.cured) for f in scores.faults] == [("exception", 1, True), ("exception", 2, False)]
+
+
+def test_as_many_async_calls_as_follow_each_other_have_their_time_and_a_waiting_process_knows_it(monkeypatch) -> None:
+    asked: list[float] = []
+    worker = SimpleNamespace(exchange=lambda _, seconds, __: asked.append(seconds) or {"each": []})
+    monkeypatch.setattr(Lane, "_running_worker", lambda _: worker)
+    Lane("m:f", ".", [], timeout=10, start_timeout=1, concurrency=2).ask(b"", token_counts=[1] * 5)
+    # 5 samples, 2 at a time: 3 calls follow each other, and half a limit more.
+    assert asked == [35] == [longest_call(5, timeout=10, concurrency=2, retries=0)]
 
 
 def test_an_async_function_that_blocks_its_loop_is_killed_and_costs_the_guilty_sample(guard: Guard) -> None:

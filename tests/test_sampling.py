@@ -82,7 +82,10 @@ def next_probabilities(policy: Policy, temperature: float) -> Tensor:
 
 @pytest.mark.parametrize(
     ("settings", "kept"),
-    [({}, 8), ({"temperature": 2.0}, 8), ({"temperature": 0.5}, 8), ({"top_k": 3}, 3), ({"top_p": 0.6}, None)],
+    [
+        *[({}, 8), ({"temperature": 2.0}, 8), ({"temperature": 0.5}, 8)],
+        *[({"top_k": 3, "temperature": 0.5}, 3), ({"top_p": 0.6, "temperature": 2.0}, None)],
+    ],
 )
 def test_tokens_are_drawn_with_the_probabilities_of_the_truncated_scaled_distribution(settings, kept):
     policy, draws = tiny_policy(vocabulary=8), 4000
@@ -150,11 +153,12 @@ def test_rows_are_dropped_from_the_batch_once_finished_and_that_changes_nothing(
 
 def test_finished_rows_do_not_run_out_of_the_models_positions():
     policy = tiny_policy("gpt2")  # 64 learnt positions
-    contexts, budgets = [[17] * 60, [40, 41], [42]], [4, 30, 30]
+    # The first of five is over at 64 positions; four of five, more than `going_on_share`, and it stays in the batch.
+    contexts, budgets, seeds = [[17] * 60, [40, 41], [42], [43], [44]], [4, 30, 30, 30, 30], range(1, 6)
     sampler = HuggingFaceSampler(policy, SamplingConfig())
-    together = sampler.sample(contexts, budgets, [1, 2, 3])
-    alone = [sampler.sample(*([c] for c in row))[0] for row in zip(contexts, budgets, [1, 2, 3], strict=True)]
-    assert max(len(turn.tokens) for turn in alone) > 4
+    together = sampler.sample(contexts, budgets, seeds)
+    alone = [sampler.sample(*([c] for c in row))[0] for row in zip(contexts, budgets, seeds, strict=True)]
+    assert min(len(turn.tokens) for turn in alone[1:]) > 5
     assert_same(together, alone)
 
 
@@ -193,6 +197,14 @@ def test_a_turn_ends_with_the_first_end_token_which_it_keeps_or_with_its_budget(
     assert any(turn.finished and len(turn.tokens) == 5 for turn in turns)  # an end on the last place is an end
 
 
+def test_a_turn_that_was_cut_is_not_finished_by_what_its_row_goes_on_to_write(monkeypatch):
+    monkeypatch.setattr(HuggingFaceSampler, "going_on_share", 0.0)  # rows that are over stay in the batch
+    sampler = HuggingFaceSampler(tiny_policy(vocabulary=8), SamplingConfig())
+    turns = sampler.sample([[2, 5, 3]] * 30, [1] * 20 + [12] * 10, range(30))
+    assert [turn.finished for turn in turns] == [turn.tokens[-1] == END_ID for turn in turns]
+    assert any(len(turn.tokens) > 6 for turn in turns[20:])
+
+
 def test_a_pad_id_that_equals_the_end_id_changes_nothing():
     plain, shared = tiny_policy(vocabulary=8), tiny_policy(vocabulary=8)
     shared.tokenizer.pad_token = shared.tokenizer.eos_token
@@ -208,7 +220,7 @@ def test_a_stop_string_ends_the_turn_where_it_is_completed_and_stays_in_its_toke
     free = sample(policy, budget=30)
     texts = [TOKENIZER.decode(turn.tokens) for turn in free]
     stop = next(text[4:6] for text in texts if len(text) >= 20)
-    stopped = sample(policy, budget=30, stop=(stop, "no such text"))
+    stopped = sample(policy, budget=30, stop=(stop, "~"))  # which it never writes
     cut = 0
     for turn, before, text in zip(stopped, free, texts, strict=True):
         place = text.find(stop)

@@ -1,6 +1,7 @@
 """Scoring: where rewards land, what a missing one becomes, and who is asked."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -106,8 +107,9 @@ def test_a_list_of_another_length_is_a_fault_that_names_all_three_numbers(wrong)
     )
 
 
-def test_a_reward_at_a_token_of_the_environment_is_a_fault():
-    kind, message = place([0, 0, 1.0, 0, 0, 0, 0], episode(TWO_TURNS))
+@pytest.mark.parametrize("reward", [1.0, -1.0])
+def test_a_reward_at_a_token_of_the_environment_is_a_fault(reward):
+    kind, message = place([0, 0, reward, 0, 0, 0, 0], episode(TWO_TURNS))
     assert (kind, "token of the environment" in message) == ("wrong_length", True)
 
 
@@ -163,6 +165,9 @@ def test_noise_is_keyed_by_prompt_visit_and_sample_and_so_blind_to_the_order():
     forward_B, backward_B = scorer(episodes).fields["observed_B"], scorer(episodes[::-1]).fields["observed_B"]
     assert torch.equal(forward_B, backward_B.flip(0))
     assert 15 < forward_B.sum() < 45
+    for key in ("visit", "sample"):  # the same answer to one prompt, but for this: no longer the same noise
+        again = [replace(episode([0], "0"), **{key: i}) for i in range(60)]
+        assert 15 < scorer(again).fields["observed_B"].sum() < 45
 
 
 # Turns of an environment

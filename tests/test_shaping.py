@@ -76,12 +76,12 @@ def test_a_run_takes_the_penalty_from_what_is_learnt_and_not_from_what_was_obser
     figures = {}
     for margin in (0, 12):
         folder = tmp_path / str(margin)
-        trainer = Trainer(run_config(folder, "algorithm=ppo", f"reward.overlong={margin}"), task=Parity())
+        trainer = Trainer(run_config(folder, "algorithm=ppo", f"reward.overlong={margin}"), task=Parity([None]))
         rollout, collected = trainer.collect()
         _, figures[margin] = trainer.estimate(rollout)
         trainer.close()
-    # Of 12 tokens at most the penalty is length / 12.
-    lengths_B = torch.tensor([len(episode.tokens) for episode in collected.episodes]).float()
+    # Of 12 tokens at most the penalty is length / 12; the first response has no reward and counts in nothing.
+    lengths_B = torch.tensor([len(episode.tokens) for episode in collected.episodes[1:]]).float()
     assert figures[12]["reward/overlong"] == pytest.approx(float(lengths_B.mean() / 12))
     assert figures[12]["reward/observed"] == figures[0]["reward/observed"]
     weighted = float((lengths_B * lengths_B / 12).sum() / lengths_B.sum())  # every token of a response has its return

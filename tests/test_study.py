@@ -53,16 +53,17 @@ def test_a_study_like_another_takes_from_it_what_it_does_not_say(place: Path):
     mild = {"name": "mild", "algorithm": "ppo", "overrides": {"policy_optimiser": {"lr": 1e-5}}}
     write(place, algorithms=["dvpo", mild])
     both = {"name": "both", "algorithm": "ppo", "like": "mild", "overrides": {"advantage": {"lam": 0.5}}}
+    last = {"name": "last", "algorithm": "ppo", "like": "mild", "overrides": {"policy_optimiser": {"lr": 2e-5}}}
     own = {
         "like": "study.yaml",
         "output": "mine",
         "config": {"steps": 7},
-        "algorithms": ["mild", both, "grpo"],
+        "algorithms": ["mild", both, last, "grpo"],
         "seeds": [5],
     }
     (place / "mine.yaml").write_text(yaml.safe_dump(own))
     cells = {cell.algorithm: cell.config for cell in load_study(place / "mine.yaml", only="noise=flip").cells}
-    assert list(cells) == ["mild", "both", "grpo"]
+    assert list(cells) == ["mild", "both", "last", "grpo"]
     assert {(config.steps, config.noise.rate, config.evaluation.prompts, config.seed) for config in cells.values()} == {
         (7, 0.4, 8, 5)
     }
@@ -71,6 +72,7 @@ def test_a_study_like_another_takes_from_it_what_it_does_not_say(place: Path):
         ("ppo", 1e-5),
     ]
     assert (cells["mild"].advantage.lam, cells["both"].advantage.lam) == (0.95, 0.5)
+    assert cells["last"].policy_optimiser.lr == 2e-5  # its own is on top
     assert cells["grpo"].policy_optimiser.lr != 1e-5
 
 
@@ -262,7 +264,7 @@ def test_faulty_words_on_the_command_line_are_refused(
 
 
 def test_overrides_are_laid_over_each_other_from_the_base_to_the_command_line(place: Path):
-    own_steps = {"overrides": {"steps": 5}}
+    own_steps, small_critic = {"overrides": {"steps": 5}}, {"critic": {"num_quantiles": 3}, "steps": 9}
     base = study_values()["config"] | {"steps": 4, "critic": {"num_quantiles": 8, "kappa": 0.3}}
     study = load_study(
         write(
@@ -270,7 +272,7 @@ def test_overrides_are_laid_over_each_other_from_the_base_to_the_command_line(pl
             config=base,
             tasks={"math": {}, "again": {"name": "math", "overrides": {"steps": 6}}},
             noises={"clean": {}, "long": own_steps},
-            algorithms=["ppo", {"name": "small", "algorithm": "dvpo", "overrides": {"critic": {"num_quantiles": 3}}}],
+            algorithms=["ppo", {"name": "small", "algorithm": "dvpo", "overrides": small_critic}],
             seeds=[7],
         ),
         ["noise.low=-1"],
@@ -280,6 +282,7 @@ def test_overrides_are_laid_over_each_other_from_the_base_to_the_command_line(pl
     assert [cells[f"{place}-ppo-7"].steps for place in ("math-clean", "math-long", "again-clean", "again-long")] == [
         4, 5, 6, 5,
     ]  # fmt: skip
+    assert cells["again-long-small-7"].steps == 9
     small = cells["math-clean-small-7"]
     assert (small.algorithm, small.critic.num_quantiles, small.critic.kappa) == ("dvpo", 3, 0.3)
     assert (small.task.name, cells["again-clean-small-7"].task.name) == ("math", "math")

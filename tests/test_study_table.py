@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dvpo.study import load_study
-from dvpo.study_table import make_report, to_markdown
+from dvpo.study_table import make_report, overviews, to_markdown
 from study_files import a_row, study_values, workplace, write
 
 
@@ -66,19 +66,28 @@ def test_the_table_of_one_place_equals_hand_arithmetic(place: Path):
     assert (ppo["beats ppo [95%]"], ppo["p (Holm)"]) == ("-", "-")
 
 
+def test_a_run_that_never_surpassed_its_start_has_its_peak_there_and_each_split_its_own(place: Path):
+    curve = [[0, 0.4, 0.6], [1, 0.3, 0.1], [3, 0.2, 0.2]]
+    row = a_row(
+        noise="clean", algorithm="ppo", seed=1, id_before=0.4, ood_before=0.6, id_true=0.2, ood_true=0.2, curve=curve
+    )
+    (lines,) = lines_of(place, [row], noises={"clean": {}})
+    assert [lines["ppo", split]["end less peak"] for split in ("ID", "OOD")] == ["-20.0", "-40.0"]
+
+
 def test_missing_seeds_are_marked_and_named_and_their_pairs_are_left_out(place: Path):
-    rows = [row for row in CLEAN if (row["algorithm"], row["seed"]) not in {("dvpo", 4), ("ppo", 1)}]
+    rows = [row for row in CLEAN if (row["algorithm"], row["seed"]) not in {("dvpo", 1), ("ppo", 4)}]
     (lines,) = lines_of(place, rows, noises={"clean": {}})
     dvpo, ppo, grpo = (lines[name, "ID"] for name in ("dvpo", "ppo", "grpo"))
     assert (dvpo["seeds"], ppo["seeds"], grpo["seeds"]) == ("3 of 4 !", "3 of 4 !", "4")
-    # Seeds 2 and 3 are left: 20 and 10.
+    # Seeds 2 and 3 are left: 20 and 10. By their places it would be 70 - 50 and 50 - 50.
     assert dvpo["less ppo, paired [95%]"].startswith("+15.0 [")
     assert dvpo["less ppo, paired [95%]"].endswith("(2 of 4 pairs !)")
     assert grpo["less ppo, paired [95%]"].endswith("(3 of 4 pairs !)")
     study = load_study(write(place, algorithms=["dvpo", "ppo", "grpo"], seeds=[1, 2, 3, 4], noises={"clean": {}}))
     (note,) = [note for note in make_report(study, rows).notes if "have no row" in note]
     assert "2 of 12 cells have no row" in note
-    assert "parity-clean-ppo-1, parity-clean-dvpo-4." in note
+    assert "parity-clean-dvpo-1, parity-clean-ppo-4." in note
 
 
 def test_a_place_without_any_row_is_missing_from_the_pooled_table_and_not_left_out_of_it(place: Path):
@@ -112,6 +121,14 @@ def test_all_places_stand_side_by_side_with_the_highest_of_each_marked(place: Pa
         ("grpo", "55.0", "46.7* !", "1 of 2"),
     )
     assert known.lines == (("dvpo", "+0.30", "+0.30"), ("ppo", "+0.20", "+0.20"))  # grpo has no critic
+
+
+@pytest.mark.parametrize(("algorithms", "scores"), [(["ppo"], []), (["dvpo", "ppo"], [0, 0, 0, 0])])
+def test_a_place_without_a_row_has_no_highest_and_a_score_of_0_is_higher_than_none(place: Path, algorithms, scores):
+    study = load_study(write(place, algorithms=algorithms, seeds=[1, 2, 3, 4]))
+    rows = [*scored("clean", "ppo", [50, 50, 40, 60]), *scored("flip", "ppo", scores)]
+    (ends,) = overviews(study, rows)
+    assert ends.lines[-1] == ("ppo", "50.0*", *(("0.0*", "2 of 2") if scores else ("-", "1 of 2")))
 
 
 def test_one_seed_has_no_interval(place: Path):

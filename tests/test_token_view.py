@@ -68,8 +68,12 @@ def test_a_character_does_not_reach_into_another_turn():
 
 
 def test_a_run_keeps_the_tokens_of_some_responses(tmp_path: Path):
-    Trainer(run_config(tmp_path / "run", "steps=3", "log.tokens=2"), task=Parity()).train()
+    settings = ["steps=3", "log.tokens=2", "advantage.missing_reward=mask", "noise.kind=flip", "noise.rate=1"]
+    Trainer(run_config(tmp_path / "run", *settings), task=Parity([None])).train()
     rows = rows_of(tmp_path / "run")
+    for row in rows[::2]:  # without a reward it leaves the step, and is shown all the same
+        assert (row["observed"], set(row["advantages"])) == (None, {0.0})
+    assert all(row["observed"] == 1 - row["true"] for row in rows[1::2])
     assert [row["step"] for row in rows] == [1, 1, 2, 2, 3, 3]
     for row in rows:
         length = len(row["tokens"])

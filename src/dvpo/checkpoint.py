@@ -110,7 +110,7 @@ class Checkpointer:
         """Remove old checkpoints, and those beyond `newest`, which would win over it at the next resume."""
         checkpoints = _steps(self.folder)
         past = sorted(step for step in checkpoints if step <= newest)
-        kept = {*past[-self.keep :], *(step for step in spared if step <= newest)}
+        kept = {*past[-self.keep :], *spared}
         for step, checkpoint in checkpoints.items():
             if step not in kept:
                 _remove(checkpoint)

@@ -240,7 +240,8 @@ def _ends(data: _Data, places: Sequence[Place], split: str) -> Sheet:
     scores = {name: data.scores(places, name, split) for name in algorithms}
     middles = {name: [iqm([*row.values()]) if row else -math.inf for row in scores[name]] for name in algorithms}
     highest = [
-        max(column) if column.count(max(column)) == 1 else None for column in zip(*middles.values(), strict=True)
+        max(column) if column.count(max(column)) == 1 and math.isfinite(max(column)) else None
+        for column in zip(*middles.values(), strict=True)
     ]
     lines = []
     for name in algorithms:
