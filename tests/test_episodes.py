@@ -334,6 +334,16 @@ def test_a_prompt_that_ends_with_the_assistants_words_lets_the_response_go_on_wi
         ChatEncoder(dropping).prompt([*ASK, {"role": "assistant", "content": "one two "}])
 
 
+def test_what_the_template_is_told_holds_for_the_prompt_and_for_every_later_turn():
+    tokenizer = merging_tokenizer()
+    tokenizer.chat_template += "{% if add_generation_prompt and enable_thinking is false %}{{ '[no]' }}{% endif %}"
+    encoder = ChatEncoder(tokenizer, {"enable_thinking": False})
+    assert encoder.prompt(ASK) == ids("<|user|>Count.<|end|><|assistant|>[no]")
+    assert encoder.reply(Quiz.REPLY, END_ID) == ids("<|user|>And then?<|end|><|assistant|>[no]")
+    assert encoder.prompt([*ASK, {"role": "assistant", "content": "1"}]) == ids("<|user|>Count.<|end|><|assistant|>1")
+    assert ChatEncoder(tokenizer).prompt(ASK) == ids("<|user|>Count.<|end|><|assistant|>")
+
+
 def test_messages_without_a_chat_template_and_roles_that_it_refuses_are_input_errors():
     plain = merging_tokenizer()
     plain.chat_template = None

@@ -66,7 +66,7 @@ class Subject:
 
     @property
     def encoder(self) -> ChatEncoder:
-        return ChatEncoder(self.policy.tokenizer)
+        return ChatEncoder(self.policy.tokenizer, self.policy.template)
 
 
 def inspect_checkpoint(
@@ -112,7 +112,7 @@ def open_subject(source: str) -> Subject:
     folder = sound_checkpoint(source)
     config = load_config(folder.parent / "config.yaml")
     device = torch.device(choose_device(config.device))
-    policy = open_policy(folder / "policy", device, config.model.dtype)
+    policy = open_policy(folder / "policy", device, config.model.dtype, template=config.model.template)
     has_critic = find_algorithm(config.algorithm).has_critic
     critic = load_critic(folder / "critic", device, policy.dtype) if has_critic else None
     return Subject(folder, config, policy, critic, make_task(config.task))

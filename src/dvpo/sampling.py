@@ -85,8 +85,8 @@ class ChatEncoder:
 
     MARK = "\x02dvpo\x03"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any] = {}) -> None:
+        self.tokenizer, self.template = tokenizer, template
 
     def prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of a string as it stands, or of a message list up to where the assistant's next word belongs."""
@@ -129,10 +129,12 @@ class ChatEncoder:
                     tokenize=False,
                     add_generation_prompt=not goes_on,
                     continue_final_message=goes_on,
+                    **self.template,
                 )
             )
         except Exception as error:  # templates raise whatever they like
             mend = "its roles, or the assistant's message at its end" if goes_on else "its roles"
+            mend += ", or model.template" if self.template else ""
             reason = next(iter(str(error).splitlines()), type(error).__name__)  # more lines may quote the whole prompt
             raise InputError(f"task: the chat template refuses a prompt ({reason}): mend {mend}") from None
 
