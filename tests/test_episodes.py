@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from types import SimpleNamespace
 
@@ -287,6 +288,23 @@ def test_an_environment_that_raises_ends_the_run_in_a_sentence_with_prompt_excep
     assert isinstance(no.value.__cause__, KeyError)
     with pytest.raises(InputError, match=r"environment of prompt p7 raised ValueError: invalid literal"):
         step(Broken(example), example, "seven")
+
+
+def test_an_environment_that_raises_in_a_step_ends_its_episode_alone_and_nobody_knows_its_worth():
+    class Losing(Quiz):
+        def step(self, response: str) -> Step:
+            return super().step(response) if response == "one" else 1 / 0
+
+    encoder = ChatEncoder(TOKENIZER)
+    whole, lost = [Episode(Example(name, ASK), 0, 0, encoder.prompt(ASK)) for name in ("whole", "lost")]
+    words = iter(["one", "two", "six"])
+    sampler = SimpleNamespace(sample=lambda c, *_: [Turn(ids(f"{next(words)}<|end|>"), [-0.1] * 4, True)] * len(c))
+    play([whole, lost], [Quiz(ASK), Losing(ASK)], sampler, encoder, SamplingConfig(max_completion_length=99), seed=0)
+    assert (whole.turn_rewards, whole.fault, whole.terminated) == ([0.5, 0.5, 2.0], None, True)
+    assert lost.text == "one\ntwo"
+    assert lost.turn_rewards == [0.5, None]
+    assert lost.terminated  # the length limit did not cut it
+    assert re.fullmatch(r"the environment of prompt lost raised ZeroDivisionError: .* \(test_\w+.py:\d+\)", lost.fault)
 
 
 @pytest.mark.parametrize("answer", [None, 7, ((), 1.0, True), Step((), "much", True), Step(None, None, False)])

@@ -188,13 +188,14 @@ def take(
 
 
 def own_figures(episodes: Sequence[Episode], environments: Sequence[Environment]) -> list[dict[str, float]]:
-    """The figures that each environment keeps of its finished episode, less those that are None or not finite.
+    """The figures that each environment keeps of its finished episode, less those that are None or not finite; none of
+    one that raised something.
 
     Raises:
         InputError: a name that is ours, or no number.
     """
     return [
-        _figures(episode.example, environment) if hasattr(environment, "figures") else {}
+        _figures(episode.example, environment) if hasattr(environment, "figures") and not episode.fault else {}
         for episode, environment in zip(episodes, environments, strict=True)
     ]
 

@@ -14,7 +14,7 @@ from dvpo.checkpoint import checkpoint_step
 from dvpo.config import Config, load_config
 from dvpo.core.masks import identity
 from dvpo.critic import Critic, load_critic
-from dvpo.environments import environment_at, step
+from dvpo.environments import EnvironmentFaultError, environment_at, step
 from dvpo.errors import InputError
 from dvpo.evaluate import refuse_what_python_gave, sound_checkpoint
 from dvpo.noise_rates import Rates
@@ -151,6 +151,8 @@ def answered(subject: Subject, example: Example, question: Question) -> Episode:
         sampler = HuggingFaceSampler(subject.policy, settings, greedy=question.greedy)
         short = replace(settings, max_completion_length=limit)
         play([episode], [environment], sampler, encoder, short, derive_seed(question.seed, "inspect"))
+        if episode.fault:
+            raise EnvironmentFaultError(episode.fault)
         return episode
     tokens = encoder.plain(question.response)
     _check_room(room, max(len(tokens), 1))

@@ -21,12 +21,12 @@ from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsW
 
 from dvpo.batch import Rollout
 from dvpo.decoding import Decoder
-from dvpo.environments import environment_at, step
+from dvpo.environments import EnvironmentFaultError, environment_at, step
 from dvpo.errors import InputError
 from dvpo.policy import Policy
 from dvpo.seeding import derive_seed
 from dvpo.settings import SamplingConfig
-from dvpo.tasks import Environment, Example, Message, Prompt, Task
+from dvpo.tasks import Environment, Example, Message, Prompt, Step, Task
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,9 @@ class Episode:
     """The response as messages: the policy's and the environment's."""
     turn_rewards: list[float | None] = field(default_factory=list)
     terminated: bool = False
+    """It is over, and not by the length limit."""
+    fault: str | None = None
+    """What the environment raised, which ended it: nobody knows what it is worth."""
 
     @property
     def text(self) -> str:
@@ -301,7 +304,10 @@ def _take_turn(
     if not drawn.finished:
         episode.turn_rewards.append(None)
         return False
-    answer = step(environment, episode.example, text)
+    try:
+        answer = step(environment, episode.example, text)
+    except EnvironmentFaultError as error:
+        episode.fault, answer = error.said, Step((), None, done=True)
     episode.turn_rewards.append(answer.reward)
     if answer.done:
         episode.terminated = True
