@@ -17,7 +17,8 @@ from dvpo.reward_model import make_reward_model, open_reward_model
 from dvpo.sampling import Episode, collate
 from dvpo.settings_learning import CriticConfig
 from dvpo.tasks import Example
-from runs import trained
+from dvpo.trainer import Trainer
+from runs import Parity, run_config, trained
 from tiny_models import merging_tokenizer, one_row, tiny_policy
 
 TOKENS = [70, 81, 92, 17, 40, 33, 44, 1, 200]
@@ -357,6 +358,39 @@ def test_a_folder_that_is_no_reward_model_of_the_policys_tokens_is_refused(rewar
     other = replace(tiny_policy(vocabulary=266), tokenizer=merging_tokenizer())
     with pytest.raises(InputError, match="the reward model's tokenizer is not the policy's"):
         new_critic(other, path=str(reward_model_folder))
-    for clash in ({"trunk": "shared"}, {"start": "verdict"}):
-        with pytest.raises(ValueError, match=r"critic\.path = rm starts a trunk of the critic's own"):
-            CriticConfig(path="rm", **clash)
+    with pytest.raises(ValueError, match=r"critic\.path = rm starts a trunk of the critic's own"):
+        CriticConfig(path="rm", trunk="shared")
+    with pytest.raises(InputError, match=r"critic\.path = .* is a reward model, and critic\.start = verdict"):
+        new_critic(tiny_policy(), path=str(reward_model_folder), start="verdict")
+
+
+@pytest.mark.parametrize("further", [{}, {"start": "verdict"}, {"kind": "categorical"}])
+def test_an_earlier_runs_critic_goes_on_as_it_was_trunk_and_heads(further: dict[str, str], tmp_path: Path):
+    policy = tiny_policy()
+    earlier = new_critic(policy, **further)
+    with torch.no_grad():
+        for parameter in earlier.parameters():
+            parameter.add_(0.5)
+    earlier.save(tmp_path)
+    critic = new_critic(policy, seed=1, path=str(tmp_path), **further)
+    for name, tensor in earlier.state_dict().items():
+        assert torch.equal(critic.state_dict()[name], tensor), name
+
+
+def test_an_earlier_critic_of_another_form_or_of_another_model_is_refused(tmp_path: Path):
+    new_critic(tiny_policy()).save(tmp_path)
+    with pytest.raises(InputError, match=r"critic.num_heads = 2: the critic of critic.path = .* has 3, "):
+        new_critic(tiny_policy(), path=str(tmp_path), num_heads=2)
+    with pytest.raises(InputError, match="the critic has 264 tokens, the policy 266: take a critic"):
+        new_critic(tiny_policy(vocabulary=266), path=str(tmp_path))
+
+
+def test_a_run_trains_an_earlier_runs_critic_and_with_adapters_builds_on_it(tmp_path: Path):
+    first = trained(tmp_path / "first")
+    path = f"critic.path={tmp_path}/first/checkpoint-2/critic"
+    second = Trainer(run_config(tmp_path / "second", path, "seed=1"), task=Parity())
+    assert all(map(torch.equal, second.critic.parameters(), first.critic.parameters()))
+    second.train()
+    assert not any(map(torch.equal, second.critic.heads.parameters(), first.critic.heads.parameters()))
+    adapted = Trainer(run_config(tmp_path / "adapted", path, "seed=1", "model.lora.rank=2"), task=Parity())
+    assert all(map(torch.equal, adapted.critic.heads.parameters(), first.critic.heads.parameters()))

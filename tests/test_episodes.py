@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from types import SimpleNamespace
 
@@ -289,6 +290,23 @@ def test_an_environment_that_raises_ends_the_run_in_a_sentence_with_prompt_excep
         step(Broken(example), example, "seven")
 
 
+def test_an_environment_that_raises_in_a_step_ends_its_episode_alone_and_nobody_knows_its_worth():
+    class Losing(Quiz):
+        def step(self, response: str) -> Step:
+            return super().step(response) if response == "one" else 1 / 0
+
+    encoder = ChatEncoder(TOKENIZER)
+    whole, lost = [Episode(Example(name, ASK), 0, 0, encoder.prompt(ASK)) for name in ("whole", "lost")]
+    words = iter(["one", "two", "six"])
+    sampler = SimpleNamespace(sample=lambda c, *_: [Turn(ids(f"{next(words)}<|end|>"), [-0.1] * 4, True)] * len(c))
+    play([whole, lost], [Quiz(ASK), Losing(ASK)], sampler, encoder, SamplingConfig(max_completion_length=99), seed=0)
+    assert (whole.turn_rewards, whole.fault, whole.terminated) == ([0.5, 0.5, 2.0], None, True)
+    assert lost.text == "one\ntwo"
+    assert lost.turn_rewards == [0.5, None]
+    assert lost.terminated  # the length limit did not cut it
+    assert re.fullmatch(r"the environment of prompt lost raised ZeroDivisionError: .* \(test_\w+.py:\d+\)", lost.fault)
+
+
 @pytest.mark.parametrize("answer", [None, 7, ((), 1.0, True), Step((), "much", True), Step(None, None, False)])
 def test_an_answer_that_is_no_step_is_refused_with_the_prompt(answer):
     environment = SimpleNamespace(step=lambda response: answer)
@@ -332,6 +350,16 @@ def test_a_prompt_that_ends_with_the_assistants_words_lets_the_response_go_on_wi
     dropping.chat_template = TOKENIZER.chat_template.replace("message['content']", "message['content'].split()[-1]")
     with pytest.raises(InputError, match=r"refuses a prompt .*: mend its roles, or the assistant's message at its end"):
         ChatEncoder(dropping).prompt([*ASK, {"role": "assistant", "content": "one two "}])
+
+
+def test_what_the_template_is_told_holds_for_the_prompt_and_for_every_later_turn():
+    tokenizer = merging_tokenizer()
+    tokenizer.chat_template += "{% if add_generation_prompt and enable_thinking is false %}{{ '[no]' }}{% endif %}"
+    encoder = ChatEncoder(tokenizer, {"enable_thinking": False})
+    assert encoder.prompt(ASK) == ids("<|user|>Count.<|end|><|assistant|>[no]")
+    assert encoder.reply(Quiz.REPLY, END_ID) == ids("<|user|>And then?<|end|><|assistant|>[no]")
+    assert encoder.prompt([*ASK, {"role": "assistant", "content": "1"}]) == ids("<|user|>Count.<|end|><|assistant|>1")
+    assert ChatEncoder(tokenizer).prompt(ASK) == ids("<|user|>Count.<|end|><|assistant|>")
 
 
 def test_messages_without_a_chat_template_and_roles_that_it_refuses_are_input_errors():

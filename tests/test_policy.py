@@ -252,6 +252,16 @@ def test_folders_without_weights_or_with_another_kind_of_model_are_refused(tmp_p
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["enable_thinkng", "tokenize", "add_generation_prompt", "messages"])
+def test_a_template_is_told_nothing_that_it_does_not_read_or_that_rendering_sets(name, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template += "{# tokenize #}{% if enable_thinking %}{{ tools }}{% endif %}"
+    folder = save(tmp_path, tokenizer=tokenizer)
+    assert open_policy(folder, CPU, template={"enable_thinking": False, "tools": []}).template["tools"] == []
+    with pytest.raises(InputError, match=rf"model.template.{name} = 'x': the chat template of .* reads no {name} that"):
+        open_policy(folder, CPU, template={name: "x"})
+
+
 def test_a_model_without_any_end_token_is_refused(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -11,17 +12,23 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from dvpo import load_critic
 from dvpo import trainer as trainer_module
 from dvpo.algorithms import ALGORITHMS
+from dvpo.answers import Answerer
 from dvpo.batch import Estimates, Rollout
 from dvpo.config import load_config
+from dvpo.embedded import make_tokenizer
 from dvpo.errors import InputError
+from dvpo.evaluate import evaluate_checkpoint
+from dvpo.inspection import Question, answered, find_example, open_subject
 from dvpo.metrics import Means
 from dvpo.scoring import longest_scoring
 from dvpo.trainer import Trainer
 from dvpo.warmstart import warm_start
-from runs import LINEAR, Parity, farthest, rollout_of, rows, run_config, trained, weights
+from runs import LINEAR, Parity, farthest, model_folder, rollout_of, rows, run_config, trained, weights
 
 # What is refused at the start, or said
 
@@ -46,6 +53,41 @@ def test_held_out_prompts_that_are_too_long_are_refused_left_out_or_cut_as_those
         skipping = run("skip")
     assert skipping.evaluate()["eval/ood/items"] == 1
     assert run("truncate").evaluate()["eval/ood/items"] == 2
+
+
+def test_every_prompt_of_a_run_and_of_what_reads_it_is_rendered_as_model_template_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[object] = []
+    render = PreTrainedTokenizerBase.apply_chat_template
+
+    def spy(self: PreTrainedTokenizerBase, messages: object, **arguments: object) -> object:
+        told.append(arguments.get("enable_thinking"))
+        return render(self, messages, **arguments)
+
+    def check() -> None:
+        assert told
+        assert set(told) == {False}
+        told.clear()
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template += "{% if enable_thinking %}{% endif %}"
+    shutil.copytree(model_folder(), tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", spy)
+    overrides = ("steps=1", f"model.path={tmp_path}/model", "model.template={enable_thinking: false}")
+    config = run_config(tmp_path / "run", *overrides)
+    Trainer(config).train()
+    check()
+    evaluate_checkpoint(tmp_path / "run", [], ["id"], 0, None)
+    check()
+    subject = open_subject(str(tmp_path / "run"))
+    answered(subject, find_example(subject, Question()), Question(response="5"))
+    check()
+    load_critic(tmp_path / "run").read(["2+3="], ["5"])
+    check()
+    Answerer(config, subject.task, "labels")
+    check()
 
 
 # What must not matter

@@ -2,13 +2,16 @@
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dvpo.errors import InputError
+from dvpo.errors import InputError, RunStoppedError
+from dvpo.sampling import Turn
+from dvpo.tasks import Example, SingleTurn, Step
 from dvpo.trainer import Trainer
 from runs import LINEAR, Parity, Talk, farthest, rollout_of, rows, run_config, trained, weights
 
@@ -78,6 +81,63 @@ def test_a_reward_that_fails_in_an_evaluation_is_logged_with_its_split_and_said(
         (0, "ood", "exception", "ood 0"),
         (0, "ood", "exception", "ood word 1"),
     ]
+    trainer.close()
+
+
+# An environment that raises
+
+
+class Flaky(SingleTurn):
+    """At every other example it raises."""
+
+    def step(self, response: str) -> Step:
+        if self.example.id[-1] in "02468":
+            raise ConnectionError("the service is away")
+        return super().step(response)
+
+    def figures(self) -> dict[str, float]:
+        return {"turns": 1.0}
+
+
+class FlakyTask(Parity):
+    def environment(self, example: Example) -> Flaky:
+        return Flaky(example)
+
+
+class Brief:
+    """Every response is one byte and its end."""
+
+    def sample(self, contexts: Any, *_: Any) -> list[Turn]:
+        return [Turn([100, 1], [-5.5, -0.1], finished=True) for _ in contexts]
+
+
+def flaky(folder: Path, *overrides: str, **given: Any) -> Trainer:
+    """Half of 16 prompts raise, in each of 3 samples."""
+    trainer = Trainer(run_config(folder, "sampling.prompts_per_step=16", *overrides), task=FlakyTask(), **given)
+    trainer.collector.sampler, trainer.drawer = Brief(), lambda greedy: Brief()
+    return trainer
+
+
+@pytest.mark.parametrize("judged", [False, True])
+def test_an_environment_that_raises_costs_its_samples_their_rewards_on_record_and_no_more(judged: bool, tmp_path: Path):
+    trainer = flaky(tmp_path, reward=(lambda completions, **_: [1.0] * len(completions)) if judged else None)
+    figures = trainer.train_step()
+    assert (figures["reward/faults"], figures["reward/faults_exception"], figures["reward/missing"]) == (24, 24, 0.5)
+    faults = [row for row in rows(trainer, "faults") if row["kind"] == "exception"]  # beside alarms
+    assert {row["prompt_id"][-1] for row in faults} == set("02468")
+    said = r"raised ConnectionError: the service is away \(test_trainer_rewards.py:\d+\)"
+    assert re.search(said, faults[0]["message"])
+    # Of two prompts each split has one that raises: it counts in no figure, and was not cut.
+    with pytest.warns(UserWarning, match=rf"the reward failed 2 times.*: the environment of prompt id 0 {said}"):
+        figures = trainer.evaluate()
+    assert [figures[f"eval/id/{name}"] for name in ("items", "turns", "truncated")] == [1, 1, 0]
+    trainer.close()
+
+
+def test_too_many_environments_that_raise_end_the_run_as_rewards_do(tmp_path: Path):
+    trainer = flaky(tmp_path, "reward.max_fault_share=0.4")
+    with pytest.raises(RunStoppedError, match=r"24 of 48 responses lost their reward .* mend what failed, then go on"):
+        trainer.train_step()
     trainer.close()
 
 

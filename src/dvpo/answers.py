@@ -33,9 +33,12 @@ class Answerer:
             raise InputError(f"task.name = {config.task.name}: its training split is empty, give it an example")
         set_seed(config.seed)  # `model.weights: random` draws from the global generator, as training does
         device = torch.device(choose_device(config.device))
-        policy = open_policy(starting_model(config), device, config.model.dtype, weights=config.model.weights)
+        model = config.model
+        policy = open_policy(
+            starting_model(config), device, model.dtype, weights=model.weights, template=model.template
+        )
         self.task, self.settings = task, config.sampling
-        self.encoder = ChatEncoder(policy.tokenizer)
+        self.encoder = ChatEncoder(policy.tokenizer, policy.template)
         self.prompt_tokens = fit_prompts(train, self.encoder, config.sampling, policy.context_length)
         self.examples = [example for example in train if example.id in self.prompt_tokens]
         self._sampler = HuggingFaceSampler(policy, config.sampling)

@@ -219,23 +219,28 @@ def open_critic(kind: Kind | Literal["none"], config: Config, policy: Policy, ch
     return load_critic(checkpoint / "critic", policy.device, policy.dtype, config.model.gradient_checkpointing)
 
 
-def _refuse_another_form(folder: Path, kind: Kind, config: CriticConfig) -> None:
-    """A resume may be allowed other settings of the critic, but the weights that it goes on with have their form."""
+def _refuse_another_form(
+    folder: Path,
+    kind: Kind,
+    config: CriticConfig,
+    whose: str = "the checkpoint's critic",
+    remedy: str = "start another output folder",
+) -> None:
+    """A run may go on with other settings of the critic, but the weights that it goes on with have their form."""
     shape = critic_shape(folder)
     now = asdict(_shape(kind, config, shape.hidden_size, shape.vocabulary))
     for name, old in asdict(shape).items():
         if old != now[name]:
             raise InputError(
-                f"{'the critic of algorithm' if name == 'kind' else f'critic.{name}'} = {now[name]}: the checkpoint's "
-                f"critic has {old}, and its form stays: take that value, or start another output folder"
+                f"{'the critic of algorithm' if name == 'kind' else f'critic.{name}'} = {now[name]}: {whose} has "
+                f"{old}, and its form stays: take that value, or {remedy}"
             )
     if kind == "categorical":
         with _readable(folder), safe_open(folder / "critic.safetensors", "pt") as file:
             centres_R = file.get_tensor("heads.centres_R")
         if not torch.allclose(centres_R, histogram_centres(**asdict(config.histogram)).to(centres_R.dtype)):
             raise InputError(
-                "critic.histogram: the checkpoint's critic has its bins elsewhere, and they stay: take its values, or "
-                "start another output folder"
+                f"critic.histogram: {whose} has its bins elsewhere, and they stay: take its values, or {remedy}"
             )
 
 
@@ -256,7 +261,8 @@ def _shape(kind: Kind, config: CriticConfig, hidden_size: int, vocabulary: int) 
 
 
 def make_critic(kind: Kind, config: CriticConfig, policy: Policy, share_base: bool = False) -> Critic:
-    """A fresh critic around a copy of the policy's trunk; draws its heads from torch's global generator.
+    """A critic before training: a fresh one around a copy of the policy's trunk, whose heads are drawn from torch's
+    global generator; or, with `critic.path`, around a reward model's, or an earlier run's critic as it was.
 
     Args:
         kind: what its heads are.
@@ -266,9 +272,11 @@ def make_critic(kind: Kind, config: CriticConfig, policy: Policy, share_base: bo
 
     Raises:
         InputError: `critic.verdict_tokens` that are no tokens, or a `critic.path` without a reward model that reads
-            what the policy writes.
+            what the policy writes, or with a critic of another form.
     """
-    trunk: Any = None if config.path is None else _trunk_of_reward_model(config.path, policy)
+    if config.path is not None and (Path(config.path).expanduser() / "critic.json").is_file():
+        return _earlier_critic(Path(config.path).expanduser(), kind, config, policy)
+    trunk: Any = None if config.path is None else _trunk_of_reward_model(config.path, config, policy)
     width = policy.model.get_output_embeddings().weight.shape[1]
     if trunk is not None:
         width = trunk.config.get_text_config().hidden_size
@@ -284,9 +292,28 @@ def make_critic(kind: Kind, config: CriticConfig, policy: Policy, share_base: bo
     return critic
 
 
-def _trunk_of_reward_model(folder: str, policy: Policy) -> nn.Module:
+def _earlier_critic(folder: Path, kind: Kind, config: CriticConfig, policy: Policy) -> Critic:
+    _refuse_another_form(folder, kind, config, f"the critic of critic.path = {folder}", "drop critic.path")
+    checkpointing = getattr(policy.trunk, "is_gradient_checkpointing", False)
+    critic = load_critic(folder, policy.device, policy.dtype, checkpointing)
+    trunks: tuple[Any, Any] = (critic.trunk, policy.trunk)
+    reads, writes = (len(trunk.get_input_embeddings().weight) for trunk in trunks)
+    if reads != writes:
+        raise InputError(
+            f"critic.path = {folder}: the critic has {reads} tokens, the policy {writes}: take a critic of a run that "
+            "began with the same model"
+        )
+    return critic
+
+
+def _trunk_of_reward_model(folder: str, config: CriticConfig, policy: Policy) -> nn.Module:
     from dvpo.reward_model import open_reward_model
 
+    if config.start == "verdict":
+        raise InputError(
+            f"critic.path = {folder} is a reward model, and critic.start = verdict reads the policy's trunk: drop one "
+            "of them"
+        )
     model = open_reward_model(folder, policy.device, field="critic.path")
     if model.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise InputError(

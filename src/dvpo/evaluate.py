@@ -69,7 +69,8 @@ def fitting_examples(task: Task, split: str, config: Config, policy: Policy) -> 
         InputError: a prompt that is too long where none may be, or none that fits.
     """
     examples = task.split(split)[: config.evaluation.prompts]
-    fitting = fit_prompts(examples, ChatEncoder(policy.tokenizer), config.sampling, policy.context_length, split)
+    encoder = ChatEncoder(policy.tokenizer, policy.template)
+    fitting = fit_prompts(examples, encoder, config.sampling, policy.context_length, split)
     kept = [example for example in examples if example.id in fitting]
     left_out = len(examples) - len(kept)
     if left_out and is_main():
@@ -179,7 +180,7 @@ def take(
     drawer: Callable[[bool], Sampler] | None = None,
 ) -> tuple[list[Episode], list[Environment]]:
     """Take every example `count` times, greedily or not; the finished episodes and where they took place."""
-    encoder = ChatEncoder(policy.tokenizer)
+    encoder = ChatEncoder(policy.tokenizer, policy.template)
     limit = min(settings.max_prompt_length, policy.context_length - settings.max_completion_length)
     if limit < 1:
         raise InputError(
@@ -197,13 +198,14 @@ def take(
 
 
 def own_figures(episodes: Sequence[Episode], environments: Sequence[Environment]) -> list[dict[str, float]]:
-    """The figures that each environment keeps of its finished episode, less those that are None or not finite.
+    """The figures that each environment keeps of its finished episode, less those that are None or not finite; none of
+    one that raised something.
 
     Raises:
         InputError: a name that is ours, or no number.
     """
     return [
-        _figures(episode.example, environment) if hasattr(environment, "figures") else {}
+        _figures(episode.example, environment) if hasattr(environment, "figures") and not episode.fault else {}
         for episode, environment in zip(episodes, environments, strict=True)
     ]
 
@@ -340,7 +342,8 @@ def evaluate_checkpoint(
             f"--splits {' '.join(missing)}: the task {task.name} has no such examples; take "
             f"{', '.join(['train', *held_out(task)])}"
         )
-    policy = open_policy(checkpoint / "policy", torch.device(choose_device(config.device)), config.model.dtype)
+    device, model = torch.device(choose_device(config.device)), config.model
+    policy = open_policy(checkpoint / "policy", device, model.dtype, template=model.template)
     unnamed = unused(checkpoint.parent, f"evaluation-{checkpoint_step(checkpoint)}", ".jsonl", ".json")
     file = output_file(output or unnamed, "--output")
     about = file.with_suffix(".json")

@@ -109,5 +109,5 @@ def stop_at_faults(faults: Sequence[Fault], batch: int, step: int, settings: Rew
     raise RunStoppedError(
         f"step {step}: {len(lost)} of {batch} responses lost their reward to a fault, more than {setting} allows; the "
         f"last one: {headline(last)}; all of them are in faults.jsonl: "
-        "mend the reward function, then go on by --resume"
+        "mend what failed, then go on by --resume"
     )

@@ -14,7 +14,7 @@ from dvpo.checkpoint import checkpoint_step
 from dvpo.config import Config, load_config
 from dvpo.core.masks import identity
 from dvpo.critic import Critic, load_critic
-from dvpo.environments import environment_at, step
+from dvpo.environments import EnvironmentFaultError, environment_at, step
 from dvpo.errors import InputError
 from dvpo.evaluate import refuse_what_python_gave, sound_checkpoint
 from dvpo.noise_rates import Rates
@@ -66,7 +66,7 @@ class Subject:
 
     @property
     def encoder(self) -> ChatEncoder:
-        return ChatEncoder(self.policy.tokenizer)
+        return ChatEncoder(self.policy.tokenizer, self.policy.template)
 
 
 def inspect_checkpoint(
@@ -112,7 +112,7 @@ def open_subject(source: str) -> Subject:
     folder = sound_checkpoint(source)
     config = load_config(folder.parent / "config.yaml")
     device = torch.device(choose_device(config.device))
-    policy = open_policy(folder / "policy", device, config.model.dtype)
+    policy = open_policy(folder / "policy", device, config.model.dtype, template=config.model.template)
     has_critic = find_algorithm(config.algorithm).has_critic
     critic = load_critic(folder / "critic", device, policy.dtype) if has_critic else None
     return Subject(folder, config, policy, critic, make_task(config.task))
@@ -151,6 +151,8 @@ def answered(subject: Subject, example: Example, question: Question) -> Episode:
         sampler = HuggingFaceSampler(subject.policy, settings, greedy=question.greedy)
         short = replace(settings, max_completion_length=limit)
         play([episode], [environment], sampler, encoder, short, derive_seed(question.seed, "inspect"))
+        if episode.fault:
+            raise EnvironmentFaultError(episode.fault)
         return episode
     tokens = encoder.plain(question.response)
     _check_room(room, max(len(tokens), 1))

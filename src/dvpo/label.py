@@ -83,8 +83,8 @@ class Labeller:
         return [self._label(episodes) for episodes in self.answerer.answer(self.examples[first:last], self.samples)]
 
     def _label(self, episodes: Sequence[Episode]) -> Label:
-        # What the length limit cut is no answer yet, even if it reads like one.
-        answers = [self.task.final_answer(e.text) if e.terminated else None for e in episodes]
+        # What the length limit or a fault cut is no answer yet, even if it reads like one.
+        answers = [self.task.final_answer(e.text) if e.terminated and not e.fault else None for e in episodes]
         answer, votes = vote(answers)
         correct = None
         if answer is not None and self.knows_truth:

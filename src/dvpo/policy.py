@@ -1,9 +1,10 @@
 """The policy: load or make a causal language model, and its log-probs without a [B, T, V] float32 tensor."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -53,6 +54,8 @@ class Policy:
     """Where it computes, if not where its weights are kept."""
     adapted: bool = True
     """False: as it was before training, without its adapters if it has any."""
+    template: Mapping[str, Any] = field(default_factory=dict)
+    """What its chat template is told besides the messages."""
 
     @property
     def device(self) -> torch.device:
@@ -217,6 +220,7 @@ def open_policy(
     dtype: str = "float32",
     gradient_checkpointing: bool = False,
     weights: Literal["pretrained", "random"] = "pretrained",
+    template: Mapping[str, Any] = {},
 ) -> Policy:
     """Load a Hugging Face folder (or hub name) as a `Policy`; dropout off, no remote code.
 
@@ -226,10 +230,11 @@ def open_policy(
         dtype: compute type of the trunk, `float32` or `bfloat16`; master weights are float32 either way.
         gradient_checkpointing: recompute activations in the backward pass.
         weights: `random` makes the model from the folder's config.json, drawn from torch's global generator.
+        template: what the chat template is told besides the messages.
 
     Raises:
-        InputError: no such folder, no causal language model in it, no tokenizer, no end token, or a family whose
-            head is not supported.
+        InputError: no such folder, no causal language model in it, no tokenizer, no end token, a chat template that
+            does not read what it is told, or a family whose head is not supported.
     """
     path = str(path)
     local = Path(path).expanduser()
@@ -255,12 +260,20 @@ def open_policy(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # transformers checkpoints in training mode only; with every dropout at 0 the mode changes nothing else.
-    policy = Policy(model.to(device).train(gradient_checkpointing), tokenizer, getattr(torch, dtype))
+    policy = Policy(model.to(device).train(gradient_checkpointing), tokenizer, getattr(torch, dtype), template=template)
     # Several families make an empty tokenizer where there are no files for one.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise InputError(f"model.path = {path} has no tokenizer: write one there with tokenizer.save_pretrained")
     if not policy.end_ids:
         raise InputError(f"model.path = {path} has no end token: set eos_token in its tokenizer")
+    # A template ignores what it does not read, a misspelt name say, and of what it reads rendering sets a part itself.
+    ours = {"messages", *signature(tokenizer.apply_chat_template).parameters} - {"tools", "documents"}
+    for name, value in template.items():
+        if name in ours or name not in str(tokenizer.chat_template or ""):
+            raise InputError(
+                f"model.template.{name} = {value!r:.60}: the chat template of {path} reads no {name} that can be set: "
+                "check the name, or drop it"
+            )
     check_head(policy)
     return policy
 

@@ -21,12 +21,12 @@ from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsW
 
 from dvpo.batch import Rollout
 from dvpo.decoding import Decoder
-from dvpo.environments import environment_at, step
+from dvpo.environments import EnvironmentFaultError, environment_at, step
 from dvpo.errors import InputError
 from dvpo.policy import Policy
 from dvpo.seeding import derive_seed
 from dvpo.settings import SamplingConfig
-from dvpo.tasks import Environment, Example, Message, Prompt, Task
+from dvpo.tasks import Environment, Example, Message, Prompt, Step, Task
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,9 @@ class Episode:
     """The response as messages: the policy's and the environment's."""
     turn_rewards: list[float | None] = field(default_factory=list)
     terminated: bool = False
+    """It is over, and not by the length limit."""
+    fault: str | None = None
+    """What the environment raised, which ended it: nobody knows what it is worth."""
 
     @property
     def text(self) -> str:
@@ -91,8 +94,8 @@ class ChatEncoder:
 
     MARK = "\x02dvpo\x03"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any] = {}) -> None:
+        self.tokenizer, self.template = tokenizer, template
 
     def prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of a string as it stands, or of a message list up to where the assistant's next word belongs."""
@@ -135,10 +138,12 @@ class ChatEncoder:
                     tokenize=False,
                     add_generation_prompt=not goes_on,
                     continue_final_message=goes_on,
+                    **self.template,
                 )
             )
         except Exception as error:  # templates raise whatever they like
             mend = "its roles, or the assistant's message at its end" if goes_on else "its roles"
+            mend += ", or model.template" if self.template else ""
             reason = next(iter(str(error).splitlines()), type(error).__name__)  # more lines may quote the whole prompt
             raise InputError(f"task: the chat template refuses a prompt ({reason}): mend {mend}") from None
 
@@ -305,7 +310,10 @@ def _take_turn(
     if not drawn.finished:
         episode.turn_rewards.append(None)
         return False
-    answer = step(environment, episode.example, text)
+    try:
+        answer = step(environment, episode.example, text)
+    except EnvironmentFaultError as error:
+        episode.fault, answer = error.said, Step((), None, done=True)
     episode.turn_rewards.append(answer.reward)
     if answer.done:
         episode.terminated = True

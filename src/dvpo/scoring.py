@@ -106,7 +106,7 @@ class Scorer:
             "observed_B": torch.tensor([sum(r) if ok else math.nan for r, ok in zip(rewards, rewarded, strict=True)]),
             "true_B": torch.tensor([math.nan if p is None else sum(p) for p in _placed(truth, episodes)[0]]),
         }
-        return Scored(fields, faults + unplaced, believed)
+        return Scored(fields, _broken_off(episodes) + faults + unplaced, believed)
 
     def judge(self, episodes: Sequence[Episode]) -> Scores:
         """Rewards for an evaluation: the truth; where nothing is known of it, the reward function without noise.
@@ -125,7 +125,7 @@ class Scorer:
             scores = self._ask(self.reward, episodes, columns)
         placed, unplaced = _placed(scores.rewards, episodes)
         rewards = [None if p is None else reward for p, reward in zip(placed, scores.rewards, strict=True)]
-        return Scores(rewards, [*scores.faults, *unplaced])
+        return Scores(rewards, [*_broken_off(episodes), *scores.faults, *unplaced])
 
     def _columns(self, episodes: Sequence[Episode]) -> dict[str, list[Any]]:
         """The data set's further columns, as one list each; None where an example lacks one."""
@@ -172,12 +172,14 @@ class Scorer:
 
     def _ask(self, reward: RewardSource, episodes: Sequence[Episode], columns: Columns) -> Scores:
         completions: list[Completion] = [e.text if isinstance(e.example.prompt, str) else e.messages for e in episodes]
-        return reward(
+        scores = reward(
             [e.example.prompt for e in episodes],
             completions,
             [e.tokens for e in episodes],
             columns,
         )
+        rewards = [None if e.fault else given for given, e in zip(scores.rewards, episodes, strict=True)]
+        return Scores(rewards, scores.faults)
 
     def true_rewards(self, episodes: Sequence[Episode], columns: Columns) -> list[Reward]:
         """The task's verdict on the final text, together with what the environment gave turn by turn."""
@@ -187,7 +189,7 @@ class Scorer:
             [e.tokens for e in episodes],
             **columns,
         )
-        return [_with_turns(reward, episode) for reward, episode in zip(final, episodes, strict=True)]
+        return [None if e.fault else _with_turns(reward, e) for reward, e in zip(final, episodes, strict=True)]
 
 
 def open_reward(
@@ -325,6 +327,10 @@ def _placed(rewards: Sequence[Reward], episodes: Sequence[Episode]) -> tuple[lis
     placed = [place(reward, episode) for reward, episode in zip(rewards, episodes, strict=True)]
     faults = [Fault(one.kind, i, one.message) for i, one in enumerate(placed) if isinstance(one, Failure)]
     return [None if isinstance(one, Failure) else one for one in placed], faults
+
+
+def _broken_off(episodes: Sequence[Episode]) -> list[Fault]:
+    return [Fault("exception", i, e.fault) for i, e in enumerate(episodes) if e.fault]
 
 
 def _with_turns(final: Reward, episode: Episode) -> Reward:

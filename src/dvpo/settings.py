@@ -3,7 +3,8 @@
 import dataclasses
 import difflib
 import re
-from typing import Annotated, Literal, TypeVar, dataclass_transform
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -111,6 +112,8 @@ class ModelConfig:
     """Compute type. Master weights, heads, losses and advantages are float32 either way."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What the chat template is told with every prompt and turn, such as `{enable_thinking: false}`."""
     lora: LoraConfig = LoraConfig()
     """Of the policy, and of the critic unless `critic.lora` says otherwise; needs the extra `lora` (docs/scale.md)."""
 

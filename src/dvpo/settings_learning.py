@@ -171,7 +171,8 @@ class CriticConfig:
     features: bool = False
     """The heads read the policy's log-prob of the token before and its entropy there as well."""
     path: str | None = None
-    """Folder of a reward model that the trunk starts as, instead of the policy's; the heads start afresh."""
+    """Folder of a reward model that the trunk starts as, instead of the policy's, while the heads start afresh; or
+    `critic/` of an earlier run's checkpoint, which the whole critic starts as."""
     start: Literal["random", "verdict"] = "random"
     """`verdict`: the value begins as the starting model's own verdict, the sigmoid of two logits' difference."""
     verdict_tokens: tuple[str, str] = ("<|good|>", "<|bad|>")
@@ -189,11 +190,10 @@ class CriticConfig:
                 f"critic.verdict_only_steps = {self.verdict_only_steps}, but there is no verdict to fit: "
                 "set critic.start to verdict, or the steps to 0"
             )
-        if self.path is not None and (self.trunk == "shared" or self.start == "verdict"):
-            clash = "critic.trunk = shared" if self.trunk == "shared" else "critic.start = verdict"
+        if self.path is not None and self.trunk == "shared":
             raise ValueError(
-                f"critic.path = {self.path} starts a trunk of the critic's own, and {clash} reads the policy's: "
-                "drop one of them"
+                f"critic.path = {self.path} starts a trunk of the critic's own, and critic.trunk = shared reads the "
+                "policy's: drop one of them"
             )
         if self.privileged is not None and self.trunk != "own":
             raise ValueError(

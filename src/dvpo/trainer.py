@@ -152,7 +152,7 @@ class Trainer(Learner):
         trained = None if config.model.lora.rank else checkpoint
         self.policy = self._open_start(source) if trained is None else self._open(trained / "policy")
         warn_of_rate(self.policy.model, config)
-        encoder = ChatEncoder(self.policy.tokenizer)
+        encoder = ChatEncoder(self.policy.tokenizer, self.policy.template)
         prompt_tokens = fit_prompts(train, encoder, config.sampling, self.policy.context_length)
         train = [example for example in train if example.id in prompt_tokens]
         self.reference = self._open_reference(source) if config.actor.kl.coef else None
@@ -480,4 +480,4 @@ class Trainer(Learner):
         model = self.config.model
         # What is to be sharded is opened in host memory: whole, it may not fit the device.
         device = torch.device("cpu") if self.config.distributed.strategy == "fsdp" else self.device
-        return open_policy(source, device, model.dtype, model.gradient_checkpointing, weights)
+        return open_policy(source, device, model.dtype, model.gradient_checkpointing, weights, model.template)

@@ -123,7 +123,7 @@ class TrainedCritic:
         return [reading.value for reading in self.read(prompts, responses, batch_size, chat)]
 
     def _episode(self, place: int, prompt: Prompt, response: str, chat: bool) -> Episode:
-        encoder = ChatEncoder(self.policy.tokenizer)
+        encoder = ChatEncoder(self.policy.tokenizer, self.policy.template)
         if isinstance(prompt, str) and chat and self.policy.tokenizer.chat_template is not None:
             prompt = [{"role": "user", "content": prompt}]
         episode = Episode(Example(str(place), prompt), 0, 0, encoder.prompt(prompt), encoder.plain(response))
@@ -154,7 +154,7 @@ class TrainedCritic:
             rollout = with_features(rollout, self.policy, temperature)
         states_BUD = self.critic.states(rollout, self.policy)
         heads_BUNM = self.critic.values(states_BUD, rollout, self.policy, temperature).cpu()
-        encoder = ChatEncoder(self.policy.tokenizer)
+        encoder = ChatEncoder(self.policy.tokenizer, self.policy.template)
         return [
             Reading(tuple(token_texts(encoder, e.tokens, e.turns)), heads_UNM[: len(e.tokens) + 1])
             for e, heads_UNM in zip(episodes, heads_BUNM, strict=True)
@@ -182,7 +182,8 @@ def load_critic(source: str | Path, device: str | None = None) -> TrainedCritic:
             f"the critic of {folder} reads the column {config.critic.privileged} beside the text (critic.privileged), "
             "which texts alone do not have: take a run without it"
         )
-    policy = open_policy(folder / "policy", torch.device(choose_device(device or config.device)), config.model.dtype)
+    place, model = torch.device(choose_device(device or config.device)), config.model
+    policy = open_policy(folder / "policy", place, model.dtype, template=model.template)
     return TrainedCritic(load_bare_critic(folder / "critic", policy.device, policy.dtype), policy, config)
 
 
