@@ -177,7 +177,12 @@ def test_the_first_examples_of_a_split_are_the_ones_that_count(tmp_path):
 
 def test_the_policy_is_that_of_the_newest_checkpoint_or_of_the_one_named(tmp_path, monkeypatch):
     opened, open_policy = [], evaluate_module.open_policy
-    monkeypatch.setattr(evaluate_module, "open_policy", lambda *given: opened.append(given[0]) or open_policy(*given))
+
+    def opening(source, *given, **named):
+        opened.append(source)
+        return open_policy(source, *given, **named)
+
+    monkeypatch.setattr(evaluate_module, "open_policy", opening)
     config = run_config(tmp_path, "task.name=test_evaluate:make_task", "checkpoint.every=1", "evaluation.every=0")
     Trainer(config).train()
     files = [evaluate_checkpoint(source, [], ["id"], 0, None) for source in (tmp_path, tmp_path / "checkpoint-1")]

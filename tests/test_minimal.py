@@ -123,7 +123,7 @@ def test_the_update_gives_the_losses_gradients_and_weights_of_the_trainers(minim
 
     assert [losses["critic_loss"], losses["policy_loss"]] == pytest.approx(losses_of_trainer[-2:], rel=1e-5, abs=1e-6)
     for mine, theirs in zip(found, expected, strict=True):
-        assert farthest(mine, theirs) <= 1e-5 * max(float(g.abs().max()) for g in theirs)
+        assert farthest(mine, theirs) <= 2e-5 * max(float(g.abs().max()) for g in theirs)
     moved = [p.detach() for p in (*policy.parameters(), *critic.parameters())]
     one_digit = 2**-23  # the last of a weight near 1, which the move of .009 is added to
     assert farthest(moved, weights(trainer)) <= 1e-5 * farthest(moved, start) + one_digit

@@ -259,7 +259,7 @@ def test_as_many_async_calls_as_follow_each_other_have_their_time_and_a_waiting_
     asked: list[float] = []
     worker = SimpleNamespace(exchange=lambda _, seconds, __: asked.append(seconds) or {"each": []})
     monkeypatch.setattr(Lane, "_running_worker", lambda _: worker)
-    Lane("m:f", ".", [], timeout=10, start_timeout=1, concurrency=2).ask(b"", token_counts=[1] * 5)
+    Lane("m:f", ".", [], timeout=10, start_timeout=1).ask(b"", token_counts=[1] * 5, concurrency=2)
     # 5 samples, 2 at a time: 3 calls follow each other, and half a limit more.
     assert asked == [35] == [longest_call(5, timeout=10, concurrency=2, retries=0)]
 

@@ -87,8 +87,10 @@ def files(folder: Path, name: str = "mine") -> FilesTask:
 def test_examples_of_one_id_in_several_splits_keep_their_own_prompts(tmp_path: Path) -> None:
     mixed = Mixture([math(), files(tmp_path)], [1, 1])
     for split in ("train", "id", "ood"):
-        for place, example in enumerate(mixed.split(f"train/{split}")):
-            assert example.id == f"train/{place}"
+        examples = mixed.split(f"train/{split}")
+        assert sorted(example.id for example in examples) == ["train/0", "train/1"]
+        for example in examples:
+            place = example.id.removeprefix("train/")
             assert mixed.environment(example).reset() == example.prompt == f"mine {split} {place}"
 
 
