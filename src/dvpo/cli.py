@@ -300,7 +300,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 def _study(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from dvpo.plain_text import plain_console
+    from dvpo.plain_text import plain_console, table_console
     from dvpo.study import load_study
 
     study = load_study(arguments.study, arguments.overrides, arguments.only)
@@ -319,7 +319,7 @@ def _study(arguments: argparse.Namespace) -> int:
         if arguments.markdown:
             sys.stdout.write(to_markdown(report))
         else:
-            print_report(report, plain_console() if sys.stdout.isatty() else plain_console(width=160))
+            print_report(report, table_console())
         return 0
     from dvpo.study_run import run_study
 

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -22,7 +21,7 @@ from dvpo.durable import output_file, write_atomically
 from dvpo.environments import environment_at
 from dvpo.errors import InputError
 from dvpo.faults import fault_rows, lost_in_evaluation
-from dvpo.plain_text import plain_console
+from dvpo.plain_text import table_console
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.rewards import Scores
 from dvpo.runlog import json_line, unused
@@ -284,6 +283,12 @@ def sound_checkpoint(source: str | Path) -> Path:
     return checkpoint
 
 
+def open_trained(checkpoint: Path, config: Config, device: str | None = None) -> Policy:
+    """The policy of a checkpoint, as its run's config opens it; `device` wins over the config's."""
+    place, model = torch.device(choose_device(device or config.device)), config.model
+    return open_policy(checkpoint / "policy", place, model.dtype, template=model.template)
+
+
 def refuse_what_python_gave(source: str | Path, config: Config, part: Literal["task", "reward"]) -> None:
     """Check that the config names the task, or the reward, that the run really had.
 
@@ -342,8 +347,7 @@ def evaluate_checkpoint(
             f"--splits {' '.join(missing)}: the task {task.name} has no such examples; take "
             f"{', '.join(['train', *held_out(task)])}"
         )
-    device, model = torch.device(choose_device(config.device)), config.model
-    policy = open_policy(checkpoint / "policy", device, model.dtype, template=model.template)
+    policy = open_trained(checkpoint, config)
     unnamed = unused(checkpoint.parent, f"evaluation-{checkpoint_step(checkpoint)}", ".jsonl", ".json")
     file = output_file(output or unnamed, "--output")
     about = file.with_suffix(".json")
@@ -363,7 +367,7 @@ def evaluate_checkpoint(
     story = {"checkpoint": str(checkpoint), "overrides": list(overrides), "k": samples, "splits": summaries}
     write_atomically(file, map(json_line, rows))
     write_atomically(about, [json_line(story)])
-    console = plain_console() if sys.stdout.isatty() else plain_console(width=160)
+    console = table_console()
     console.print(_table(results, sizes, f"{checkpoint}: % of held-out items solved, 95% intervals in brackets"))
     if said := lost_in_evaluation([row for result in results.values() for row in result.faults]):
         console.print(said, style="bold red", markup=False, highlight=False, soft_wrap=True)

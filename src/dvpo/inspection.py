@@ -16,9 +16,9 @@ from dvpo.core.masks import identity
 from dvpo.critic import Critic, load_critic
 from dvpo.environments import EnvironmentFaultError, environment_at, step
 from dvpo.errors import InputError
-from dvpo.evaluate import refuse_what_python_gave, sound_checkpoint
+from dvpo.evaluate import open_trained, refuse_what_python_gave, sound_checkpoint
 from dvpo.noise_rates import Rates
-from dvpo.policy import Policy, choose_device, open_policy
+from dvpo.policy import Policy
 from dvpo.privilege import Privilege
 from dvpo.report import write_page
 from dvpo.report_data import Run
@@ -111,10 +111,9 @@ def open_subject(source: str) -> Subject:
     """Open a checkpoint with its run's config, its policy, its critic if it has one, and its task."""
     folder = sound_checkpoint(source)
     config = load_config(folder.parent / "config.yaml")
-    device = torch.device(choose_device(config.device))
-    policy = open_policy(folder / "policy", device, config.model.dtype, template=config.model.template)
+    policy = open_trained(folder, config)
     has_critic = find_algorithm(config.algorithm).has_critic
-    critic = load_critic(folder / "critic", device, policy.dtype) if has_critic else None
+    critic = load_critic(folder / "critic", policy.device, policy.dtype) if has_critic else None
     return Subject(folder, config, policy, critic, make_task(config.task))
 
 

@@ -222,6 +222,7 @@ def rollout_figures(rollout: Rollout, sampled: int, reduce: Reduce) -> dict[str,
 
 def _silent_groups(returns_B: Tensor, groups_B: Tensor) -> Tensor:
     """Of each group of two or more, whether it is without signal."""
+    returns_B, groups_B = returns_B.cpu(), groups_B.cpu()  # asked of a GPU group by group they would wait for it
     groups = [returns_B[groups_B == group] for group in groups_B.unique()]
     return torch.tensor([not has_signal(own_B) for own_B in groups if len(own_B) > 1])
 

@@ -1,5 +1,6 @@
 """Text of models and users as text: nothing in it acts on a terminal, a page or the order of what stands beside it."""
 
+import sys
 import unicodedata
 from typing import Any
 
@@ -46,3 +47,8 @@ def plain_console(**options: Any) -> Console:
         options: of `rich.console.Console`.
     """
     return Console(markup=False, **options)
+
+
+def table_console() -> Console:
+    """A plain console that, where no terminal sets the width, does not wrap the columns of a table."""
+    return plain_console() if sys.stdout.isatty() else plain_console(width=160)

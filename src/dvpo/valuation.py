@@ -25,8 +25,8 @@ from dvpo.core.risk import cvar, upper_mean
 from dvpo.critic import Critic
 from dvpo.critic import load_critic as load_bare_critic
 from dvpo.errors import InputError
-from dvpo.evaluate import sound_checkpoint
-from dvpo.policy import Policy, choose_device, open_policy
+from dvpo.evaluate import open_trained, sound_checkpoint
+from dvpo.policy import Policy
 from dvpo.sampling import ChatEncoder, Episode, collate
 from dvpo.tasks import Example, Prompt
 from dvpo.token_view import token_texts
@@ -182,8 +182,7 @@ def load_critic(source: str | Path, device: str | None = None) -> TrainedCritic:
             f"the critic of {folder} reads the column {config.critic.privileged} beside the text (critic.privileged), "
             "which texts alone do not have: take a run without it"
         )
-    place, model = torch.device(choose_device(device or config.device)), config.model
-    policy = open_policy(folder / "policy", place, model.dtype, template=model.template)
+    policy = open_trained(folder, config, device)
     return TrainedCritic(load_bare_critic(folder / "critic", policy.device, policy.dtype), policy, config)
 
 

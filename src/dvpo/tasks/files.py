@@ -75,10 +75,10 @@ class FilesTask:
         }
         if id_path is None and held_out > 0:
             self._splits |= _hold_out(self._splits["train"], held_out, path)
-        for split in ("id", "ood"):
-            field, source = sources[split]
-            if source is not None:
-                _warn_of_trained(self._splits[split], self._splits["train"], f"{field} = {source}")
+        if of_files := [split for split in ("id", "ood") if sources[split][1] is not None]:
+            trained = {_prompt_hash(example.prompt) for example in self._splits["train"]}
+            for split in of_files:
+                _warn_of_trained(self._splits[split], trained, " = ".join(map(str, sources[split])))
         # Evaluations take the first of a split: in the file's order, those of a single topic where it is sorted.
         self._splits |= {split: _by_hash(self._splits[split]) for split in ("id", "ood") if split in self._splits}
         self._splits = _with_the_same_columns(self._splits)
@@ -168,9 +168,8 @@ def _hold_out(examples: list[Example], share: float, path: str | Path) -> dict[s
     return {"train": kept, "id": held}
 
 
-def _warn_of_trained(held: list[Example], train: list[Example], said: str) -> None:
-    """Say how many held-out prompts are trained on; `said` names their field and file."""
-    trained = {_prompt_hash(example.prompt) for example in train}
+def _warn_of_trained(held: list[Example], trained: set[str], said: str) -> None:
+    """Say how many held-out prompts are trained on, by their hashes; `said` names their field and file."""
     if shared := sum(_prompt_hash(example.prompt) in trained for example in held):
         warnings.warn(
             f"{said}: {shared} of {len(held)} held-out prompts ({100 * shared / len(held):.1f}%) stand word for word "
