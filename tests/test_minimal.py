@@ -77,12 +77,13 @@ def recorded(optimiser: torch.optim.Optimizer) -> list[Tensor]:
 
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_the_update_gives_the_losses_gradients_and_weights_of_the_trainers(minimal, monkeypatch, tmp_path, epochs: int):
-    """Losses to 1e-5 of their size, each gradient and each weight's move to 1e-5 of the module's largest."""
+    """Losses to 1e-5 of their size, each gradient to 5e-6 and each weight's move to 1e-5 of the module's largest."""
     for name, value in {"EPOCHS": epochs, "HEADS": 3, "QUANTILES": 8}.items():
         monkeypatch.setattr(minimal, name, value)
     terms = ("risk", "cvar", "gain", "shift", "shape", "curvature", "consistency")
     settings = {
         "algorithm": "dvpo_paper",
+        "seed": 1,  # at 0 no answer is paid: whitening blows rounding up, tenfold
         "sampling.temperature": 1.0,
         "update.minibatches": 1,
         "update.epochs": epochs,
@@ -108,6 +109,7 @@ def test_the_update_gives_the_losses_gradients_and_weights_of_the_trainers(minim
     expected = [recorded(o.adamw) for o in (trainer.policy_optimiser, trainer.critic_optimiser)]
 
     rollout = rollout_of(trainer)
+    assert rollout.rewards_BT.unique().numel() > 1
     batch = minimal.Batch(
         rollout.tokens_BS, rollout.attention_BS, rollout.mask_BT, rollout.sampler_logprobs_BT, rollout.rewards_BT
     )
@@ -123,7 +125,7 @@ def test_the_update_gives_the_losses_gradients_and_weights_of_the_trainers(minim
 
     assert [losses["critic_loss"], losses["policy_loss"]] == pytest.approx(losses_of_trainer[-2:], rel=1e-5, abs=1e-6)
     for mine, theirs in zip(found, expected, strict=True):
-        assert farthest(mine, theirs) <= 2e-5 * max(float(g.abs().max()) for g in theirs)
+        assert farthest(mine, theirs) <= 5e-6 * max(float(g.abs().max()) for g in theirs)
     moved = [p.detach() for p in (*policy.parameters(), *critic.parameters())]
     one_digit = 2**-23  # the last of a weight near 1, which the move of .009 is added to
     assert farthest(moved, weights(trainer)) <= 1e-5 * farthest(moved, start) + one_digit
