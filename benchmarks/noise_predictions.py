@@ -20,6 +20,8 @@ RESULTS = Path(__file__).parent / "results"
 TASKS, NOISES = ("math", "science", "dialogue"), ("heavy", "labels", "flip")
 PRIMARY = ("dvpo", "ppo", "ppo_ensemble", "robust_ppo", "grpo", "dr_grpo", "reinforce_pp")
 TWELVE, FIVE, TUNING = range(101, 113), range(101, 106), range(12, 18)
+BLIND = range(201, 206)
+"""At one setting, dial 0."""
 EQUAL = 2.0
 """Points; a difference is called equal if its 90% interval lies within."""
 PERMUTATIONS = 2000
@@ -189,6 +191,17 @@ def pessimists(table: Table) -> str:
     return "; ".join(f"`{x}` less `{y}` {said(table.lead(where, x, y, FIVE, in_domain))}" for x, y in pairs)
 
 
+def blind(table: Table) -> str:
+    """Ends over all nine cells at dial 0, at one setting."""
+    where = [cell for noise in NOISES for cell in cells(noise, suffix="_dial0")]
+    return said(table.lead(where, "dvpo", "ppo", BLIND))
+
+
+def blind_bound(table: Table) -> str:
+    where = [cell for noise in NOISES for cell in cells(noise, ["dialogue"], "_dial0")]
+    return said(table.lead(where, "ppo_delta_clip", "ppo", BLIND, in_domain))
+
+
 def lines() -> Iterator[Line]:
     """Each prediction with what the rows say."""
     study = table_of("noise_study.jsonl")
@@ -207,6 +220,8 @@ def lines() -> Iterator[Line]:
         ("8: the critic helps early and misleads late: `dvpo` less `grpo`", late, study),
         ("9: in `dialogue`, ID, less `ppo`: `ppo_huber` above 3, `ppo_reward_clip` within 3", dialogues, study),
         ("10: in `dialogue`, ID, pessimists do not share it", pessimists, study),
+        ("13: at dial 0 the clip is less than 3 above `ppo` in `dialogue`, ID", blind_bound, study),
+        ("15: at dial 0 and one setting `dvpo` and `ppo` are equal", blind, study),
     )
     for prediction, test, table in tests:
         try:

@@ -78,6 +78,12 @@ REPORTING = [
     reporting(
         "Nine cells at one setting", "noise_one_setting", by_task=True, figures={"noise_one_setting": differences}
     ),
+    reporting(
+        "Nine cells at one setting, checker dial 0",
+        "noise_one_setting_dial0",
+        by_task=True,
+        figures={"noise_one_setting_dial0": differences},
+    ),
     reporting("One sample a prompt", "noise_one_sample", figures={"noise_one_sample": differences}),
     CLEAN,
     RANDOM,
