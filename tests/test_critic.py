@@ -1,5 +1,6 @@
 """The critic: what its heads can say, which states they see, where its gradients go, and how it is kept."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -383,6 +384,17 @@ def test_an_earlier_critic_of_another_form_or_of_another_model_is_refused(tmp_pa
         new_critic(tiny_policy(), path=str(tmp_path), num_heads=2)
     with pytest.raises(InputError, match="the critic has 264 tokens, the policy 266: take a critic"):
         new_critic(tiny_policy(vocabulary=266), path=str(tmp_path))
+
+
+def test_a_run_or_a_checkpoint_in_place_of_its_critic_is_refused_with_the_critics_path(tmp_path: Path):
+    trained(tmp_path / "run").close()
+    critic = tmp_path / "run" / "checkpoint-2" / "critic"
+    for folder in (tmp_path / "run", critic.parent):
+        with pytest.raises(
+            InputError, match=re.escape(f"critic.path = {folder} is a run or a checkpoint of one: ")
+        ) as e:
+            new_critic(tiny_policy(), path=str(folder))
+        assert str(e.value).endswith(f"name its critic, {critic}")
 
 
 def test_a_run_trains_an_earlier_runs_critic_and_with_adapters_builds_on_it(tmp_path: Path):

@@ -202,11 +202,16 @@ def test_async_functions_are_called_for_each_response_and_the_others_of_the_mix_
 
 @pytest.mark.usefixtures("functions")
 @pytest.mark.parametrize(
-    "reward", [mix_of("{function: task}", "{function: 'mixed_rewards:lot'}"), "reward.function=mixed_rewards:lot"]
+    ("reward", "asked"),
+    [
+        (mix_of("{function: task}", "{function: 'mixed_rewards:lot'}"), "mixed_rewards:lot"),
+        ("reward.function=mixed_rewards:lot", "mixed_rewards:lot"),
+        ("reward.function=task", "what knows the rewards here, no function"),
+    ],
 )
-def test_a_concurrency_that_no_function_is_async_for_is_refused(reward: str) -> None:
+def test_a_concurrency_that_no_function_is_async_for_is_refused(reward: str, asked: str) -> None:
     with pytest.raises(
-        InputError, match=r"reward\.concurrency = 2 is for `async def` .* none among mixed_rewards:lot: set it to 0"
+        InputError, match=rf"reward\.concurrency = 2 is for `async def` .* none among {asked}: set it to 0"
     ):
         open_reward(load_config(None, [reward, "reward.concurrency=2"]), Parity())
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
 from dvpo.batch import Rollout
+from dvpo.checkpoint import latest_checkpoint
 from dvpo.config import Config
 from dvpo.core.categorical import histogram_centres
 from dvpo.core.quantiles import quantile_levels
@@ -274,8 +275,13 @@ def make_critic(kind: Kind, config: CriticConfig, policy: Policy, share_base: bo
         InputError: `critic.verdict_tokens` that are no tokens, or a `critic.path` without a reward model that reads
             what the policy writes, or with a critic of another form.
     """
-    if config.path is not None and (Path(config.path).expanduser() / "critic.json").is_file():
-        return _earlier_critic(Path(config.path).expanduser(), kind, config, policy)
+    folder = None if config.path is None else Path(config.path).expanduser()
+    if folder is not None:
+        if (folder / "critic.json").is_file():
+            return _earlier_critic(folder, kind, config, policy)
+        below = (latest_checkpoint(folder) or folder) / "critic"
+        if (below / "critic.json").is_file():
+            raise InputError(f"critic.path = {config.path} is a run or a checkpoint of one: name its critic, {below}")
     trunk: Any = None if config.path is None else _trunk_of_reward_model(config.path, config, policy)
     width = policy.model.get_output_embeddings().weight.shape[1]
     if trunk is not None:

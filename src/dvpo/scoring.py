@@ -239,12 +239,13 @@ def longest_scoring(config: Config) -> float:
 
 def _refuse_idle_concurrency(config: Config, sources: Sequence[RewardSource | None]) -> None:
     functions = [source for source in sources if isinstance(source, GuardedReward)]
-    if config.reward.concurrency and functions and not any(function.concurrency for function in functions):
+    if config.reward.concurrency and not any(function.concurrency for function in functions):
         for function in functions:
             function.close()
+        asked = ", ".join(function.name for function in functions) or "what knows the rewards here, no function"
         raise InputError(
             f"reward.concurrency = {config.reward.concurrency} is for `async def` functions, and there is none among "
-            f"{', '.join(function.name for function in functions)}: set it to 0, or write one so"
+            f"{asked}: set it to 0, or write one so"
         )
 
 

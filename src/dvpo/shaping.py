@@ -48,6 +48,11 @@ class Signals:
     """Share of each response's last temporal difference that the actor believes in this step (`reward_trust`)."""
 
 
+def going_on(rollout: Rollout, settings: "AdvantageConfig") -> Tensor:
+    """Responses whose last state is worth V(s_{T+1}), since the length limit cut them: bool, [B]."""
+    return rollout.truncated_B & (settings.truncation == "bootstrap")
+
+
 def step_signals(
     rollout: Rollout,
     values_BTNM: Tensor,
@@ -83,12 +88,11 @@ def step_signals(
     groups_B, counted_B = rollout.groups(), rollout.rewarded_B & keep_B
     fixed = (rollout.rewards_BT, rollout.mask_BT, groups_B, counted_B)
     rewards_BT = shape_rewards(*fixed, config.reward, reduce, rates, response_penalties(rollout, config)) * mask_BT
-    goes_on_B = rollout.truncated_B & (settings.truncation == "bootstrap")
     return Signals(
         rewards_BT=rewards_BT if kl_BT is None else rewards_BT - kl_BT * mask_BT,
         mask_BT=mask_BT,
         values_BTNM=values_BTNM,
-        bootstrap_BNM=torch.where(goes_on_B.view(-1, 1, 1), bootstrap_BNM, 0.0),
+        bootstrap_BNM=torch.where(going_on(rollout, settings).view(-1, 1, 1), bootstrap_BNM, 0.0),
         zero_last_delta_B=~rollout.rewarded_B,
         groups_B=groups_B,
         rewarded_B=counted_B,

@@ -76,7 +76,7 @@ from dvpo.runlog import RunLog, refuse_used_folder
 from dvpo.sampling import ChatEncoder, collate, fit_prompts
 from dvpo.scoring import Scorer, longest_scoring, open_reward
 from dvpo.seeding import derive_seed
-from dvpo.shaping import response_penalties, step_signals
+from dvpo.shaping import going_on, response_penalties, step_signals
 from dvpo.sinks import refuse_unusable
 from dvpo.skips import Skips
 from dvpo.tasks import Task, make_task
@@ -356,8 +356,7 @@ class Trainer(Learner):
         mask_BT, groups_B, counted_B = signals.mask_BT, signals.groups_B, signals.rewarded_B
         signals = replace(signals, tokens_before=before_me(int(mask_BT.sum())))
         if settings.recentre and self.critic is not None:
-            cut_B = rollout.truncated_B & (settings.truncation == "bootstrap")
-            signals = recentred(signals, self.row.value, cut_B, settings, all_reduce_sum)
+            signals = recentred(signals, self.row.value, going_on(rollout, settings), settings, all_reduce_sum)
         advantages_BT, targets_BTL = self.row.estimate(signals, self.config)
         spread = float(masked_variance(advantages_BT, mask_BT, all_reduce_sum).sqrt())
         if settings.whiten:
