@@ -12,8 +12,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dvpo.config import load_config
 from dvpo.label import Labeller, print_summary
+from dvpo.loading import load_config
 
 SAMPLES, PART = 8, 32
 TASKS = ({"name": "math"}, {"name": "science", "ood": "untrained"})

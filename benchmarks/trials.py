@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from noise_parts import TRIALS, rows_of
 
 from dvpo.study import Study
 from dvpo.study_results import Row
@@ -22,8 +23,6 @@ Place = tuple[str, int]
 
 
 def main() -> None:
-    from noise_results import TRIALS, rows_of  # which shows these lines on its page
-
     study, rows = rows_of(TRIALS)
     print("\n".join(summary(study, rows)))
     best, seeds = best_trials(study, scores_of(rows)), study.names("seed")

@@ -17,7 +17,8 @@ from dvpo import load_critic
 from dvpo.evaluate import refuse_what_python_gave, take
 from dvpo.scoring import Scorer
 from dvpo.stats import bootstrap_interval
-from dvpo.tasks import make_task, total
+from dvpo.tasks import total
+from dvpo.tasks.named import make_task
 
 
 def main(run: str, prompts: int = 200, most: int = 8, split: str = "id") -> None:

@@ -15,7 +15,7 @@ from dvpo import load_critic
 from dvpo.evaluate import refuse_what_python_gave, take
 from dvpo.policy import open_policy
 from dvpo.stats import paired_difference
-from dvpo.tasks import make_task
+from dvpo.tasks.named import make_task
 from dvpo.warmstart import starting_model
 
 SHOWN = 5

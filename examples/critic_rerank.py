@@ -17,7 +17,8 @@ from dvpo.evaluate import refuse_what_python_gave, take
 from dvpo.policy import open_policy
 from dvpo.scoring import Scorer
 from dvpo.stats import bootstrap_interval, paired_difference
-from dvpo.tasks import make_task, total
+from dvpo.tasks import total
+from dvpo.tasks.named import make_task
 from dvpo.warmstart import starting_model
 
 

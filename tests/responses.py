@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from dvpo.algorithms import ALGORITHMS
-from dvpo.config import load_config
 from dvpo.core.masks import identity
+from dvpo.loading import load_config
 from dvpo.noise_rates import NO_RATES, Rates
 from dvpo.sampling import Turn
 from dvpo.settings import RewardConfig

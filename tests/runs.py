@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from dvpo.batch import Rollout
-from dvpo.config import Config, load_config
+from dvpo.config import Config
 from dvpo.embedded import make_config, make_model, make_tokenizer
+from dvpo.loading import load_config
 from dvpo.runlog import STREAMS, TIME_PREFIX, read_rows
 from dvpo.sampling import Turn
 from dvpo.tasks import Environment, Example, Prompt, Reward, SingleTurn, Step

@@ -17,7 +17,8 @@ from dvpo.batch import Rollout
 from dvpo.collect import Collected
 from dvpo.runlog import read_rows
 from dvpo.settings import TaskConfig
-from dvpo.tasks import Task, make_task
+from dvpo.tasks import Task
+from dvpo.tasks.named import make_task
 from dvpo.trainer import Trainer
 from runs import run_config
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from dvpo.advice import MOST_SAMPLES, advise, kept, settings
-from dvpo.config import Config, load_config
+from dvpo.config import Config
 from dvpo.diagnosis import Findings, Sheet, find
+from dvpo.loading import load_config
 from dvpo.nested import merge
 
 CONFIG = load_config()

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from dvpo.algorithms import ALGORITHMS, Algorithm, Signals, distributional_estimate, find_algorithm, scalar_estimate
-from dvpo.config import Config, load_config
+from dvpo.config import Config
 from dvpo.core.quantiles import quantile_huber_loss, quantile_levels
 from dvpo.core.tail_law import law_tail_terms
 from dvpo.errors import InputError
+from dvpo.loading import load_config
 from dvpo.trainer import Trainer
 from runs import Parity, run_config
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dvpo.config import load_config
 from dvpo.errors import InputError
+from dvpo.loading import load_config
 from dvpo.policy import open_policy
 from dvpo.rewards import GuardedReward
-from dvpo.tasks import make_task
+from dvpo.tasks.named import make_task
 from runs import model_folder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "faults"))

@@ -17,7 +17,8 @@ from rich.console import Console
 import dvpo.tasks
 from dvpo import doctor
 from dvpo.cli import FIRST_SPEAKS_SECONDS, main
-from dvpo.config import load_config, to_yaml
+from dvpo.config import to_yaml
+from dvpo.loading import load_config
 from dvpo.progress import RunProgress
 from dvpo.runlog import read_rows
 from dvpo.warmstart import warm_start

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from dvpo.config import load_config
 from dvpo.errors import InputError
+from dvpo.loading import load_config
 from dvpo.metrics import has_signal
 from dvpo.tasks import Environment, Example, Reward
 from dvpo.trainer import Trainer

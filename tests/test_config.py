@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from dvpo.algorithms import ALGORITHMS
-from dvpo.config import Config, differences, load_config, to_yaml
+from dvpo.config import Config, differences, to_yaml
 from dvpo.errors import InputError
+from dvpo.loading import load_config
 from dvpo.nested import merge
 
 TERMS = ("risk", "cvar", "gain", "shift", "shape", "curvature", "consistency")

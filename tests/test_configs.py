@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dvpo.config import differences, load_config
+from dvpo.config import differences
+from dvpo.loading import load_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

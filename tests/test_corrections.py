@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvpo.config import load_config
 from dvpo.core.returns import gae
 from dvpo.core.risk import noise_corrected_value, trimmed_mean
+from dvpo.loading import load_config
 from dvpo.noise_rates import NO_RATES, Rates
 from dvpo.settings import RewardConfig
 from dvpo.shaping import Signals, correct_rewards, forward_weights

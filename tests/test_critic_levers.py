@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dvpo.batch import Rollout
-from dvpo.config import load_config
 from dvpo.errors import InputError
+from dvpo.loading import load_config
 from dvpo.runlog import TIME_PREFIX, read_rows
 from dvpo.trainer import Trainer
 from runs import Parity, Talk, run_config

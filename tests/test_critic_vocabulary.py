@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from dvpo import policy as policy_module
 from dvpo.algorithms import ALGORITHMS
 from dvpo.batch import Rollout
-from dvpo.config import load_config
 from dvpo.critic import Critic, load_critic, make_critic
 from dvpo.errors import InputError
 from dvpo.heads import VocabularyHead
+from dvpo.loading import load_config
 from dvpo.settings_learning import CriticConfig
 from dvpo.trainer import Trainer
 from largest_tensor import LargestTensor

@@ -11,10 +11,11 @@ import yaml
 from rich.console import Console
 
 from dvpo.cli import main
-from dvpo.config import Config, load_config
+from dvpo.config import Config
 from dvpo.diagnose import Effort, diagnose_file, fill_sheet
 from dvpo.diagnosis import find
 from dvpo.errors import InputError
+from dvpo.loading import load_config
 from runs import model_folder
 
 ASYMMETRIC = "noise={kind: asymmetric, false_positive: 0.1, false_negative: 0.3}"

@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 
-from dvpo.config import load_config
 from dvpo.diagnosis import (
     Sheet,
     agreement,
@@ -19,6 +18,7 @@ from dvpo.diagnosis import (
     signal,
     silent,
 )
+from dvpo.loading import load_config
 from dvpo.noise import make_noise
 
 RATES = (0.0, 0.1, 0.3)

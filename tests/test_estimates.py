@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from dvpo.algorithms import ALGORITHMS
-from dvpo.config import Config, load_config
+from dvpo.config import Config
 from dvpo.core.backends import ascending
 from dvpo.core.masks import identity
 from dvpo.core.returns import gae, group_rank
 from dvpo.core.risk import cvar, rank_advantage, tv_worst_case
 from dvpo.estimates import law_value, least_head_value, mean_value, recentred
+from dvpo.loading import load_config
 from dvpo.shaping import Signals, last_token, reward_trust
 from dvpo.trainer import Trainer
 from responses import estimate, signals

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from dvpo.cli import main
-from dvpo.config import load_config, to_yaml
+from dvpo.config import to_yaml
 from dvpo.errors import InputError, RunStoppedError
 from dvpo.faults import KINDS, FaultTally, fault_figures, fault_rows, headline, stop_at_faults
+from dvpo.loading import load_config
 from dvpo.rewards import Fault
 from dvpo.runlog import read_rows
 from dvpo.sampling import Episode

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from dvpo.algorithms import ALGORITHMS
-from dvpo.config import load_config
 from dvpo.core.categorical import histogram_centres
 from dvpo.core.quantiles import quantile_huber_loss, quantile_levels
 from dvpo.critic import load_critic
 from dvpo.errors import InputError
 from dvpo.estimates import scalar_estimate
 from dvpo.heads import CategoricalHeads, ImplicitHeads
+from dvpo.loading import load_config
 from dvpo.trainer import Trainer
 from runs import Parity, run_config
 from test_algorithms import signals

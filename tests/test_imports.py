@@ -1,6 +1,7 @@
 """Arrows point down: cli -> trainer -> algorithms -> core; a reward function's process loads no torch."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "dvpo"
-MODULES = {".".join(("dvpo", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in PACKAGE.rglob("*.py")}
+MODULES = {
+    ".".join(("dvpo", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -27,7 +31,9 @@ def ours(path: Path) -> set[str]:
     return {name for name in imports(path) if name in MODULES}
 
 
-@pytest.mark.parametrize("module", ["dvpo", "dvpo.rewards", "dvpo.reward_worker", "dvpo.noise", "dvpo.cli"])
+@pytest.mark.parametrize(
+    "module", ["dvpo", "dvpo.rewards", "dvpo.reward_worker", "dvpo.noise", "dvpo.config", "dvpo.cli"]
+)
 def test_what_needs_no_torch_loads_none(module: str):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -50,6 +56,7 @@ def test_nothing_imports_the_command_line_but_the_module_that_is_run():
 
 def test_arrows_point_down():
     below = {
+        "dvpo.config": {"dvpo.algorithms", "dvpo.loading"},
         "dvpo.algorithms": {"dvpo.trainer", "dvpo.policy", "dvpo.critic", "dvpo.sampling", "dvpo.runlog", "dvpo.tasks"},
         "dvpo.policy": {"dvpo.trainer", "dvpo.critic", "dvpo.sampling", "dvpo.algorithms"},
         "dvpo.tasks": {"dvpo.trainer", "dvpo.sampling", "dvpo.algorithms", "dvpo.config"},
@@ -59,6 +66,11 @@ def test_arrows_point_down():
         for home, above in below.items():
             if name == home or name.startswith(f"{home}."):
                 assert ours(path).isdisjoint(above), name
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    arrows = {name: ours(path) - {"dvpo"} for name, path in MODULES.items() if name != "dvpo"}
+    graphlib.TopologicalSorter(arrows).prepare()  # raises CycleError, which names them
 
 
 def test_the_three_names_of_the_package_are_there():

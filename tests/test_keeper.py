@@ -12,10 +12,10 @@ import pytest
 from torch import nn
 
 from dvpo.checkpoint import load_state
-from dvpo.config import load_config
 from dvpo.errors import InputError
 from dvpo.interrupt import Interrupted, handled
 from dvpo.keeper import Keeper
+from dvpo.loading import load_config
 from dvpo.runlog import read_rows
 from dvpo.settings_learning import CheckpointConfig
 from dvpo.tasks import Example

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dvpo.config import load_config
 from dvpo.core.losses import kl_estimate
 from dvpo.errors import InputError
 from dvpo.kl import KLController
+from dvpo.loading import load_config
 from dvpo.settings_learning import KLConfig
 from runs import Parity, farthest, rows, run_config, trained, weights
 

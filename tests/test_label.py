@@ -12,9 +12,10 @@ from scipy.stats import binomtest
 from dvpo import Trainer
 from dvpo import label as label_module
 from dvpo.cli import main
-from dvpo.config import Config, load_config
+from dvpo.config import Config
 from dvpo.errors import InputError
 from dvpo.label import Label, Labeller, label_file, print_summary, terciles, vote
+from dvpo.loading import load_config
 from dvpo.noise import read_labels
 from dvpo.runlog import read_rows
 from dvpo.sampling import Episode

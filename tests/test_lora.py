@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from dvpo import load_critic
 from dvpo.cli import main
-from dvpo.config import load_config
 from dvpo.critic import load_critic as load_bare_critic
 from dvpo.errors import InputError
 from dvpo.inspection import Question, inspect_checkpoint
+from dvpo.loading import load_config
 from dvpo.lora import adapted_layers, adapter_writer, add_adapters, merged, without_adapters
 from dvpo.policy import Policy
 from dvpo.settings import LoraConfig

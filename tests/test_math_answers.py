@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from dvpo import scoring
-from dvpo.config import load_config
 from dvpo.errors import InputError
+from dvpo.loading import load_config
 from dvpo.math_answers import boxed_answer, math_verify
 from dvpo.rewards import GuardedReward
 from dvpo.scoring import MATH_VERIFY, open_reward

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from dvpo.config import load_config
-from dvpo.noise import PARAMETERS, Noise, make_noise
+from dvpo.loading import load_config
+from dvpo.noise import Noise, make_noise
+from dvpo.noise_models import PARAMETERS
 from dvpo.seeding import derive_uniform
 from dvpo.settings import NoiseConfig
 from dvpo.tasks import Reward
@@ -283,7 +284,7 @@ def test_added_noise_has_its_distribution(kind: str, settings: dict[str, float],
 
 def test_a_gaussian_reward_stays_finite_at_the_ends_of_the_uniform(monkeypatch: pytest.MonkeyPatch) -> None:
     for uniform in (0.0, 1 - 2.0**-53):
-        monkeypatch.setattr("dvpo.noise.derive_uniform", lambda *key, u=uniform: u)
+        monkeypatch.setattr("dvpo.noise_models.derive_uniform", lambda *key, u=uniform: u)
         assert all(math.isfinite(one(usual(kind), 1.0) or 0.0) for kind in SETTINGS)  # type: ignore[arg-type]
         assert math.isfinite(one(noise_of("student_t", df=1, scale=1), 1.0))  # type: ignore[arg-type]
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvpo.config import load_config
 from dvpo.core.masks import identity
 from dvpo.errors import InputError
+from dvpo.loading import load_config
 from dvpo.noise import make_noise
 from dvpo.noise_rates import NO_RATES, RateEstimator
 from dvpo.tasks import Example

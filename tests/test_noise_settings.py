@@ -9,9 +9,11 @@ import pytest
 import yaml
 
 from dvpo import Trainer
-from dvpo.config import Config, differences, load_config, to_yaml
+from dvpo.config import Config, differences, to_yaml
 from dvpo.errors import InputError
-from dvpo.noise import MODELS, PARAMETERS, make_noise, read_labels
+from dvpo.loading import load_config
+from dvpo.noise import make_noise, read_labels
+from dvpo.noise_models import MODELS, PARAMETERS
 from dvpo.sampling import Episode
 from dvpo.scoring import Scorer
 from dvpo.settings import NoiseConfig

@@ -36,13 +36,11 @@ def script(path: Path) -> ModuleType:
     return module
 
 
-trials = script(ROOT / "benchmarks" / "trials.py")
-information = script(ROOT / "benchmarks" / "reward_information.py")
-predictions = script(ROOT / "benchmarks" / "noise_predictions.py")
-noise_figures = script(ROOT / "benchmarks" / "noise_figures.py")
-neighbours = (trials, information, predictions, noise_figures)
-with mock.patch.dict(sys.modules, {module.__name__: module for module in neighbours}):
-    noise_results = script(ROOT / "benchmarks" / "noise_results.py")
+SCRIPTS = ("reward_information", "noise_predictions", "noise_figures", "noise_parts", "trials", "noise_results")
+with mock.patch.dict(sys.modules):  # each finds those before it
+    for name in SCRIPTS:
+        sys.modules[name] = script(ROOT / "benchmarks" / f"{name}.py")
+    information, predictions, noise_figures, noise_parts, trials, noise_results = (sys.modules[n] for n in SCRIPTS)
 
 STUDIES = ROOT / "configs" / "studies"
 TUNING = sorted((STUDIES / "tuning").glob("*.yaml"))
@@ -73,12 +71,12 @@ def test_no_reporting_seed_occurs_in_any_tuning_file_or_row():
     rows = [row for path in (ROOT / "benchmarks/results/tuning").glob("*.jsonl") for row in read_results(path)]
     assert rows
     assert {row["seed"] for row in rows} <= TUNING_SEEDS
-    assert {row["seed"] for row in read_results(noise_results.REPORTING[0].rows)} <= reporting
+    assert {row["seed"] for row in read_results(noise_parts.REPORTING[0].rows)} <= reporting
 
 
 def test_every_reporting_row_is_of_the_studies_own_settings_and_of_a_clean_commit():
-    rows = read_results(noise_results.REPORTING[0].rows)
-    studies = [noise_results.study_at(path) for path in REPORTING if rows]
+    rows = read_results(noise_parts.REPORTING[0].rows)
+    studies = [noise_parts.study_at(path) for path in REPORTING if rows]
     hashes = {(cell.key, cell.config_hash) for study in studies for cell in study.cells}
     for row in rows:
         assert ((row["task"], row["noise"], row["algorithm"], row["seed"]), row["config_hash"]) in hashes
@@ -146,25 +144,30 @@ def test_before_its_end_a_study_is_pooled_over_the_seeds_that_have_every_cell():
         for name, of_row in own.items()
         for seed, score in zip(seeds, of_row, strict=False)
     ]
-    whole = noise_results.complete(study, rows)
+    whole = noise_parts.complete(study, rows)
     assert [row["seed"] for row in whole] == [101] * 4
-    pooled = make_report(noise_results.of_complete_seeds(study, whole), whole, "ppo").sheets[2]
+    pooled = make_report(noise_parts.of_complete_seeds(study, whole), whole, "ppo").sheets[2]
     lines = {line[0]: line for line in pooled.lines if line[1] == "ID"}
     assert lines["dvpo"][2] == "1"
     assert lines["dvpo"][4].startswith("65.0")  # 80 and 50, of seed 101 alone
     assert lines["ppo"][4].startswith("60.0")
-    assert not noise_results.complete(study, [row for row in rows if (row["noise"], row["seed"]) != (flip, 101)])
+    assert not noise_parts.complete(study, [row for row in rows if (row["noise"], row["seed"]) != (flip, 101)])
 
 
 Gain = Callable[[str, str, int], float]
 """Task, noise and seed -> by how many points dvpo stands above everybody else."""
 
 
+def replace_rows(monkeypatch: pytest.MonkeyPatch, rows_of: Callable[[Any], tuple[Study, list[dict[str, Any]]]]) -> None:
+    for module in (noise_parts, noise_results):
+        monkeypatch.setattr(module, "rows_of", rows_of)
+
+
 def given(monkeypatch: pytest.MonkeyPatch, gain: Gain, without: tuple[str, ...] = ()) -> str:
     """The verdict on rows of all cells, but for noises without any."""
 
     def every_row(part: Any) -> tuple[Study, list[dict[str, Any]]]:
-        study = noise_results.study_at(part.study, part.only)
+        study = noise_parts.study_at(part.study, part.only)
         rows = [
             a_row(noise, name, seed, 50 + (seed % 3) / 2 + (gain(task, noise, seed) if name == "dvpo" else 0))
             | {"task": task}
@@ -173,7 +176,7 @@ def given(monkeypatch: pytest.MonkeyPatch, gain: Gain, without: tuple[str, ...] 
         ]
         return study, [row | {"ood_true": row["id_true"], "ood_before": 0.9} for row in rows]
 
-    monkeypatch.setattr(noise_results, "rows_of", every_row)
+    replace_rows(monkeypatch, every_row)
     return noise_results.verdict()
 
 
@@ -211,7 +214,7 @@ def test_the_verdict_is_no_where_dvpo_loses_and_open_where_controls_are_missing(
 
 def test_at_a_glance_stand_the_lead_over_ppo_and_over_the_row_that_ends_highest(monkeypatch: pytest.MonkeyPatch):
     given(monkeypatch, lambda task, noise, seed: 5 + seed % 2, without=("clean",))
-    rows_of = noise_results.rows_of
+    rows_of = noise_parts.rows_of
 
     def with_a_higher_row(part: Any) -> tuple[Study, list[dict[str, Any]]]:
         study, rows = rows_of(part)
@@ -221,7 +224,7 @@ def test_at_a_glance_stand_the_lead_over_ppo_and_over_the_row_that_ends_highest(
             for row in rows
         ]
 
-    monkeypatch.setattr(noise_results, "rows_of", with_a_higher_row)
+    replace_rows(monkeypatch, with_a_higher_row)
     lines = {line.split("|")[1].strip(): line for line in noise_results.glance().splitlines() if line.startswith("| [")}
     # Seeds 101 to 112, six of them odd: 5.5 on average, less the 2 of the higher row.
     nine = [cell.strip() for cell in lines["[Nine cells, checker dial 1](#nine-cells-checker-dial-1)"].split("|")[2:-1]]

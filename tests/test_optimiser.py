@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dvpo import optimiser as optimisers
-from dvpo.config import load_config
+from dvpo.loading import load_config
 from dvpo.optimiser import Optimiser, learning_rate, warn_of_rate
 from dvpo.settings_learning import OptimiserConfig
 from dvpo.trainer import Trainer

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from dvpo.config import load_config
-from dvpo.tasks import make_task
+from dvpo.loading import load_config
+from dvpo.tasks.named import make_task
 from dvpo.trainer import Trainer
 from runs import model_folder
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from dvpo.cli import main
-from dvpo.config import differences, load_config
+from dvpo.config import differences
+from dvpo.loading import load_config
 from dvpo.study import load_study
-from dvpo.tasks import make_task
+from dvpo.tasks.named import make_task
 from dvpo.trainer import Trainer
 from runs import model_folder
 

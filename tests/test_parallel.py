@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from dvpo.checkpoint import latest_checkpoint, load_state
-from dvpo.config import load_config
 from dvpo.critic import load_critic
 from dvpo.distributed import share
 from dvpo.errors import InputError
+from dvpo.loading import load_config
 from dvpo.parallel import refuse_processes
 from dvpo.policy import open_policy
 from dvpo.prompts import PromptStream

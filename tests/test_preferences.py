@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from dvpo.cli import main
-from dvpo.config import load_config
 from dvpo.errors import InputError
+from dvpo.loading import load_config
 from dvpo.preferences import Pair, _told_apart, make_pairs, read_pairs
 from dvpo.sampling import Episode
 from dvpo.tasks import Example

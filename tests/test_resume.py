@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from dvpo import checkpoint
-from dvpo.config import load_config, to_yaml
+from dvpo.config import to_yaml
 from dvpo.errors import InputError
+from dvpo.loading import load_config
 from dvpo.resume import find_checkpoint
 from dvpo.trainer import Trainer
 from runs import Parity, assert_equal, left_behind, run_config

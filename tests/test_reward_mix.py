@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from dvpo.config import load_config
 from dvpo.core.masks import identity
 from dvpo.errors import InputError
 from dvpo.faults import refuse_broken_reward
+from dvpo.loading import load_config
 from dvpo.noise import make_noise
 from dvpo.reward_mix import Part, RewardMix
 from dvpo.rewards import Fault, Scores

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dvpo.config import Config, load_config
+from dvpo.config import Config
 from dvpo.errors import InputError
+from dvpo.loading import load_config
 from dvpo.noise_rates import NO_RATES, Rates
 from dvpo.risk_control import matched_to_noise, risk_figures
 from dvpo.trainer import Trainer

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from dvpo.config import load_config
 from dvpo.errors import InputError
+from dvpo.loading import load_config
 from dvpo.noise import make_noise
 from dvpo.rewards import Fault
 from dvpo.sampling import Episode

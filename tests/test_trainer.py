@@ -19,11 +19,11 @@ from dvpo import trainer as trainer_module
 from dvpo.algorithms import ALGORITHMS
 from dvpo.answers import Answerer
 from dvpo.batch import Estimates, Rollout
-from dvpo.config import load_config
 from dvpo.embedded import make_tokenizer
 from dvpo.errors import InputError
 from dvpo.evaluate import evaluate_checkpoint
 from dvpo.inspection import Question, answered, find_example, open_subject
+from dvpo.loading import load_config
 from dvpo.metrics import Means
 from dvpo.scoring import longest_scoring
 from dvpo.trainer import Trainer

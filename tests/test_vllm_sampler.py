@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from dvpo.checkpoint import latest_checkpoint
-from dvpo.config import load_config
 from dvpo.errors import InputError, RunStoppedError
+from dvpo.loading import load_config
 from dvpo.policy import Policy, open_policy
 from dvpo.sampling import HuggingFaceSampler, Turn
 from dvpo.settings import SamplingConfig, VllmConfig

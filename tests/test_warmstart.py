@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dvpo import warmstart
-from dvpo.config import load_config
 from dvpo.embedded import make_model, make_tokenizer
 from dvpo.errors import InputError
 from dvpo.interrupt import Interrupted
 from dvpo.lessons import SOURCES, Demonstrated, question_and_answer
+from dvpo.loading import load_config
 from dvpo.policy import Policy
 from dvpo.tasks.math import ChainArithmetic
 from dvpo.verdicts import measure, verdict

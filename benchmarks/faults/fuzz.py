@@ -23,9 +23,10 @@ from typing import Any
 
 from outcome import ROOT, conclude
 
-from dvpo.config import Config, load_config, to_yaml
+from dvpo.config import Config, to_yaml
 from dvpo.embedded import make_tokenizer
 from dvpo.errors import InputError, RunStoppedError
+from dvpo.loading import load_config
 from dvpo.noise import read_labels
 from dvpo.preferences import read_pairs
 from dvpo.sampling import ChatEncoder, fit_prompts

@@ -5,14 +5,14 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dvpo.config import load_config
+    from dvpo.loading import load_config
     from dvpo.trainer import Trainer
     from dvpo.valuation import load_critic
 
 __all__ = ["Trainer", "load_config", "load_critic"]
 __version__ = version("dvpo")
 
-_HOMES = {"Trainer": "dvpo.trainer", "load_config": "dvpo.config", "load_critic": "dvpo.valuation"}
+_HOMES = {"Trainer": "dvpo.trainer", "load_config": "dvpo.loading", "load_critic": "dvpo.valuation"}
 
 
 def __getattr__(name: str) -> Any:

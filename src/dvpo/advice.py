@@ -12,10 +12,11 @@ from operator import getitem
 from typing import Any
 
 from dvpo.algorithms import find_algorithm
-from dvpo.config import Config, differences, load_config, to_plain
+from dvpo.config import Config, differences, to_plain
 from dvpo.diagnosis import ErrorRate, Findings
 from dvpo.errors import InputError
 from dvpo.faults import BROKEN
+from dvpo.loading import load_config
 from dvpo.nested import merge
 from dvpo.noise_rates import ENOUGH, MOST
 from dvpo.report_words import percent

@@ -8,10 +8,11 @@ import difflib
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
+from dvpo.config import Config
 from dvpo.core.categorical import histogram_centres, histogram_loss
 from dvpo.core.losses import clipped_surrogate, huber_value_loss, value_loss
 from dvpo.core.quantiles import quantile_levels
@@ -30,11 +31,8 @@ from dvpo.estimates import (
     return_to_go_estimate,
     scalar_estimate,
 )
+from dvpo.settings_learning import AdvantageConfig
 from dvpo.shaping import Signals
-
-if TYPE_CHECKING:  # config.py imports this module to merge a row's defaults
-    from dvpo.config import Config
-    from dvpo.settings_learning import AdvantageConfig
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,11 @@ class Algorithm:
     name: str
     paper: str
     critic: Literal["none", "scalar", "quantile", "implicit", "categorical", "vocabulary"]
-    estimate: Callable[[Signals, "Config"], tuple[Tensor, Tensor]]
-    actor_loss: Callable[[Tensor, Tensor, Tensor, "Config"], tuple[Tensor, Tensor]]
-    critic_loss: Callable[[Tensor, Tensor, Tensor, "Config"], dict[str, Tensor]] | None = None
+    estimate: Callable[[Signals, Config], tuple[Tensor, Tensor]]
+    actor_loss: Callable[[Tensor, Tensor, Tensor, Config], tuple[Tensor, Tensor]]
+    critic_loss: Callable[[Tensor, Tensor, Tensor, Config], dict[str, Tensor]] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    value: Callable[[Tensor, "AdvantageConfig"], Tensor] = mean_value
+    value: Callable[[Tensor, AdvantageConfig], Tensor] = mean_value
     compares_group: bool = False
 
     def __post_init__(self) -> None:
@@ -115,7 +113,7 @@ def find_algorithm(name: str) -> Algorithm:
 
 
 def ppo_actor_loss(
-    logprobs_K: Tensor, old_logprobs_K: Tensor, advantages_K: Tensor, config: "Config"
+    logprobs_K: Tensor, old_logprobs_K: Tensor, advantages_K: Tensor, config: Config
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate."""
     actor = config.actor
@@ -123,7 +121,7 @@ def ppo_actor_loss(
 
 
 def squared_critic_loss(
-    predictions_KNM: Tensor, before_KNM: Tensor, targets_KL: Tensor, config: "Config"
+    predictions_KNM: Tensor, before_KNM: Tensor, targets_KL: Tensor, config: Config
 ) -> dict[str, Tensor]:
     """Squared error with value clipping, mean over heads."""
     loss_KN = value_loss(
@@ -133,7 +131,7 @@ def squared_critic_loss(
 
 
 def huber_critic_loss(
-    predictions_KNM: Tensor, before_KNM: Tensor, targets_KL: Tensor, config: "Config"
+    predictions_KNM: Tensor, before_KNM: Tensor, targets_KL: Tensor, config: Config
 ) -> dict[str, Tensor]:
     """Huber loss of width kappa, mean over heads: the scalar critic that outliers in the reward cannot drag."""
     del before_KNM
@@ -143,7 +141,7 @@ def huber_critic_loss(
 
 
 def conservative_critic_loss(
-    predictions_KNM: Tensor, before_KNM: Tensor, targets_KL: Tensor, config: "Config"
+    predictions_KNM: Tensor, before_KNM: Tensor, targets_KL: Tensor, config: Config
 ) -> dict[str, Tensor]:
     """Squared error of Q(taken), and what the tokens not taken are worth above it: logsumexp_a Q - Q(taken)."""
     del before_KNM
@@ -154,7 +152,7 @@ def conservative_critic_loss(
 
 
 def distributional_critic_loss(
-    predictions_KNM: Tensor, before_KNM: Tensor, targets_KL: Tensor, config: "Config"
+    predictions_KNM: Tensor, before_KNM: Tensor, targets_KL: Tensor, config: Config
 ) -> dict[str, Tensor]:
     """Quantile regression and the asymmetric tail terms, L = QR + sum_x weight_x * x."""
     del before_KNM
@@ -163,16 +161,14 @@ def distributional_critic_loss(
 
 
 def implicit_critic_loss(
-    predictions_KNM: Tensor, before_KNM: Tensor, targets_KL: Tensor, config: "Config"
+    predictions_KNM: Tensor, before_KNM: Tensor, targets_KL: Tensor, config: Config
 ) -> dict[str, Tensor]:
     """The same at the levels that were drawn, which come as the last head."""
     del before_KNM
     return _quantile_terms(predictions_KNM[:, :-1], targets_KL, predictions_KNM[0, -1], config)
 
 
-def _quantile_terms(
-    predictions_KNM: Tensor, targets_KL: Tensor, levels_M: Tensor, config: "Config"
-) -> dict[str, Tensor]:
+def _quantile_terms(predictions_KNM: Tensor, targets_KL: Tensor, levels_M: Tensor, config: Config) -> dict[str, Tensor]:
     critic = config.critic
     terms = critic_terms(predictions_KNM, targets_KL, levels_M, critic.kappa, critic.eta, critic.alpha, critic.beta)
     if critic.tail_targets == "law":
@@ -186,7 +182,7 @@ def _quantile_terms(
 
 
 def histogram_critic_loss(
-    predictions_KNM: Tensor, before_KNM: Tensor, targets_KL: Tensor, config: "Config"
+    predictions_KNM: Tensor, before_KNM: Tensor, targets_KL: Tensor, config: Config
 ) -> dict[str, Tensor]:
     """Cross-entropy of the bins' logits (in place of M) to the smoothed target, which is clipped to the support."""
     del before_KNM

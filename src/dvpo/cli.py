@@ -257,7 +257,8 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from dvpo.config import load_config, to_yaml
+    from dvpo.config import to_yaml
+    from dvpo.loading import load_config
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.print_config:
@@ -367,8 +368,8 @@ def _watch(arguments: argparse.Namespace) -> None:
 
 
 def _label(arguments: argparse.Namespace) -> None:
-    from dvpo.config import load_config
     from dvpo.label import label_file
+    from dvpo.loading import load_config
     from dvpo.plain_text import plain_console
 
     config = load_config(arguments.config, arguments.overrides)
@@ -379,7 +380,7 @@ def _reward_model(arguments: argparse.Namespace) -> None:
     from dvpo.plain_text import plain_console
 
     if arguments.from_task:
-        from dvpo.config import load_config
+        from dvpo.loading import load_config
         from dvpo.preferences import pairs_file
 
         config = load_config(arguments.from_task, arguments.set)
@@ -399,8 +400,8 @@ def _reward_model(arguments: argparse.Namespace) -> None:
 
 
 def _diagnose(arguments: argparse.Namespace) -> None:
-    from dvpo.config import load_config
     from dvpo.diagnose import Effort, diagnose_file
+    from dvpo.loading import load_config
     from dvpo.plain_text import plain_console
 
     config = load_config(arguments.config, arguments.overrides)
@@ -409,8 +410,8 @@ def _diagnose(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from dvpo.config import load_config
     from dvpo.doctor import report_installation, report_needs
+    from dvpo.loading import load_config
     from dvpo.plain_text import plain_console
 
     console = plain_console()

@@ -1,22 +1,17 @@
-"""One run's config: frozen dataclasses, validated when made; YAML in, YAML out.
+"""One run's config: frozen dataclasses, validated when made; written as YAML.
 
-Its sections stand in `dvpo.settings` and `dvpo.settings_learning`; what one says about another is checked here. A
-config is made of, from weak to strong: the defaults, those of the embedded task, the defaults of the chosen algorithm's
-row, the YAML file, `key.sub=value` overrides of the command line.
+Its sections stand in `dvpo.settings` and `dvpo.settings_learning`; what one says about another is checked here, what a
+row says about all of them in `dvpo.loading`.
 """
 
 import functools
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
-from dvpo.algorithms import find_algorithm
-from dvpo.errors import InputError
-from dvpo.nested import all_keys, checked, deep_copy, merge, one_sentence, read_yaml, set_dotted
+from dvpo.nested import all_keys
 from dvpo.settings import (
     Count,
     LoraConfig,
@@ -42,12 +37,6 @@ from dvpo.settings_learning import (
     UpdateConfig,
 )
 
-TASK_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "dialogue": {"sampling": {"max_prompt_length": 128, "max_completion_length": 256}},
-    "reasoning_gym": {"sampling": {"max_prompt_length": 1024, "max_completion_length": 1024}},
-}
-"""Tasks that the defaults below do not fit: a conversation is longer than an answer."""
-
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 """The same text, much faster where PyYAML has its C part: a study writes the config of every cell at its start."""
 
@@ -58,8 +47,6 @@ TASKS_WITH = {
     **dict.fromkeys(OF_FILES, ("files",)),
 }
 """Setting of `task` -> the tasks that read it."""
-OF_ANY_NOISE = ("then", "low", "high")
-"""Settings of `noise` that say something without a kind."""
 
 
 @section
@@ -94,49 +81,10 @@ class Config:
     alarms: AlarmsConfig = AlarmsConfig()
 
     def __post_init__(self) -> None:
-        row = find_algorithm(self.algorithm)
-        tails = row.uses_critic_terms and self.critic.weights.needs_tails()
-        if tails and self.critic.num_quantiles < 3:
-            raise ValueError(
-                f"critic.num_quantiles = {self.critic.num_quantiles} is too few for tail terms: "
-                "take at least 3, or set the tail weights under critic.weights to 0"
-            )
-        learns = {"vocabulary": "one of tokens", "categorical": "a histogram"}.get(row.critic)
-        if learns and self.critic.start == "verdict":
-            raise ValueError(
-                f"critic.start = verdict is a value of states, and algorithm = {self.algorithm} learns {learns}: "
-                "set it to random"
-            )
         if self.distributed.strategy == "fsdp" and self.critic.verdict_only_steps:
             raise ValueError(
                 f"critic.verdict_only_steps = {self.critic.verdict_only_steps} lets a part of the critic learn alone, "
                 "which distributed.strategy = fsdp cannot: set it to 0, or take ddp"
-            )
-        if self.critic.adaptive_risk and not row.uses_critic_terms:
-            raise ValueError(
-                f"critic.adaptive_risk = true moves the tail terms, which algorithm = {self.algorithm} does not have: "
-                "set it to false"
-            )
-        if self.critic.adaptive_risk and not any(asdict(replace(self.critic.weights, consistency=0.0)).values()):
-            raise ValueError(
-                "critic.adaptive_risk = true moves the tail terms, whose weights are 0 with algorithm = "
-                f"{self.algorithm}: set critic.weights, or take dvpo_paper"
-            )
-        compares = "algorithm = " + self.algorithm if row.compares_group else f"reward.norm = {self.reward.norm}"
-        if self.sampling.samples_per_prompt == 1 and (row.compares_group or self.reward.norm.startswith("group")):
-            raise ValueError(
-                f"{compares} compares the responses to one prompt, but sampling.samples_per_prompt = 1, so nothing "
-                "would be learnt: raise it, or take another"
-            )
-        if (
-            row.has_law
-            and self.advantage.law.functional == "rank"
-            and self.advantage.target == "mixture"
-            and (self.advantage.reward_trust < 1 or self.advantage.doubt_steps)
-        ):
-            raise ValueError(
-                "advantage.reward_trust below 1 moves the atoms of a rank one by one, which advantage.target = mixture "
-                "draws anew: take indexwise targets, or the mean"
             )
         batch = self.sampling.responses_per_step
         if batch < self.update.minibatches:
@@ -147,11 +95,6 @@ class Config:
         if self.actor.kl.target is not None and self.actor.kl.horizon < batch:
             raise ValueError(
                 f"actor.kl.horizon = {self.actor.kl.horizon} is shorter than a step of {batch} responses: raise it"
-            )
-        if self.update.actor_warmup_steps and not row.has_critic:
-            raise ValueError(
-                f"update.actor_warmup_steps = {self.update.actor_warmup_steps} lets the critic learn alone, "
-                f"but algorithm = {self.algorithm} has no critic: set it to 0"
             )
         rest, rising = self.update.actor_warmup_steps, self.policy_optimiser.warmup_steps
         if 0 < rising <= rest:
@@ -165,17 +108,13 @@ class Config:
                 f"alarms.kl_reference = {self.alarms.kl_reference:g} watches what is measured only where "
                 "actor.kl.coef is above 0: set that, to 1e-6 say, or drop the alarm"
             )
-        silent = {}
-        if not row.has_critic:
-            silent["value"] = f"algorithm = {self.algorithm} has no critic; drop it"
         # Measured before each minibatch's own update: the first sees the sampling policy itself.
-        if self.update.epochs * self.update.minibatches == 1 and not self.alarms.kl_reference:
-            silent["kl"] = (
-                "a step of one update (update.epochs, update.minibatches) is measured before it; drop it, or set "
-                "alarms.kl_reference and actor.kl.coef"
+        once = self.update.epochs * self.update.minibatches == 1
+        if "kl" in self.alarms.stop and once and not self.alarms.kl_reference:
+            raise ValueError(
+                "alarms.stop names kl, which cannot ring: a step of one update (update.epochs, update.minibatches) is "
+                "measured before it; drop it, or set alarms.kl_reference and actor.kl.coef"
             )
-        if cannot := [name for name in self.alarms.stop if name in silent]:
-            raise ValueError(f"alarms.stop names {cannot[0]}, which cannot ring: {silent[cannot[0]]}")
         if self.reward.overlong > self.sampling.max_completion_length:
             raise ValueError(
                 f"reward.overlong = {self.reward.overlong} exceeds sampling.max_completion_length = "
@@ -189,38 +128,6 @@ class Config:
                 "training: set it, to 10 say, or keep_best to false"
             )
         self._check_corrections()
-        for key in ("truncation", "missing_reward"):
-            if getattr(self.advantage, key) == "bootstrap" and not row.has_critic:
-                raise ValueError(
-                    f"advantage.{key} = bootstrap asks a critic, but algorithm = {self.algorithm} has none: "
-                    "set it to mask"
-                )
-        if self.advantage.delta_clip is not None and not row.has_critic:
-            raise ValueError(
-                f"advantage.delta_clip = {self.advantage.delta_clip:g} clips differences of a critic's values, but "
-                f"algorithm = {self.algorithm} has no critic: set it to null, or bound the reward with reward.clip"
-            )
-        if self.advantage.delta_clip is not None and row.has_law and self.advantage.law.functional == "rank":
-            raise ValueError(
-                f"advantage.delta_clip = {self.advantage.delta_clip:g} clips nothing in a rank, which is bounded: "
-                "set it to null, or take another advantage.law.functional"
-            )
-
-        if not row.has_law:
-            self._check_no_law()
-
-    def _check_no_law(self) -> None:
-        """A row whose critic gives numbers has no law to make one of; `denoised` takes a number too."""
-        functional = self.advantage.law.functional
-        unread = {
-            f"advantage.law.functional = {functional}": functional not in ("mean", "denoised"),
-            "advantage.target = mixture": self.advantage.target == "mixture",
-        }
-        if asked := [setting for setting, on in unread.items() if on]:
-            raise ValueError(
-                f"{asked[0]} reads a law of returns, which algorithm = {self.algorithm} does not learn: drop it, or "
-                "take a row with quantiles, such as dvpo"
-            )
 
     def _check_tasks(self) -> None:
         """A task of files has a file, and a mix is a list of tasks."""
@@ -296,11 +203,6 @@ class Config:
             raise ValueError(
                 f"{using[0]} takes rewards that are 0 or 1, and reward.mix weighs and adds: drop one of them"
             )
-        if denoised and not find_algorithm(self.algorithm).has_critic:
-            raise ValueError(
-                f"advantage.law.functional = denoised trims a critic's law, but algorithm = {self.algorithm} has no "
-                "critic: set reward.correction instead"
-            )
         if not denoised:
             return
         if self.advantage.recentre:
@@ -333,50 +235,6 @@ def _refuse_settings_of_others(task: OneTaskConfig) -> None:
                 f"task.{key} = {value} is a setting of {' and '.join(owners)}, but task.name = {task.name}: set that "
                 f"to {' or '.join(owners)}, or drop this"
             )
-
-
-def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides: Iterable[str] = ()) -> Config:
-    """Make a validated `Config`.
-
-    Args:
-        source: a YAML file, a nested mapping, or None for the defaults.
-        overrides: `key.sub=value` strings, values read as YAML; the last one wins.
-
-    Raises:
-        InputError: unreadable file, unknown key (with the nearest known one), value out of range.
-    """
-    values = read_yaml(source) if isinstance(source, str | Path) else deep_copy(source or {})
-    for override in overrides:
-        set_dotted(values, override)
-    values = checked(values, Config, Config)
-    noise = values.get("noise") or {}
-    if (
-        isinstance(noise, Mapping)
-        and "kind" not in noise
-        and (named := [key for key in noise if key not in OF_ANY_NOISE])
-    ):
-        raise InputError(
-            f"noise.{named[0]} = {noise[named[0]]} belongs to a kind of noise: set noise.kind (docs/noise.md)"
-        )
-    name = values.get("algorithm", Config.algorithm)
-    if not isinstance(name, str):
-        raise InputError(f"algorithm = {name!r} is not a name: take a row such as dvpo or ppo")
-    merged = merge(merge(_task_defaults(values.get("task", {})), find_algorithm(name).defaults), values)
-    try:
-        return TypeAdapter(Config).validate_python(merged)
-    except ValidationError as error:
-        raise InputError(one_sentence(error)) from None
-
-
-def _task_defaults(task: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of a mix: the largest of each length limit."""
-    if task.get("name") != "mix" or not isinstance(task.get("mix"), list):
-        return TASK_DEFAULTS.get(str(task.get("name")), {})
-    parts = [part.get("name") for part in task["mix"] if isinstance(part, Mapping)]
-    limits = [TASK_DEFAULTS.get(str(name), {}).get("sampling", {}) for name in parts]
-    lengths = ("max_prompt_length", "max_completion_length")
-    usual = {key: getattr(SamplingConfig, key) for key in lengths}
-    return {"sampling": {key: max((own.get(key, usual[key]) for own in limits), default=usual[key]) for key in lengths}}
 
 
 def to_yaml(config: Config) -> str:

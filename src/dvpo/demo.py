@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from dvpo.config import load_config
 from dvpo.evaluate import interval_text
+from dvpo.loading import load_config
 from dvpo.plain_text import plain_console
 from dvpo.progress import RunProgress
 from dvpo.report import write_report

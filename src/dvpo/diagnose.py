@@ -30,7 +30,7 @@ from dvpo.sampling import Episode
 from dvpo.scoring import Scorer, open_reward, open_source
 from dvpo.seeding import derive_seed
 from dvpo.settings import RewardConfig
-from dvpo.tasks import make_task
+from dvpo.tasks.named import make_task
 
 
 @dataclass(frozen=True)

@@ -2,38 +2,35 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from dvpo.config import Config
 from dvpo.core import risk
 from dvpo.core.backends import ascending
 from dvpo.core.masks import Reduce, masked_mean, zero_masked
 from dvpo.core.returns import distributional_targets, gae, mixture_targets
 from dvpo.noise_rates import NO_RATES, Rates
+from dvpo.settings_learning import AdvantageConfig, LawConfig
 from dvpo.shaping import Signals, correct_rewards, last_token
-
-if TYPE_CHECKING:  # config.py imports the rows to merge their defaults
-    from dvpo.config import Config
-    from dvpo.settings_learning import AdvantageConfig, LawConfig
 
 # The number that a row acts on: [..., N, M] -> [...]. A constant added to all atoms comes through as it is.
 
 
-def mean_value(values: Tensor, settings: "AdvantageConfig") -> Tensor:
+def mean_value(values: Tensor, settings: AdvantageConfig) -> Tensor:
     """Mean over heads and atoms."""
     del settings
     return values.mean(dim=(-2, -1))
 
 
-def least_head_value(values: Tensor, settings: "AdvantageConfig") -> Tensor:
+def least_head_value(values: Tensor, settings: AdvantageConfig) -> Tensor:
     """The least of the heads' means."""
     del settings
     return values.mean(dim=-1).amin(dim=-1)
 
 
-def law_value(values: Tensor, settings: "AdvantageConfig") -> Tensor:
+def law_value(values: Tensor, settings: AdvantageConfig) -> Tensor:
     """What `advantage.law` makes of the ensemble's sorted atoms; the mean beside a rank, which is no value."""
     if settings.law.functional == "rank":
         return mean_value(values, settings)
@@ -42,9 +39,9 @@ def law_value(values: Tensor, settings: "AdvantageConfig") -> Tensor:
 
 def recentred(
     signals: Signals,
-    value: Callable[[Tensor, "AdvantageConfig"], Tensor],
+    value: Callable[[Tensor, AdvantageConfig], Tensor],
     cut_B: Tensor,
-    settings: "AdvantageConfig",
+    settings: AdvantageConfig,
     reduce: Reduce,
 ) -> Signals:
     """The signals with a constant c added to all values of the step, so that responses end as was expected of them.
@@ -79,18 +76,18 @@ def recentred(
 # With a scalar critic
 
 
-def scalar_estimate(signals: Signals, config: "Config") -> tuple[Tensor, Tensor]:
+def scalar_estimate(signals: Signals, config: Config) -> tuple[Tensor, Tensor]:
     """GAE on V = the mean over heads; the target is the lambda-return."""
     return _scalar_gae(signals, config.advantage, mean_value)
 
 
-def pessimistic_estimate(signals: Signals, config: "Config") -> tuple[Tensor, Tensor]:
+def pessimistic_estimate(signals: Signals, config: Config) -> tuple[Tensor, Tensor]:
     """GAE with the least head as baseline and as bootstrap: the robust Bellman target min_i V_i."""
     return _scalar_gae(signals, config.advantage, least_head_value)
 
 
 def _scalar_gae(
-    signals: Signals, settings: "AdvantageConfig", value: Callable[[Tensor, "AdvantageConfig"], Tensor]
+    signals: Signals, settings: AdvantageConfig, value: Callable[[Tensor, AdvantageConfig], Tensor]
 ) -> tuple[Tensor, Tensor]:
     values_BT, bootstrap_B = value(signals.values_BTNM, settings), value(signals.bootstrap_BNM, settings)
     _, returns_BT = _gae(signals, values_BT, bootstrap_B, settings, critic_lam(settings))
@@ -130,7 +127,7 @@ def _gae(
     signals: Signals,
     values_BT: Tensor,
     bootstrap_B: Tensor,
-    settings: "AdvantageConfig",
+    settings: AdvantageConfig,
     lam: float,
     delta_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -149,7 +146,7 @@ def _gae(
 # With a law
 
 
-def distributional_estimate(signals: Signals, config: "Config") -> tuple[Tensor, Tensor]:
+def distributional_estimate(signals: Signals, config: Config) -> tuple[Tensor, Tensor]:
     """Distributional GAE on the ensemble's sorted quantiles; `advantage.law` makes a number of the law.
 
     `mean` is the paper's: the mean over the quantiles of A_tj. `rank` compares the target law with the predicted
@@ -192,13 +189,13 @@ def distributional_estimate(signals: Signals, config: "Config") -> tuple[Tensor,
     return advantages_BT, targets_at(critic_lam(settings), out=theta_BTM)  # theta has served
 
 
-def mean_target_estimate(signals: Signals, config: "Config") -> tuple[Tensor, Tensor]:
+def mean_target_estimate(signals: Signals, config: Config) -> tuple[Tensor, Tensor]:
     """Advantages as above; the critic's target is the mean of the target law, which is the scalar lambda-return."""
     advantages_BT, targets_BTL = distributional_estimate(signals, config)
     return advantages_BT, targets_BTL.mean(dim=-1, keepdim=True)
 
 
-def law_weights(law: "LawConfig", num_atoms: int, rates: Rates = NO_RATES) -> Tensor:
+def law_weights(law: LawConfig, num_atoms: int, rates: Rates = NO_RATES) -> Tensor:
     """The weights [M] of the sorted atoms for a functional that is one; `rank` is none."""
     match law.functional:
         case "mean":
@@ -219,7 +216,7 @@ def law_weights(law: "LawConfig", num_atoms: int, rates: Rates = NO_RATES) -> Te
             raise ValueError("the rank advantage is no weighting of atoms")
 
 
-def critic_lam(settings: "AdvantageConfig") -> float:
+def critic_lam(settings: AdvantageConfig) -> float:
     """lambda of the critic's targets."""
     return settings.lam if settings.critic_lam is None else settings.critic_lam
 
@@ -230,10 +227,10 @@ def critic_lam(settings: "AdvantageConfig") -> float:
 GroupAdvantage = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def group_estimate(advantage: GroupAdvantage) -> Callable[[Signals, "Config"], tuple[Tensor, Tensor]]:
+def group_estimate(advantage: GroupAdvantage) -> Callable[[Signals, Config], tuple[Tensor, Tensor]]:
     """One advantage a response, from its return and those of its group, the same at every token."""
 
-    def estimate(signals: Signals, config: "Config") -> tuple[Tensor, Tensor]:
+    def estimate(signals: Signals, config: Config) -> tuple[Tensor, Tensor]:
         del config
         returns_B = (signals.rewards_BT * signals.mask_BT).sum(dim=-1)
         advantages_B = advantage(returns_B, signals.groups_B, signals.rewarded_B)
@@ -242,7 +239,7 @@ def group_estimate(advantage: GroupAdvantage) -> Callable[[Signals, "Config"], t
     return estimate
 
 
-def return_to_go_estimate(signals: Signals, config: "Config") -> tuple[Tensor, Tensor]:
+def return_to_go_estimate(signals: Signals, config: Config) -> tuple[Tensor, Tensor]:
     """The sum of later rewards (KL penalties among them) at each token, gamma = 1 (REINFORCE++)."""
     del config
     zeros_BT = torch.zeros_like(signals.rewards_BT)

@@ -15,12 +15,13 @@ import torch
 from rich.table import Table
 
 from dvpo.checkpoint import checkpoint_step, find_fault, latest_checkpoint
-from dvpo.config import Config, load_config
+from dvpo.config import Config
 from dvpo.distributed import gather_rows, is_main, share
 from dvpo.durable import output_file, write_atomically
 from dvpo.environments import environment_at
 from dvpo.errors import InputError
 from dvpo.faults import fault_rows, lost_in_evaluation
+from dvpo.loading import load_config
 from dvpo.plain_text import table_console
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.rewards import Scores
@@ -30,8 +31,9 @@ from dvpo.scoring import Scorer, open_reward
 from dvpo.seeding import derive_seed
 from dvpo.settings import SamplingConfig
 from dvpo.stats import bootstrap_interval, wilson_interval
-from dvpo.tasks import Environment, Example, Message, Task, make_task, total
+from dvpo.tasks import Environment, Example, Message, Task, total
 from dvpo.tasks.mixture import each_of_its_tasks, held_out
+from dvpo.tasks.named import make_task
 
 Judge = Callable[[Sequence[Episode]], Scores]
 CORRECT = 1 - 1e-6

@@ -11,12 +11,13 @@ from rich.text import Text
 from dvpo.algorithms import Algorithm, find_algorithm
 from dvpo.batch import Estimates, Rollout
 from dvpo.checkpoint import checkpoint_step
-from dvpo.config import Config, load_config
+from dvpo.config import Config
 from dvpo.core.masks import identity
 from dvpo.critic import Critic, load_critic
 from dvpo.environments import EnvironmentFaultError, environment_at, step
 from dvpo.errors import InputError
 from dvpo.evaluate import open_trained, refuse_what_python_gave, sound_checkpoint
+from dvpo.loading import load_config
 from dvpo.noise_rates import Rates
 from dvpo.policy import Policy
 from dvpo.privilege import Privilege
@@ -27,7 +28,8 @@ from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, collate, pla
 from dvpo.scoring import Scorer
 from dvpo.seeding import derive_seed
 from dvpo.shaping import step_signals
-from dvpo.tasks import Example, SingleTurn, Task, make_task
+from dvpo.tasks import Example, SingleTurn, Task
+from dvpo.tasks.named import make_task
 from dvpo.token_terminal import print_view
 from dvpo.token_view import token_row
 from dvpo.valuation import with_features

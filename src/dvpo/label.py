@@ -24,7 +24,8 @@ from dvpo.errors import InputError
 from dvpo.evaluate import CORRECT
 from dvpo.sampling import Episode
 from dvpo.stats import wilson_interval
-from dvpo.tasks import Answer, HasFinalAnswer, make_task
+from dvpo.tasks import Answer, HasFinalAnswer
+from dvpo.tasks.named import make_task
 
 
 @dataclass(frozen=True)

@@ -15,19 +15,17 @@ import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from dvpo.config import Config
 from dvpo.errors import InputError
 from dvpo.parallel import shared_like, whole_state
-
-if TYPE_CHECKING:  # they are made of what this file makes
-    from dvpo.config import Config
-    from dvpo.settings import LoraConfig
+from dvpo.settings import LoraConfig
 
 NAME = "default"
 """peft's name for the only adapter of a model."""
@@ -35,7 +33,7 @@ PROBES = 16
 """Numbers of each frozen weight by which a resumed run knows it again."""
 
 
-def refuse_without_peft(settings: "LoraConfig") -> None:
+def refuse_without_peft(settings: LoraConfig) -> None:
     """Check that peft is there if adapters are wanted.
 
     Raises:
@@ -52,7 +50,7 @@ def refuse_without_peft(settings: "LoraConfig") -> None:
         ) from None
 
 
-def shares_base(config: "Config") -> bool:
+def shares_base(config: Config) -> bool:
     """Whether the critic's trunk reads the policy's frozen weights instead of a copy of them.
 
     Not where weights are sharded, which makes them each model's own, nor where the trunk is another model or learns.
@@ -65,7 +63,7 @@ def shares_base(config: "Config") -> bool:
 # A model's adapters
 
 
-def add_adapters(module: nn.Module, settings: "LoraConfig", field: str, base: str | None = None) -> None:
+def add_adapters(module: nn.Module, settings: LoraConfig, field: str, base: str | None = None) -> None:
     """Freeze a model and put trained matrices beside its linear layers, in place; draws A from torch's generator.
 
     Args:
@@ -192,7 +190,7 @@ class Adapters:
         InputError: `targets` that name no linear layer.
     """
 
-    def __init__(self, config: "Config", source: str | Path, policy: nn.Module, critic: nn.Module | None) -> None:
+    def __init__(self, config: Config, source: str | Path, policy: nn.Module, critic: nn.Module | None) -> None:
         self._modules = {"policy": policy} | ({} if critic is None else {"critic": critic})
         add_adapters(policy, config.model.lora, "model.lora", str(source))
         if critic is not None and config.critic_lora.rank:

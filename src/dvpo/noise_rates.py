@@ -4,21 +4,18 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dvpo.config import Config
 from dvpo.core.masks import Reduce
 from dvpo.distributed import is_main
 from dvpo.errors import InputError
 from dvpo.seeding import derive_uniform
 from dvpo.stats import wilson_interval
 from dvpo.tasks import Example, Task
-
-if TYPE_CHECKING:  # config.py imports the rows, and they what this file defines
-    from dvpo.config import Config
-
 
 ENOUGH = 20
 """Responses of each kind, truly right and truly wrong, without which both rates count as 0."""
@@ -161,7 +158,7 @@ class KnownRates:
         """The config has it all."""
 
 
-def open_rates(config: "Config", task: Task, examples: Iterable[Example]) -> RateEstimator | KnownRates | None:
+def open_rates(config: Config, task: Task, examples: Iterable[Example]) -> RateEstimator | KnownRates | None:
     """The estimator that `reward.trusted` asks for, or the rates in `reward.rates`; None where there is neither.
 
     Raises:

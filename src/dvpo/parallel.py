@@ -11,13 +11,10 @@ hooks sit on modules, so whatever uses a sharded model's weights runs `inside` i
 often as all others.
 """
 
-import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from types import MethodType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,12 +30,9 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dvpo.config import Config
 from dvpo.distributed import all_reduce_max, is_launched, is_main, sum_in_place, world_size
 from dvpo.errors import InputError
-
-if TYPE_CHECKING:  # policy.py runs inside what this file makes
-    from dvpo.config import Config
-    from dvpo.policy import Policy
 
 T = TypeVar("T")
 BUCKET = 1 << 24
@@ -49,7 +43,7 @@ all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_
 # What is possible
 
 
-def refuse_processes(config: "Config") -> None:
+def refuse_processes(config: Config) -> None:
     """Check that a run can be shared by the processes that there are.
 
     Raises:
@@ -196,35 +190,6 @@ def gathered(share: DTensor) -> Tensor:
     full = own.new_empty(rows * world_size(), *share.shape[1:])
     all_gather_single(full, padded)
     return full[:count]
-
-
-class WholeCopy:
-    """A plain copy of a policy's model, filled while it is needed: to sample from, where each process goes its own way.
-
-    Args:
-        policy: before it is sharded; its parameters are not copied yet.
-        device: where the copy computes.
-    """
-
-    def __init__(self, policy: "Policy", device: torch.device) -> None:
-        empty = {id(p): nn.Parameter(torch.empty(0, device=device), False) for p in policy.model.parameters()}
-        model = copy.deepcopy(policy.model, empty).to(device).eval()
-        self.policy, self._sharded = replace(policy, model=model), policy.model
-
-    @contextmanager
-    def filled(self) -> Iterator["Policy"]:
-        """The policy as it is now, in its compute type; every process must come here."""
-        parameters = dict(self.policy.model.named_parameters())
-        try:
-            with torch.no_grad():
-                for name, parameter in self._sharded.named_parameters():
-                    # First moved and cast, then gathered: fewer bytes, and none of them between host memories.
-                    share = parameter.to(parameters[name].device, self.policy.dtype)
-                    parameters[name].data = gathered(share) if isinstance(share, DTensor) else share
-            yield self.policy
-        finally:
-            for parameter in parameters.values():
-                parameter.data = torch.empty(0, device=parameter.device)
 
 
 # State

@@ -21,7 +21,8 @@ from dvpo.jsonl import json_objects
 from dvpo.prompts import PromptStream
 from dvpo.sampling import Episode
 from dvpo.seeding import derive_seed, derive_uniform
-from dvpo.tasks import Completion, Prompt, make_task
+from dvpo.tasks import Completion, Prompt
+from dvpo.tasks.named import make_task
 
 
 @dataclass(frozen=True)

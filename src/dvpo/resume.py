@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from dvpo.checkpoint import Checkpointer, checkpoint_step, latest_checkpoint
-from dvpo.config import Config, differences, load_config
+from dvpo.config import Config, differences
 from dvpo.distributed import is_main, main_first, on_main
 from dvpo.errors import InputError
+from dvpo.loading import load_config
 from dvpo.nested import all_keys
 
 MAY_CHANGE = ("steps", "device", "distributed", "evaluation", "checkpoint", "log", "output")

@@ -1,12 +1,9 @@
 """Risk that follows the noise: the critic's tails as heavy as the false rewards in them, its terms as strong."""
 
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
 
+from dvpo.config import Config
 from dvpo.noise_rates import NO_RATES, Rates
-
-if TYPE_CHECKING:
-    from dvpo.config import Config
 
 FADED = 1e-12
 """A factor that leaves nothing of a term; weights of 0 would be a config whose terms cannot adapt, which is refused."""
@@ -14,7 +11,7 @@ KEPT = "consistency"
 """The one term that is about the heads and not about a tail."""
 
 
-def matched_to_noise(config: "Config", rates: Rates) -> "Config":
+def matched_to_noise(config: Config, rates: Rates) -> Config:
     """The config whose tail terms are matched to the noise, if `critic.adaptive_risk` asks for it.
 
         alpha_t = max(q, 1/M),   beta_t = max(p, 1/M),   weight_t = weight * min(1, (p + q) / (alpha + beta))
@@ -43,7 +40,7 @@ def matched_to_noise(config: "Config", rates: Rates) -> "Config":
     return replace(config, critic=adapted)
 
 
-def risk_figures(config: "Config", rates: Rates) -> dict[str, float]:
+def risk_figures(config: Config, rates: Rates) -> dict[str, float]:
     """alpha, beta and the factor of the weights as they stand; nothing unless `critic.adaptive_risk` is on."""
     if not config.critic.adaptive_risk:
         return {}
@@ -52,10 +49,10 @@ def risk_figures(config: "Config", rates: Rates) -> dict[str, float]:
     return {"critic/alpha": critic.alpha, "critic/beta": critic.beta, "critic/term_scale": scale}
 
 
-def _unknown(config: "Config", rates: Rates) -> bool:
+def _unknown(config: Config, rates: Rates) -> bool:
     """Rates of 0 are no rates yet, unless the user has given them."""
     return rates == NO_RATES and not config.reward.rates.given
 
 
-def _scale(config: "Config", rates: Rates) -> float:
+def _scale(config: Config, rates: Rates) -> float:
     return min(1.0, (rates.false_positive + rates.false_negative) / (config.critic.alpha + config.critic.beta))

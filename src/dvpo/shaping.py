@@ -1,20 +1,17 @@
 """What a row estimates from: the rewards of a step as config shapes them, the critic's values, and what counts."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dvpo.batch import Rollout
+from dvpo.config import Config
 from dvpo.core.masks import Reduce, masked_mean, masked_variance
 from dvpo.core.returns import GROUP_STD_EPS, group_location_scale
 from dvpo.noise_rates import NO_RATES, Rates
-
-if TYPE_CHECKING:  # config.py imports the rows to merge their defaults
-    from dvpo.config import Config
-    from dvpo.settings import RewardConfig
-    from dvpo.settings_learning import AdvantageConfig
+from dvpo.settings import RewardConfig
+from dvpo.settings_learning import AdvantageConfig
 
 NO_SPREAD = 1e-6
 """Returns that deviate by no more are taken for equal."""
@@ -48,7 +45,7 @@ class Signals:
     """Share of each response's last temporal difference that the actor believes in this step (`reward_trust`)."""
 
 
-def going_on(rollout: Rollout, settings: "AdvantageConfig") -> Tensor:
+def going_on(rollout: Rollout, settings: AdvantageConfig) -> Tensor:
     """Responses whose last state is worth V(s_{T+1}), since the length limit cut them: bool, [B]."""
     return rollout.truncated_B & (settings.truncation == "bootstrap")
 
@@ -57,7 +54,7 @@ def step_signals(
     rollout: Rollout,
     values_BTNM: Tensor,
     bootstrap_BNM: Tensor,
-    config: "Config",
+    config: Config,
     step: int,
     seed: int,
     reduce: Reduce,
@@ -110,7 +107,7 @@ def shape_rewards(
     mask_BT: Tensor,
     groups_B: Tensor,
     rewarded_B: Tensor,
-    settings: "RewardConfig",
+    settings: RewardConfig,
     reduce: Reduce,
     rates: Rates = NO_RATES,
     penalties_B: Tensor | None = None,
@@ -149,7 +146,7 @@ def shape_rewards(
     return rewards_BT + last_token(mask_BT) * beyond_B.unsqueeze(-1)
 
 
-def response_penalties(rollout: Rollout, config: "Config") -> Tensor | None:
+def response_penalties(rollout: Rollout, config: Config) -> Tensor | None:
     """What `reward.overlong` takes from each response, [B]; None where it is off."""
     margin, limit = config.reward.overlong, config.sampling.max_completion_length
     lengths_B = rollout.attention_BS[:, rollout.prompt_length :].sum(dim=-1)
@@ -206,7 +203,7 @@ def last_token(mask_BT: Tensor) -> Tensor:
     return (mask_BT & (counted_BT == counted_BT[:, -1:])).float()
 
 
-def reward_trust(settings: "AdvantageConfig", step: int) -> float:
+def reward_trust(settings: AdvantageConfig, step: int) -> float:
     """w of a step, from 1 on: `reward_trust` at first, and 1 after `doubt_steps` steps, in a straight line between.
 
     The noise of n rewards that share a fact falls as 1/n, what the critic does not explain stays: doubt has its time

@@ -22,8 +22,9 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from dvpo.config import Config, load_config, to_plain
+from dvpo.config import Config, to_plain
 from dvpo.errors import InputError
+from dvpo.loading import load_config
 from dvpo.nested import merge, read_yaml
 from dvpo.provenance import config_hash
 from dvpo.settings_learning import CheckpointConfig, LogConfig

@@ -20,15 +20,16 @@ from typing import Any, NoReturn
 import torch
 from rich.console import Console
 
-from dvpo.config import Config, load_config
+from dvpo.config import Config
 from dvpo.durable import write_atomically
 from dvpo.errors import InputError
 from dvpo.interrupt import RESUMABLE, Interrupted, handled
+from dvpo.loading import load_config
 from dvpo.settings import TaskConfig
 from dvpo.study import Cell, Study, result_hash
 from dvpo.study_results import ResultsFile, Row, finished_cells, locked, result_row
-from dvpo.tasks import make_task
 from dvpo.tasks.mixture import held_out
+from dvpo.tasks.named import make_task
 from dvpo.watch import duration
 
 ERROR, SAID, LOCK = "error", "output.txt", ".lock"

@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import set_seed
 
 from dvpo.alarms import Alarms
-from dvpo.algorithms import find_algorithm
 from dvpo.batch import Estimates, Rollout
 from dvpo.checkpoint import RNGState, load_state, restore
 from dvpo.collect import Collected, Collector
@@ -51,6 +50,7 @@ from dvpo.heap import keep_freed_memory
 from dvpo.interrupt import Interrupted, check, deferred
 from dvpo.keeper import Keeper, refuse_without_judge
 from dvpo.kl import KLController
+from dvpo.loading import suited_row
 from dvpo.lora import Adapters, refuse_without_peft
 from dvpo.metrics import (
     Means,
@@ -64,7 +64,7 @@ from dvpo.metrics import (
 from dvpo.noise import make_noise
 from dvpo.noise_rates import NO_RATES, open_rates
 from dvpo.optimiser import Optimiser, warn_of_rate
-from dvpo.parallel import WholeCopy, refuse_processes, shard
+from dvpo.parallel import refuse_processes, shard
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.privilege import open_privilege
 from dvpo.prompts import open_prompts, warn_of_few
@@ -79,12 +79,14 @@ from dvpo.seeding import derive_seed
 from dvpo.shaping import going_on, response_penalties, step_signals
 from dvpo.sinks import refuse_unusable
 from dvpo.skips import Skips
-from dvpo.tasks import Task, make_task
+from dvpo.tasks import Task
 from dvpo.tasks.mixture import COLUMN, Mixture, held_out
+from dvpo.tasks.named import make_task
 from dvpo.token_view import token_rows
 from dvpo.update import Learner
 from dvpo.vllm_sampler import VllmSampler, open_sampler, refuse_absent_server
 from dvpo.warmstart import starting_model
+from dvpo.whole_copy import WholeCopy
 
 REPLAY_FIGURES = ("loss", "skipped_updates")
 """Of the critic's update, logged for the replay apart: under `critic/` stands the step's own batch."""
@@ -126,7 +128,7 @@ class Trainer(Learner):
         observer: Observer | None = None,
     ) -> None:
         self.config, self.observer = config, observer
-        self.row = find_algorithm(config.algorithm)
+        self.row = suited_row(config)
         self.folder = Path(config.output)
         keep_freed_memory()
         patience = timedelta(seconds=config.distributed.patience + longest_scoring(config))

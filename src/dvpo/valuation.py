@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from dvpo.batch import Rollout
-from dvpo.config import Config, load_config
+from dvpo.config import Config
 from dvpo.core.risk import cvar, upper_mean
 from dvpo.critic import Critic
 from dvpo.critic import load_critic as load_bare_critic
 from dvpo.errors import InputError
 from dvpo.evaluate import open_trained, sound_checkpoint
+from dvpo.loading import load_config
 from dvpo.policy import Policy
 from dvpo.sampling import ChatEncoder, Episode, collate
 from dvpo.tasks import Example, Prompt

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dvpo.config import load_config
 from dvpo.embedded import BAD, GOOD
 from dvpo.evaluate import CORRECT, own_figures, take
+from dvpo.loading import load_config
 from dvpo.policy import Policy
 from dvpo.sampling import Episode, pad_right
 from dvpo.scoring import Scorer

@@ -31,7 +31,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from dvpo.config import Config
 from dvpo.distributed import main_first
 from dvpo.durable import disk_full_named, flush_file
 from dvpo.embedded import ROLES, make_model, make_tokenizer
@@ -48,9 +49,6 @@ from dvpo.lessons import SOURCES, Demonstrated
 from dvpo.plain_text import plain_console
 from dvpo.policy import Policy
 from dvpo.verdicts import measure, verdict
-
-if TYPE_CHECKING:
-    from dvpo.config import Config
 
 RECIPE_VERSION = 1
 """Raised whenever this file or `embedded.py` changes what a recipe yields."""
@@ -151,7 +149,7 @@ def start_for(task: str) -> str:
     return "math"
 
 
-def starting_model(config: "Config") -> str | Path:
+def starting_model(config: Config) -> str | Path:
     """Folder or hub name of the policy before training; makes or fetches the embedded model if that is asked for."""
     if config.model.path == "embedded":
         with main_first():

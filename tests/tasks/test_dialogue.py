@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dialogues import random_agent, replay, silent, turns_of
-from dvpo.config import TASK_DEFAULTS
 from dvpo.embedded import make_tokenizer
 from dvpo.errors import InputError
+from dvpo.loading import TASK_DEFAULTS
 from dvpo.sampling import ChatEncoder
-from dvpo.tasks import Task, make_task
+from dvpo.tasks import Task
 from dvpo.tasks.dialogue import MOST_TURNS, Conversation, SlotFilling, parse_turn
 from dvpo.tasks.dialogue_agents import (
     Slip,
@@ -25,6 +25,7 @@ from dvpo.tasks.dialogue_agents import (
     slip_probability,
 )
 from dvpo.tasks.dialogue_goals import SEEN, UNSEEN, Goal, draw_goal
+from dvpo.tasks.named import make_task
 
 TASK = SlotFilling(train=300, id=60, ood=60)
 SPLITS = ("train", "id", "ood")

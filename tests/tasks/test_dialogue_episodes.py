@@ -6,8 +6,8 @@ import pytest
 from test_dialogue import ENCODER, TASK
 
 from dialogues import replay, turns_of
-from dvpo.config import TASK_DEFAULTS
 from dvpo.embedded import make_config, make_model
+from dvpo.loading import TASK_DEFAULTS
 from dvpo.sampling import Episode, HuggingFaceSampler, Turn, collate, play
 from dvpo.scoring import Scorer
 from dvpo.settings import SamplingConfig

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from dvpo.config import load_config
 from dvpo.errors import InputError
-from dvpo.tasks import HasFinalAnswer, make_task
+from dvpo.loading import load_config
+from dvpo.tasks import HasFinalAnswer
 from dvpo.tasks import gym as gym_module
 from dvpo.tasks.gym import ReasoningGym, accepts, allow_list, make_generator
+from dvpo.tasks.named import make_task
 from dvpo.trainer import Trainer
 from runs import run_config
 

@@ -11,17 +11,19 @@ from typing import Any
 
 import pytest
 
-from dvpo.config import load_config, to_yaml
+from dvpo.config import to_yaml
 from dvpo.errors import InputError
 from dvpo.evaluate import evaluate_checkpoint
+from dvpo.loading import load_config
 from dvpo.prompts import MixedPrompts, open_prompts
 from dvpo.runlog import read_rows
 from dvpo.study_results import result_row
-from dvpo.tasks import Example, Reward, make_task
+from dvpo.tasks import Example, Reward
 from dvpo.tasks.dialogue import SlotFilling
 from dvpo.tasks.files import FilesTask
 from dvpo.tasks.math import ChainArithmetic
 from dvpo.tasks.mixture import Mixture, each_of_its_tasks, held_out
+from dvpo.tasks.named import make_task
 from dvpo.trainer import Trainer
 from runs import Parity, farthest, rows, run_config, trained, weights
 

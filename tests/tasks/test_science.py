@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from scipy import constants
 
 from dvpo.errors import InputError
-from dvpo.tasks import Task, make_task
+from dvpo.tasks import Task
+from dvpo.tasks.named import make_task
 from dvpo.tasks.science import (
     EXACT_KINDS,
     Question,

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from dvpo.algorithms import Algorithm, find_algorithm
-from dvpo.config import Config, load_config
+from dvpo.config import Config
 from dvpo.core.risk import spectral_value
 from dvpo.critic import CriticShape
 from dvpo.errors import InputError
 from dvpo.estimates import law_weights
+from dvpo.loading import load_config
 from dvpo.seeding import derive_seed
 from dvpo.settings_learning import CriticLoraConfig
 from dvpo.shaping import Signals

@@ -1,0 +1,117 @@
+"""The parts of the noise study (docs/protocol.md) and of its tuning: which study each is, and which rows are there."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
+from noise_figures import curves, differences, learning
+
+from dvpo.study import Study, load_study
+from dvpo.study_results import Row, last_quarter, read_results, row_key
+
+ROOT = Path(__file__).parents[1]
+STUDIES, ROWS = ROOT / "configs" / "studies", Path(__file__).parent / "results"
+
+Draw = Callable[[Study, Sequence[Row]], Markup | None]
+
+
+class Part(NamedTuple):
+    """A study and the rows of it."""
+
+    title: str
+    study: Path
+    rows: Path
+    baseline: str
+    only: str | None = None
+    """The cells that are meant, as `dvpo study --only` takes them; None: all."""
+    pooled: bool = True
+    """Its noises may be averaged."""
+    by_task: bool = False
+    """Shown task by task as well."""
+    figures: Mapping[str, Draw] = {}
+    """Name of a file -> what is in it."""
+
+
+LADDER = ("dvpo_plain", "dvpo_cons", "dvpo_cons_tail", "dvpo_cons_tail_shift", "dvpo_paper")
+
+
+def reporting(title: str, name: str, **rest: Any) -> Part:
+    return Part(title, STUDIES / f"{name}.yaml", ROWS / "noise_study.jsonl", **{"baseline": "dvpo"} | rest)
+
+
+NINE = reporting(
+    "Nine cells, checker dial 1",
+    "noise",
+    by_task=True,
+    figures={"noise": differences, "noise_curves_id": learning("id"), "noise_curves_ood": learning("ood")},
+)
+CLEAN = reporting("Control: clean rewards", "noise_controls", only="noise=clean")
+RANDOM = reporting("Control: a fair coin for a reward", "noise_controls", only="noise=random")
+REPORTING = [
+    NINE,
+    reporting("Nine cells, checker dial 0", "noise_dial0", by_task=True, figures={"noise_dial0": differences}),
+    reporting("Flips, checker dial one half", "noise_dial_half"),
+    reporting(
+        "Nine cells at one setting", "noise_one_setting", by_task=True, figures={"noise_one_setting": differences}
+    ),
+    reporting(
+        "Nine cells at one setting, checker dial 0",
+        "noise_one_setting_dial0",
+        by_task=True,
+        figures={"noise_one_setting_dial0": differences},
+    ),
+    reporting("One sample a prompt", "noise_one_sample", figures={"noise_one_sample": differences}),
+    CLEAN,
+    RANDOM,
+    reporting("Further rows", "noise_rest"),
+    reporting(
+        "The paper's ladder, heavy tails",
+        "noise_rest",
+        baseline=LADDER[0],
+        only="noise=heavy," + ",".join(f"algorithm={name}" for name in LADDER),
+    ),
+    reporting("More flips and fewer", "noise_rates", pooled=False, figures={"noise_rates": curves}),
+    reporting("More noises", "noise_more", pooled=False),
+    reporting("Numbers of quantiles, sizes of tails", "noise_sizes"),
+    reporting("A model ten times as large", "noise_larger"),
+]
+TUNING = [
+    Part(f"Tuning seeds: {path.stem}", path, ROWS / "tuning" / f"{path.stem}.jsonl", "")
+    for path in sorted((STUDIES / "tuning").glob("*.yaml"))
+]
+TRIALS = next(part for part in TUNING if part.study.stem == "trials")
+
+
+@cache
+def study_at(path: Path, only: str | None = None) -> Study:
+    return load_study(path, only=only)
+
+
+def rows_of(part: Part) -> tuple[Study, list[Row]]:
+    """The study, and those of its rows that are there, with the mean over their last quarter as their end."""
+    study = study_at(part.study, part.only)
+    wanted = {cell.key for cell in study.cells}
+    return study, [last_quarter(row) for row in read_results(part.rows) if row_key(row) in wanted]
+
+
+def complete(study: Study, rows: Sequence[Row]) -> list[Row]:
+    """The rows of those seeds that have every cell: what may be pooled before a study is at its end."""
+    there = {row_key(row) for row in rows}
+    short = {cell.seed for cell in study.cells if cell.key not in there}
+    return [row for row in rows if row["seed"] not in short]
+
+
+def of_complete_seeds(study: Study, rows: Sequence[Row]) -> Study:
+    """The study of those seeds alone, as if no others had been planned."""
+    seeds = {row["seed"] for row in rows}
+    return replace(study, cells=tuple(cell for cell in study.cells if cell.seed in seeds))
+
+
+def whole_seeds(part: Part) -> tuple[Study, list[Row]]:
+    """Study and rows of the seeds that have every cell."""
+    study, rows = rows_of(part)
+    rows = complete(study, rows)
+    return of_complete_seeds(study, rows), rows
