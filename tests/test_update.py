@@ -139,6 +139,33 @@ def test_each_kl_has_its_own_direction_and_the_penalty_is_added_to_the_loss_by_t
     trainer.close()
 
 
+def test_a_kl_in_the_reward_is_in_the_loss_of_no_token_and_its_distance_is_logged(tmp_path: Path):
+    trainer, losses = opened(tmp_path / "run", "actor.kl.coef=0.1", "actor.kl.place=reward")
+    rollout = rollout_of(trainer)
+    estimates, _ = trainer.estimate(rollout)
+    lower_BT = rollout.sampler_logprobs_BT - math.log(1.5) * rollout.mask_BT
+    nothing_BT = torch.zeros_like(estimates.advantages_BT)
+    figures = trainer.update(rollout, dataclasses.replace(estimates, reference_BT=lower_BT, advantages_BT=nothing_BT))
+    assert losses == [0]
+    assert figures["actor/kl_reference"] == pytest.approx(0.072132, abs=1e-5)  # as above
+    trainer.close()
+
+
+def test_the_correction_weighs_the_surrogate_alone_and_what_is_logged_of_that_is_without_it(tmp_path: Path):
+    trainer, losses = opened(tmp_path / "run", "actor.kl.coef=0.5", "sampling.correction.kind=truncated")
+    rollout = rollout_of(trainer)
+    estimates, _ = trainer.estimate(rollout)
+    lower_BT = rollout.sampler_logprobs_BT - math.log(1.5) * rollout.mask_BT
+    figures = trainer.update(
+        dataclasses.replace(rollout, sampler_logprobs_BT=lower_BT),
+        dataclasses.replace(estimates, reference_BT=lower_BT, advantages_BT=rollout.mask_BT.float()),
+    )
+    # A surrogate of -1 counts 1.5 times, a penalty of .072132 (as above) times .5 once: -1.5 + .036066 = -1.463934.
+    assert losses == [pytest.approx(-1.463934, abs=1e-4)]
+    assert figures["actor/loss"] == pytest.approx(-1, abs=1e-5)
+    trainer.close()
+
+
 def test_every_epoch_goes_once_through_all_responses_in_parts_as_equal_as_possible(tmp_path: Path):
     settings = ["algorithm=grpo", "update.epochs=2", "update.minibatches=4"]
     trainer = Trainer(run_config(tmp_path / "run", *settings), task=Parity())
