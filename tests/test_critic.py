@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dvpo.batch import Rollout
-from dvpo.critic import Critic, load_critic, make_critic
+from dvpo.core.quantiles import quantile_levels
+from dvpo.critic import Critic, load_critic, make_critic, open_critic
 from dvpo.embedded import make_config, make_model, make_tokenizer
 from dvpo.errors import InputError
 from dvpo.heads import QuantileHeads, Verdict
@@ -20,7 +21,7 @@ from dvpo.settings_learning import CriticConfig
 from dvpo.tasks import Example
 from dvpo.trainer import Trainer
 from runs import Parity, run_config, trained
-from tiny_models import merging_tokenizer, one_row, tiny_policy
+from tiny_models import merging_tokenizer, one_row, tiny_policy, with_begin_token
 
 TOKENS = [70, 81, 92, 17, 40, 33, 44, 1, 200]
 
@@ -124,6 +125,18 @@ def test_a_fresh_critic_reads_what_the_policys_own_trunk_says():
     assert torch.equal(states[0], policy.hidden_states(*one_row(TOKENS)))
 
 
+@torch.no_grad()
+def test_its_trunk_computes_in_the_policys_type_and_so_does_one_that_is_opened(tmp_path):
+    policy = replace(tiny_policy(), dtype=torch.bfloat16)
+    critic = new_critic(policy)
+    critic.save(tmp_path)
+    row = one_row(TOKENS)
+    expected_BSD = policy.hidden_states(*row)
+    assert not torch.equal(expected_BSD, tiny_policy().hidden_states(*row))  # of float32
+    for one in (critic, load_critic(tmp_path, dtype=torch.bfloat16)):
+        assert torch.equal(one.hidden_states(*row, policy), expected_BSD)
+
+
 # Gradients
 
 
@@ -159,6 +172,25 @@ def test_a_shared_trunk_follows_the_policy():
     assert torch.equal(predict(own, policy, TOKENS), before[1])
 
 
+def with_checkpointing(policy: Policy) -> Policy:
+    policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy.model.train()  # transformers recomputes in training mode only
+    return policy
+
+
+def recomputes(critic: Critic | None) -> bool:
+    return critic.trunk.is_gradient_checkpointing and critic.trunk.training
+
+
+def test_activations_are_recomputed_where_the_policys_are_in_a_new_critic_and_in_a_resumed_one(tmp_path):
+    plain = run_config(tmp_path / "run")
+    config = run_config(tmp_path / "run", "model.gradient_checkpointing=true")
+    make_critic("quantile", config.critic, tiny_policy()).save(tmp_path / "critic")
+    for checkpoint in (None, tmp_path):
+        assert not recomputes(open_critic("quantile", plain, tiny_policy(), checkpoint))
+        assert recomputes(open_critic("quantile", config, with_checkpointing(tiny_policy()), checkpoint))
+
+
 # Kept and opened
 
 
@@ -184,6 +216,12 @@ def test_a_scalar_critic_has_one_quantile_a_head_whatever_the_config_says(tmp_pa
     assert predict(critic, policy, TOKENS).shape == (len(TOKENS), 3, 1)
     critic.save(tmp_path)
     assert load_critic(tmp_path).shape.kind == "scalar"
+
+
+def test_an_implicit_critic_is_read_at_the_levels_of_the_config():
+    for levels in ("midpoint", "paper"):
+        critic = new_critic(tiny_policy(), kind="implicit", levels=levels)
+        assert torch.equal(critic.heads.levels_M, quantile_levels(5, levels).float())
 
 
 def test_heads_are_drawn_from_the_global_generator_and_the_trunk_is_not():
@@ -232,6 +270,52 @@ def test_a_verdict_start_adds_the_sigmoid_of_the_models_own_logit_difference_to_
     assert verdict_S.std() > 0.01
     expected_SNM = critic.heads(hidden_SD) + verdict_S[:, None, None]
     torch.testing.assert_close(critic(hidden_SD), expected_SNM, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "cohere", "granite"])  # the two last scale their logits
+@torch.no_grad()
+def test_a_bias_of_the_language_model_head_is_part_of_the_verdict_and_is_kept(family, tmp_path):
+    policy = tiny_policy(family)
+    good, bad = policy.tokenizer.convert_tokens_to_ids(["<|good|>", "<|bad|>"])
+    bias_V = torch.zeros(264)
+    bias_V[good], bias_V[bad] = 1.5, -0.5
+    policy.model.get_output_embeddings().bias = torch.nn.Parameter(bias_V)
+    critic = new_critic(policy, start="verdict")
+    hidden_SD = critic.hidden_states(*one_row(TOKENS), policy)[0]
+    logits_SV = policy.model(one_row(TOKENS)[0]).logits[0]
+    expected_S = torch.sigmoid(logits_SV[:, good] - logits_SV[:, bad])
+    critic.save(tmp_path)
+    for one in (critic, load_critic(tmp_path)):
+        torch.testing.assert_close(one.verdict(hidden_SD)[:, 0, 0], expected_S, rtol=0, atol=1e-5)
+
+
+def test_the_verdicts_tokens_are_read_without_the_begin_token_that_a_tokenizer_puts_before_a_text():
+    plain = tiny_policy()
+    begun = replace(plain, tokenizer=with_begin_token(make_tokenizer()))
+    assert len(begun.tokenizer("<|good|>")["input_ids"]) == 2
+    directions = [new_critic(policy, start="verdict").verdict.direction for policy in (plain, begun)]
+    assert torch.equal(*directions)
+
+
+@torch.no_grad()
+def test_an_implicit_critic_trains_at_the_levels_drawn_around_the_verdict():
+    policy = tiny_policy()
+    critic = new_critic(policy, kind="implicit", start="verdict")
+    critic.draw_levels(1)
+    states_KD = critic.hidden_states(*one_row(TOKENS), policy)[0]
+    predictions_KNM = critic.predictions(states_KD, torch.tensor(TOKENS))
+    theta_KNM = critic.heads(states_KD, critic.heads.drawn_M) + critic.verdict(states_KD)
+    assert torch.equal(predictions_KNM[:, :-1], theta_KNM)
+    assert torch.equal(predictions_KNM[:, -1], critic.heads.drawn_M.expand(len(TOKENS), -1))
+
+
+def test_a_frozen_trunk_stays_frozen_once_the_verdict_has_learnt_alone():
+    critic = new_critic(tiny_policy(), trunk="frozen", start="verdict")
+    for alone in (True, False):
+        critic.learn_verdict_alone(alone)
+        learning = {name for name, parameter in critic.named_parameters() if parameter.requires_grad}
+        rest = {"heads.linear.weight", "heads.linear.bias", "verdict.direction"}
+        assert learning == ({"verdict.moved"} if alone else rest)
 
 
 def test_scale_and_bias_find_how_noise_distorts_a_verdict_within_a_hundred_steps_of_adam():
@@ -376,6 +460,15 @@ def test_an_earlier_runs_critic_goes_on_as_it_was_trunk_and_heads(further: dict[
     critic = new_critic(policy, seed=1, path=str(tmp_path), **further)
     for name, tensor in earlier.state_dict().items():
         assert torch.equal(critic.state_dict()[name], tensor), name
+
+
+def test_activations_are_recomputed_where_the_policys_are_whatever_the_trunk_starts_as(
+    reward_model_folder: Path, tmp_path: Path
+):
+    new_critic(tiny_policy()).save(tmp_path)
+    for path in (reward_model_folder, tmp_path):
+        assert not recomputes(new_critic(tiny_policy(), path=str(path)))
+        assert recomputes(new_critic(with_checkpointing(tiny_policy()), path=str(path)))
 
 
 def test_an_earlier_critic_of_another_form_or_of_another_model_is_refused(tmp_path: Path):

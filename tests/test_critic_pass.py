@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dvpo.trainer import Trainer
-from runs import Parity, run_config
+from runs import Parity, Talk, run_config
 from test_trainer import farthest, rows, weights
 
 
@@ -112,4 +112,62 @@ def test_values_stand_in_the_rows_order_whichever_came_first(tmp_path: Path):
     expected_KNM = plain[0][rows_B, : mask_BT.shape[1]][mask_BT]
     predicted_KNM = trainer.critic_pass.predictions(rows_B, micro, mask_BT)
     torch.testing.assert_close(predicted_KNM.detach(), expected_KNM, rtol=1e-5, atol=1e-6)
+    trainer.close()
+
+
+def test_what_was_kept_of_one_rollout_is_nothing_to_the_next(tmp_path: Path):
+    trainer = opened(tmp_path / "run")
+    (one, _), (other, _) = trainer.collect(), trainer.collect()
+    first_B = torch.tensor([4, 1])
+    trainer.critic_pass.expect(first_B)
+    trainer.critic_pass.values(one)
+    calls = passes(trainer)
+    trainer.critic_pass.values(other)
+    assert not any(calls)  # nor is a graph kept of rows that nobody announced
+    micro = other.select(first_B).trimmed()
+    predicted_KNM = trainer.critic_pass.predictions(first_B, micro, micro.mask_BT)
+    expected_KNM = trainer.critic(trainer.critic.states(micro, trainer.policy)[:, :-1][micro.mask_BT])
+    torch.testing.assert_close(predicted_KNM, expected_KNM)
+    trainer.close()
+
+
+def test_what_was_kept_is_handed_out_once(tmp_path: Path):
+    trainer = opened(tmp_path / "run")
+    rollout, _ = trainer.collect()
+    first_B = torch.tensor([4, 1])
+    micro = rollout.select(first_B).trimmed()
+    trainer.critic_pass.expect(first_B)
+    trainer.critic_pass.values(rollout)
+    for _ in range(2):  # a graph can be gone through backwards once
+        trainer.critic_pass.predictions(first_B, micro, micro.mask_BT).sum().backward()
+    trainer.close()
+
+
+def test_the_end_is_the_state_behind_the_last_token_and_what_the_environment_said_counts_too(tmp_path: Path):
+    settings = ["algorithm=dvpo", "sampling.max_completion_length=24"]
+    trainer = Trainer(run_config(tmp_path / "run", *settings), task=Talk())
+    rollout, _ = trainer.collect()
+    ends_B = rollout.attention_BS[:, rollout.prompt_length :].sum(dim=-1)
+    assert (ends_B > rollout.mask_BT.sum(dim=-1)).any()  # the policy's own tokens would end too early
+    with torch.no_grad():
+        values_BUNM = trainer.critic(trainer.critic.states(rollout, trainer.policy))
+    _, bootstrap_BNM = trainer.critic_pass.values(rollout)
+    torch.testing.assert_close(bootstrap_BNM, values_BUNM[torch.arange(len(rollout)), ends_B], rtol=1e-4, atol=1e-5)
+    trainer.close()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_vocabulary_critic_learns_the_q_of_the_token_behind_each_state(tmp_path: Path, kept: bool):
+    trainer = Trainer(run_config(tmp_path / "run", "algorithm=cql_ppo"), task=Parity())
+    rollout, _ = trainer.collect()
+    rows_B = torch.tensor([4, 1])
+    micro = rollout.select(rows_B).trimmed()
+    if kept:
+        trainer.critic_pass.expect(rows_B)
+        trainer.critic_pass.values(rollout)
+    pair_KNM = trainer.critic_pass.predictions(rows_B, micro, micro.mask_BT)
+    actions_BTV = trainer.critic.heads(trainer.critic.states(micro, trainer.policy)[:, :-1])
+    taken_BT = actions_BTV.gather(-1, micro.response_BT.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(pair_KNM[:, 0, 0], taken_BT[micro.mask_BT])
+    torch.testing.assert_close(pair_KNM[:, 0, 1], actions_BTV.logsumexp(dim=-1)[micro.mask_BT])
     trainer.close()

@@ -71,6 +71,11 @@ def test_a_policy_that_has_decided_gets_the_q_of_its_token_and_no_gradient() -> 
     assert not values_K.requires_grad
 
 
+def test_a_fresh_head_holds_every_token_worth_about_0() -> None:
+    torch.manual_seed(0)
+    assert VocabularyHead(16, 264)(torch.randn(5, 16)).abs().max() < 0.1
+
+
 # What the loss reads
 
 

@@ -13,7 +13,7 @@ from dvpo.core.quantiles import quantile_huber_loss, quantile_levels
 from dvpo.critic import load_critic
 from dvpo.errors import InputError
 from dvpo.estimates import scalar_estimate
-from dvpo.heads import CategoricalHeads, ImplicitHeads
+from dvpo.heads import CategoricalHeads, ImplicitHeads, Verdict, VocabularyHead
 from dvpo.loading import load_config
 from dvpo.trainer import Trainer
 from runs import Parity, run_config
@@ -178,7 +178,28 @@ def test_trained_at_drawn_levels_it_knows_the_quantile_function_between_them():
     torch.testing.assert_close(heads(torch.ones(1, 1), levels)[0, 0], levels, rtol=0, atol=0.03)
 
 
-# Both, in a run
+# All kinds
+
+
+@pytest.mark.parametrize("kind", ["histogram", "implicit", "vocabulary", "verdict"])
+def test_heads_compute_in_float32_whatever_type_the_trunk_has(kind: str):
+    heads = {
+        "histogram": CategoricalHeads(16, 2, 4, CENTRES),
+        "implicit": ImplicitHeads(16, 2, quantile_levels(4)),
+        "vocabulary": VocabularyHead(16, 9),
+        "verdict": Verdict(16, 2),
+    }[kind]
+    torch.manual_seed(0)
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter)
+    states_KD = torch.randn(3, 16).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = heads(states_KD)
+    assert found.dtype is torch.float32
+    assert torch.equal(found, heads(states_KD.float()))
+
+
+# Histograms and functions of the level, in a run
 
 
 @each_row

@@ -98,6 +98,12 @@ def test_a_gradient_that_is_not_finite_leaves_weights_moments_and_step_count_unt
     assert bool(module.weight.isfinite().all())
 
 
+def test_adamw_has_the_sections_settings_from_the_first_step():
+    ours = optimiser(nn.Linear(2, 1), betas=(0.5, 0.6), eps=1e-3, weight_decay=0.1)
+    (group,) = ours.adamw.param_groups
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.5, 0.6), 1e-3, 0.1)
+
+
 def test_frozen_parameters_are_not_its_matter():
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     module[0].requires_grad_(False)

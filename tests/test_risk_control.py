@@ -45,6 +45,8 @@ def test_no_noise_switches_the_tail_terms_off_and_much_noise_keeps_the_weights_a
 
 def test_until_enough_is_counted_and_where_it_is_off_all_stays_as_configured():
     assert matched_to_noise(settings(), NO_RATES) == settings()
+    as_configured = {"critic/alpha": 0.2, "critic/beta": 0.3, "critic/term_scale": 1.0}
+    assert risk_figures(settings(), NO_RATES) == as_configured  # a scale of 0 would be that of known rates of 0
     off = settings("critic.adaptive_risk=false")
     assert matched_to_noise(off, Rates(0.3, 0.3)) is off
     assert risk_figures(off, Rates(0.3, 0.3)) == {}

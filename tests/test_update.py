@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dvpo.trainer import Trainer
+from dvpo.update import Learner
 from runs import Parity, farthest, rollout_of, run_config
 
 NO_CRITIC = ["algorithm=grpo", "update.minibatches=1"]
@@ -139,6 +140,69 @@ def test_each_kl_has_its_own_direction_and_the_penalty_is_added_to_the_loss_by_t
     trainer.close()
 
 
+def test_a_kl_in_the_reward_is_in_the_loss_of_no_token_and_its_distance_is_logged(tmp_path: Path):
+    trainer, losses = opened(tmp_path / "run", "actor.kl.coef=0.1", "actor.kl.place=reward")
+    rollout = rollout_of(trainer)
+    estimates, _ = trainer.estimate(rollout)
+    lower_BT = rollout.sampler_logprobs_BT - math.log(1.5) * rollout.mask_BT
+    nothing_BT = torch.zeros_like(estimates.advantages_BT)
+    figures = trainer.update(rollout, dataclasses.replace(estimates, reference_BT=lower_BT, advantages_BT=nothing_BT))
+    assert losses == [0]
+    assert figures["actor/kl_reference"] == pytest.approx(0.072132, abs=1e-5)  # as above
+    trainer.close()
+
+
+def test_the_correction_weighs_the_surrogate_alone_and_what_is_logged_of_that_is_without_it(tmp_path: Path):
+    trainer, losses = opened(tmp_path / "run", "actor.kl.coef=0.5", "sampling.correction.kind=truncated")
+    rollout = rollout_of(trainer)
+    estimates, _ = trainer.estimate(rollout)
+    lower_BT = rollout.sampler_logprobs_BT - math.log(1.5) * rollout.mask_BT
+    figures = trainer.update(
+        dataclasses.replace(rollout, sampler_logprobs_BT=lower_BT),
+        dataclasses.replace(estimates, reference_BT=lower_BT, advantages_BT=rollout.mask_BT.float()),
+    )
+    # A surrogate of -1 counts 1.5 times, a penalty of .072132 (as above) times .5 once: -1.5 + .036066 = -1.463934.
+    assert losses == [pytest.approx(-1.463934, abs=1e-4)]
+    assert figures["actor/loss"] == pytest.approx(-1, abs=1e-5)
+    trainer.close()
+
+
+def test_tokens_that_do_not_train_are_in_no_loss_figure_or_denominator_of_either_module(tmp_path: Path):
+    trainer = Trainer(run_config(tmp_path / "run", "update.minibatches=1", "update.microbatch_size=4"), task=Parity())
+    losses: dict[str, float] = {}
+    step = trainer._step
+    trainer._step = lambda optimiser, name, loss, *rest: (
+        losses.update({name: float(loss)}) or step(optimiser, name, loss, *rest)
+    )
+    rollout = rollout_of(trainer)
+    estimates, _ = trainer.estimate(rollout)
+    mask_BT = rollout.mask_BT.clone()
+    mask_BT[0] = False  # a response that left the step: whatever is said of it, the loss of the others is a mean
+    advantages_BT, targets_BTL = rollout.mask_BT.float(), estimates.targets_BTL.clone()
+    advantages_BT[0] = targets_BTL[0] = 100.0
+    figures = trainer.update(
+        rollout,
+        dataclasses.replace(estimates, mask_BT=mask_BT, advantages_BT=advantages_BT, targets_BTL=targets_BTL),
+    )
+    assert losses["actor"] == pytest.approx(-1, abs=1e-5)  # ratio 1, advantage 1
+    assert figures["actor/loss"] == pytest.approx(-1, abs=1e-5)
+    assert losses["critic"] == pytest.approx(figures["critic/loss"], rel=1e-5)
+    assert 0 < losses["critic"] < 10
+    trainer.close()
+
+
+def test_the_order_of_the_rows_has_a_seed_of_the_run_and_of_what_it_is_for(tmp_path: Path):
+    def order(seed: int, *key: str | int) -> list[int]:
+        learner = Learner()
+        learner.config, learner.device = run_config(tmp_path, f"seed={seed}"), torch.device("cpu")
+        return torch.cat(learner._minibatches(range(40), *key)).tolist()  # type: ignore[arg-type]
+
+    plain = order(0, "rows", 1, 0)
+    assert order(0, "rows", 1, 0) == plain
+    others = [order(1, "rows", 1, 0), order(0, "rows", 2, 0), order(0, "rows", 1, 1), order(0, "replay", 1, 0)]
+    assert all(sorted(other) == sorted(plain) and other != plain for other in others)
+
+
 def test_every_epoch_goes_once_through_all_responses_in_parts_as_equal_as_possible(tmp_path: Path):
     settings = ["algorithm=grpo", "update.epochs=2", "update.minibatches=4"]
     trainer = Trainer(run_config(tmp_path / "run", *settings), task=Parity())
@@ -178,7 +242,8 @@ def test_in_a_second_epoch_the_ratio_is_still_against_the_sampling_policy(tmp_pa
         return loss(logprobs_K, old_logprobs_K, advantages_K, config)
 
     trainer.row = dataclasses.replace(trainer.row, actor_loss=noted)
-    trainer.train_step()
+    figures = trainer.train_step()
+    assert figures["actor/sampler_mismatch"] < 1e-5  # before the first update alone: later on it would be learning
     # Each epoch is one minibatch of the same six responses in another order: sorted, old log-probs are the same ones.
     (now, old, advantages), *later = ([values.sort().values for values in epoch] for epoch in given)
     assert len(later) == 2
