@@ -15,6 +15,7 @@ from dvpo.embedded import make_config, make_model, make_tokenizer
 from dvpo.errors import InputError
 from dvpo.heads import QuantileHeads, Verdict
 from dvpo.policy import Policy
+from dvpo.recomputing import recompute, recomputes
 from dvpo.reward_model import make_reward_model, open_reward_model
 from dvpo.sampling import Episode, collate
 from dvpo.settings_learning import CriticConfig
@@ -173,13 +174,13 @@ def test_a_shared_trunk_follows_the_policy():
 
 
 def with_checkpointing(policy: Policy) -> Policy:
-    policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute(policy.model)
     policy.model.train()  # transformers recomputes in training mode only
     return policy
 
 
-def recomputes(critic: Critic | None) -> bool:
-    return critic.trunk.is_gradient_checkpointing and critic.trunk.training
+def trunk_recomputes(critic: Critic | None) -> bool:
+    return recomputes(critic.trunk) and critic.trunk.training
 
 
 def test_activations_are_recomputed_where_the_policys_are_in_a_new_critic_and_in_a_resumed_one(tmp_path):
@@ -187,8 +188,8 @@ def test_activations_are_recomputed_where_the_policys_are_in_a_new_critic_and_in
     config = run_config(tmp_path / "run", "model.gradient_checkpointing=true")
     make_critic("quantile", config.critic, tiny_policy()).save(tmp_path / "critic")
     for checkpoint in (None, tmp_path):
-        assert not recomputes(open_critic("quantile", plain, tiny_policy(), checkpoint))
-        assert recomputes(open_critic("quantile", config, with_checkpointing(tiny_policy()), checkpoint))
+        assert not trunk_recomputes(open_critic("quantile", plain, tiny_policy(), checkpoint))
+        assert trunk_recomputes(open_critic("quantile", config, with_checkpointing(tiny_policy()), checkpoint))
 
 
 # Kept and opened
@@ -467,8 +468,8 @@ def test_activations_are_recomputed_where_the_policys_are_whatever_the_trunk_sta
 ):
     new_critic(tiny_policy()).save(tmp_path)
     for path in (reward_model_folder, tmp_path):
-        assert not recomputes(new_critic(tiny_policy(), path=str(path)))
-        assert recomputes(new_critic(with_checkpointing(tiny_policy()), path=str(path)))
+        assert not trunk_recomputes(new_critic(tiny_policy(), path=str(path)))
+        assert trunk_recomputes(new_critic(with_checkpointing(tiny_policy()), path=str(path)))
 
 
 def test_an_earlier_critic_of_another_form_or_of_another_model_is_refused(tmp_path: Path):

@@ -7,6 +7,7 @@ from torch import Tensor
 from dvpo import prefix
 from dvpo.policy import Policy
 from dvpo.prefix import distinct_rows, hidden_states
+from dvpo.recomputing import recompute
 from tiny_models import FAMILIES, tiny_policy
 
 PROMPTS = [[70, 81, 92, 14, 15], [17, 18, 19], [40, 41, 42, 43]]
@@ -73,7 +74,7 @@ def test_one_plain_forward_where_nothing_can_be_shared(case: str):
     if case == "distinct":
         tokens_BS[:, WIDTH - 1] = torch.arange(100, 100 + len(ORDER))
     elif case == "checkpointing":
-        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute(policy.model)
         policy.model.train()
     else:
         tokens_BS, attention_BS = tokens_BS[:, :WIDTH], attention_BS[:, :WIDTH]

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dvpo.policy import Policy
+from dvpo.recomputing import recompute
 from dvpo.sampling import HuggingFaceSampler, Turn
 from dvpo.seeding import derive_seed
 from dvpo.settings import SamplingConfig
@@ -165,7 +166,7 @@ def test_finished_rows_do_not_run_out_of_the_models_positions():
 def test_gradient_checkpointing_and_its_training_mode_do_not_change_the_draw():
     policy = tiny_policy()
     expected = sample(policy)
-    policy.model.gradient_checkpointing_enable()
+    recompute(policy.model)
     policy.model.train()
     assert_same(sample(policy), expected)  # in training mode transformers would drop the cache, and so the context
     assert policy.model.training

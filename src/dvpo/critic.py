@@ -27,6 +27,7 @@ from dvpo.lora import learning, merged, shares_base
 from dvpo.parallel import inside, whole_state
 from dvpo.policy import Policy, compute_type, first_line
 from dvpo.prefix import hidden_states
+from dvpo.recomputing import recompute, recomputes
 from dvpo.settings_learning import CriticConfig
 
 Kind = Literal["scalar", "quantile", "implicit", "categorical", "vocabulary"]
@@ -300,7 +301,7 @@ def make_critic(kind: Kind, config: CriticConfig, policy: Policy, share_base: bo
 
 def _earlier_critic(folder: Path, kind: Kind, config: CriticConfig, policy: Policy) -> Critic:
     _refuse_another_form(folder, kind, config, f"the critic of critic.path = {folder}", "drop critic.path")
-    checkpointing = getattr(policy.trunk, "is_gradient_checkpointing", False)
+    checkpointing = recomputes(policy.trunk)
     critic = load_critic(folder, policy.device, policy.dtype, checkpointing)
     trunks: tuple[Any, Any] = (critic.trunk, policy.trunk)
     reads, writes = (len(trunk.get_input_embeddings().weight) for trunk in trunks)
@@ -327,8 +328,8 @@ def _trunk_of_reward_model(folder: str, config: CriticConfig, policy: Policy) ->
             "take one trained from the same family"
         )
     trunk: Any = model.model.base_model
-    if getattr(policy.trunk, "is_gradient_checkpointing", False):
-        trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if recomputes(policy.trunk):
+        recompute(trunk)
     return trunk
 
 
@@ -374,7 +375,7 @@ def blank_critic(
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             trunk = AutoModel.from_config(config, attn_implementation=attention)
             if gradient_checkpointing:
-                trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                recompute(trunk)
         return Critic(shape, trunk, dtype).train(gradient_checkpointing)
 
 

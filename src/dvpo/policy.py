@@ -28,6 +28,7 @@ from dvpo.errors import InputError
 from dvpo.lora import merged, without_adapters
 from dvpo.parallel import inside, whole_state
 from dvpo.prefix import hidden_states
+from dvpo.recomputing import recompute
 
 # Loading bars of single files would tear the progress display.
 disable_progress_bar()
@@ -258,7 +259,7 @@ def open_policy(
             f"({first_line(error)}): {fetch}give a folder written by save_pretrained"
         ) from None
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute(model)
     # transformers checkpoints in training mode only; with every dropout at 0 the mode changes nothing else.
     policy = Policy(model.to(device).train(gradient_checkpointing), tokenizer, getattr(torch, dtype), template=template)
     # Several families make an empty tokenizer where there are no files for one.

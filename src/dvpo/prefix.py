@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dvpo.parallel import is_sharded
+from dvpo.recomputing import recomputes
 
 WORTHWHILE = 0.1
 """Share of the batch's columns that must be spared: two short forwards cost more than one in calls."""
@@ -61,7 +62,7 @@ def keeps_keys_and_values(config: Any) -> bool:
 def _can_share(trunk: Any) -> bool:
     if is_sharded(trunk):
         return False  # every process must run as many passes, and what may be shared differs from one to the next
-    if trunk.training and getattr(trunk, "is_gradient_checkpointing", False):
+    if trunk.training and recomputes(trunk):
         return False  # transformers keeps no cache then
     return keeps_keys_and_values(trunk.config)
 
