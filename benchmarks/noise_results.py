@@ -161,12 +161,14 @@ def resolution(found: Sequence[PairedDifference]) -> str:
 
 
 def rise_sheet(study: Study, rows: Sequence[Row]) -> Sheet:
-    """Whether a row's end stands above its start: a seed's mean over the places and both splits."""
-    lines = []
+    """Whether a row's end stands above its start: a seed's mean over both splits and all places; and task by task."""
+    tasks, lines = study.names("task"), []
     for name in study.names("algorithm"):
         d = rise(study, rows, name)
-        lines.append((name, difference_text(d), _yes(d.low > 0)))
-    return Sheet("end less start, both splits", ("algorithm", "end less start [95%]", "rises"), tuple(lines))
+        by_task = [rise(study, [row for row in rows if row["task"] == task], name) for task in tasks]
+        lines.append((name, difference_text(d), _yes(d.low > 0), *map(difference_text, by_task)))
+    heads = ("algorithm", "end less start [95%]", "rises", *tasks)
+    return Sheet("end less start, both splits", heads, tuple(lines))
 
 
 def rise(study: Study, rows: Sequence[Row], name: str) -> PairedDifference:
