@@ -45,6 +45,8 @@ def optimiser(module: nn.Module, steps: int = 10, **settings: Any) -> Optimiser:
 def test_learning_rates_of_six_steps_by_hand(schedule, warmup, rates):
     settings = OptimiserConfig(lr=2.0, schedule=schedule, warmup_steps=warmup)
     assert [learning_rate(settings, step, 6) for step in range(1, 7)] == pytest.approx([2 * r for r in rates], rel=1e-5)
+    if schedule != "constant":  # a loop of one's own may go on: never uphill, never up again
+        assert learning_rate(settings, 7, 6) == learning_rate(settings, 9, 6) == 0
 
 
 def test_a_warm_up_longer_than_the_run_just_rises():

@@ -94,5 +94,5 @@ def learning_rate(settings: OptimiserConfig, step: int, steps: int) -> float:
         return settings.lr * step / settings.warmup_steps
     if settings.schedule == "constant":
         return settings.lr
-    rest = (steps - step + 1) / max(steps - settings.warmup_steps, 1)
+    rest = max(steps - step + 1, 0) / max(steps - settings.warmup_steps, 1)
     return settings.lr * (rest if settings.schedule == "linear" else (1 - math.cos(math.pi * rest)) / 2)
