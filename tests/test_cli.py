@@ -71,7 +71,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     ("override", "words"),
     [
         ("critic.alhpa=0.1", "unknown config key critic.alhpa: did you mean critic.alpha?"),
-        ("critic.adaptive_risk=true", "critic.adaptive_risk = true needs rates: set reward.trusted"),
+        ("critic.adaptive_risk=true", "critic.adaptive_risk = true moves the tail terms, whose weights are 0 with"),
         ("critic.alpha=1.2", "critic.alpha = 1.2 is not valid: input should be less than or equal to 1"),
         ("task.path=empty.jsonl", "task.path: 'empty.jsonl' is empty; give it at least one row"),
         ("task.path=promts.jsonl", "there is no file or folder 'promts.jsonl'; did you mean 'prompts.jsonl'?"),

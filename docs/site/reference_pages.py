@@ -24,7 +24,19 @@ FOLDER = Path(__file__).parents[1] / "reference"
 MODULES = {
     "python": (
         "Trainer, configs, models",
-        ["trainer", "config", "valuation", "critic", "policy", "checkpoint", "evaluate", "sampling", "batch", "errors"],
+        [
+            "trainer",
+            "config",
+            "loading",
+            "valuation",
+            "critic",
+            "policy",
+            "checkpoint",
+            "evaluate",
+            "sampling",
+            "batch",
+            "errors",
+        ],
     ),
     "core": (
         "Mathematics",

@@ -1,7 +1,7 @@
 """One run's config: frozen dataclasses, validated when made; written as YAML.
 
-Its sections stand in `dvpo.settings` and `dvpo.settings_learning`; what one says about another is checked here, what a
-row says about all of them in `dvpo.loading`.
+Its sections stand in `dvpo.settings` and `dvpo.settings_learning`; what one says about another is checked here; what a
+row and the noise's rates ask of them, in `dvpo.loading`.
 """
 
 import functools
@@ -127,7 +127,6 @@ class Config:
                 "checkpoint.keep_best = true chooses among evaluations, but evaluation.every = 0 makes none during "
                 "training: set it, to 10 say, or keep_best to false"
             )
-        self._check_corrections()
 
     def _check_tasks(self) -> None:
         """A task of files has a file, and a mix is a list of tasks."""
@@ -169,58 +168,6 @@ class Config:
             raise ValueError(
                 f"critic.lora.rank = {rank} builds on the starting weights, which a run keeps only where "
                 "model.lora.rank is above 0: set that too, or drop the critic's"
-            )
-
-    def _check_corrections(self) -> None:
-        """Rates have to come from somewhere, and noise is taken out once, of rewards that are 0 or 1."""
-        reward, rates = self.reward, self.reward.rates
-        denoised = self.advantage.law.functional == "denoised"
-        if reward.correction != "none" and denoised:
-            raise ValueError(
-                f"reward.correction = {reward.correction} and advantage.law.functional = denoised both take the noise "
-                "out: keep one of them"
-            )
-        users = {
-            "advantage.law.functional = denoised": denoised,
-            f"reward.correction = {reward.correction}": reward.correction != "none",
-            "critic.adaptive_risk = true": self.critic.adaptive_risk,
-        }
-        using = [setting for setting, on in users.items() if on]
-        if using and not (reward.trusted or rates.given):
-            raise ValueError(
-                f"{using[0]} needs rates: set reward.trusted, to 0.05 say, and they are estimated, or give reward.rates"
-            )
-        if rates.given and not using:
-            raise ValueError(
-                "reward.rates are used by nothing: set reward.correction, advantage.law.functional or "
-                "critic.adaptive_risk, or drop them"
-            )
-        forward_alone = using == ["reward.correction = forward"]
-        wanted = ("false_negative",) if forward_alone else ("false_positive", "false_negative")
-        if rates.given and (unknown := [name for name in wanted if getattr(rates, name) is None]):
-            raise ValueError(f"{using[0]} needs reward.rates.{unknown[0]} too: set it, to 0 if there are none")
-        if using and [part.weight for part in reward.mix] not in ([], [1.0]):
-            raise ValueError(
-                f"{using[0]} takes rewards that are 0 or 1, and reward.mix weighs and adds: drop one of them"
-            )
-        if not denoised:
-            return
-        if self.advantage.recentre:
-            raise ValueError(
-                "advantage.recentre = true shifts values that advantage.law.functional = denoised reads as "
-                "probabilities: set it to false"
-            )
-        shaped = {
-            f"reward.overlong = {reward.overlong}": reward.overlong > 0,
-            f"reward.norm = {reward.norm}": reward.norm != "none",
-            f"reward.clip = {reward.clip}": reward.clip is not None,
-            "actor.kl.place = reward": self.actor.kl.place == "reward" and self.actor.kl.coef > 0,
-            "advantage.truncation = bootstrap": self.advantage.truncation == "bootstrap",
-        }
-        if changed := [setting for setting, on in shaped.items() if on]:
-            raise ValueError(
-                f"advantage.law.functional = denoised reads a value as the probability of an observed 1, which "
-                f"{' and '.join(changed)} would change: switch that off"
             )
 
 

@@ -4,6 +4,7 @@ A config is made of, from weak to strong: the defaults, those of the embedded ta
 algorithm's row, the YAML file, `key.sub=value` overrides of the command line.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -69,7 +70,8 @@ def suited_row(config: Config) -> Algorithm:
         InputError: no such row, or a setting that it has no use for.
     """
     row = find_algorithm(config.algorithm)
-    for complaint in _unsuited(row, config):
+    complaint = next(itertools.chain(_unsuited(row, config), _corrections(config)), None)
+    if complaint is not None:
         raise InputError(complaint)
     return row
 
@@ -181,4 +183,56 @@ def _without_law(config: Config) -> Iterator[str]:
         yield (
             f"{setting} reads a law of returns, which algorithm = {config.algorithm} does not learn: drop it, or "
             "take a row with quantiles, such as dvpo"
+        )
+
+
+# What takes noise out
+
+
+def _corrections(config: Config) -> Iterator[str]:
+    """Complaints: rates have to come from somewhere, and noise is taken out once, of rewards that are 0 or 1."""
+    reward, rates = config.reward, config.reward.rates
+    denoised = config.advantage.law.functional == "denoised"
+    if reward.correction != "none" and denoised:
+        yield (
+            f"reward.correction = {reward.correction} and advantage.law.functional = denoised both take the noise "
+            "out: keep one of them"
+        )
+    users = {
+        "advantage.law.functional = denoised": denoised,
+        f"reward.correction = {reward.correction}": reward.correction != "none",
+        "critic.adaptive_risk = true": config.critic.adaptive_risk,
+    }
+    using = [setting for setting, on in users.items() if on]
+    if using and not (reward.trusted or rates.given):
+        yield f"{using[0]} needs rates: set reward.trusted, to 0.05 say, and they are estimated, or give reward.rates"
+    if rates.given and not using:
+        yield (
+            "reward.rates are used by nothing: set reward.correction, advantage.law.functional or "
+            "critic.adaptive_risk, or drop them"
+        )
+    forward_alone = using == ["reward.correction = forward"]
+    wanted = ("false_negative",) if forward_alone else ("false_positive", "false_negative")
+    if rates.given and (unknown := [name for name in wanted if getattr(rates, name) is None]):
+        yield f"{using[0]} needs reward.rates.{unknown[0]} too: set it, to 0 if there are none"
+    if using and [part.weight for part in reward.mix] not in ([], [1.0]):
+        yield f"{using[0]} takes rewards that are 0 or 1, and reward.mix weighs and adds: drop one of them"
+    if not denoised:
+        return
+    if config.advantage.recentre:
+        yield (
+            "advantage.recentre = true shifts values that advantage.law.functional = denoised reads as "
+            "probabilities: set it to false"
+        )
+    shaped = {
+        f"reward.overlong = {reward.overlong}": reward.overlong > 0,
+        f"reward.norm = {reward.norm}": reward.norm != "none",
+        f"reward.clip = {reward.clip}": reward.clip is not None,
+        "actor.kl.place = reward": config.actor.kl.place == "reward" and config.actor.kl.coef > 0,
+        "advantage.truncation = bootstrap": config.advantage.truncation == "bootstrap",
+    }
+    if changed := [setting for setting, on in shaped.items() if on]:
+        yield (
+            f"advantage.law.functional = denoised reads a value as the probability of an observed 1, which "
+            f"{' and '.join(changed)} would change: switch that off"
         )

@@ -86,7 +86,7 @@ def led_to(page: Page, link: str) -> tuple[Path, str]:
 
 def test_the_reference_has_the_public_names_and_no_private_ones(pages: dict[Path, Page]) -> None:
     reference = {place for path, page in pages.items() if path.parent.name == "reference" for place in page.places}
-    for name in ("trainer.Trainer", "config.load_config", "valuation.load_critic", "core.returns.gae", "stats.iqm"):
+    for name in ("trainer.Trainer", "loading.load_config", "valuation.load_critic", "core.returns.gae", "stats.iqm"):
         assert f"dvpo.{name}" in reference
     assert [place for place in reference if re.match(r"dvpo\.(.*\.)?_", place)] == []
 
