@@ -50,10 +50,13 @@ MODULES = {
         "Tasks",
         [
             "tasks",
-            *(f"tasks.{name}" for name in ("math", "science", "dialogue", "files", "gym", "mixture")),
+            *(f"tasks.{name}" for name in ("named", "math", "science", "dialogue", "files", "gym", "mixture")),
         ],
     ),
-    "rewards": ("Rewards and noise", ["rewards", "reward_mix", "reward_model", "math_answers", "noise", "preferences"]),
+    "rewards": (
+        "Rewards and noise",
+        ["rewards", "reward_mix", "reward_model", "math_answers", "noise", "noise_models", "preferences"],
+    ),
     "stats": ("Statistics and studies", ["stats", "diagnosis", "study", "study_results", "study_table"]),
 }
 GROUPS = ["settings", "commands", *MODULES]
@@ -86,7 +89,9 @@ def modules_page(title: str, modules: list[str]) -> str:
         path = Path(inspect.getfile(import_module(f"dvpo.{name}")))
         source = path.relative_to(FOLDER.parents[1]).as_posix()
         text += heading(f"dvpo.{name}", "-")
-        text += f".. automodule:: dvpo.{name}\n   :members:\n\n`{source} <source:{source}>`__\n\n"
+        # `Algorithm.value` is a field whose default is a function: autodoc takes that for a method, beside the field.
+        members = ":members:\n   :exclude-members: value"
+        text += f".. automodule:: dvpo.{name}\n   {members}\n\n`{source} <source:{source}>`__\n\n"
     return text
 
 
