@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dvpo.batch import Estimates, Rollout
 from dvpo.trainer import Trainer
 from dvpo.update import Learner
 from runs import Parity, farthest, rollout_of, run_config
@@ -97,6 +98,13 @@ def test_the_loss_is_aggregated_as_told_and_logged_as_the_plain_mean_of_its_toke
     trainer.close()
 
 
+def with_lower(trainer: Trainer) -> tuple[Rollout, Estimates, torch.Tensor]:
+    """A rollout, its estimates, and log-probs that lie log 1.5 below the sampler's at each of its tokens."""
+    rollout = rollout_of(trainer)
+    estimates, _ = trainer.estimate(rollout)
+    return rollout, estimates, rollout.sampler_logprobs_BT - math.log(1.5) * rollout.mask_BT
+
+
 def test_the_entropy_bonus_is_taken_from_the_loss_and_the_entropy_is_in_nats(tmp_path: Path):
     trainer, losses = opened(tmp_path / "run", "actor.entropy_coef=0.5")
     with torch.no_grad():  # tied embeddings of 0: each of the 264 tokens is as likely as any other
@@ -124,9 +132,7 @@ def test_the_entropy_bonus_draws_the_entropy_up_when_nothing_else_draws(tmp_path
 def test_each_kl_has_its_own_direction_and_the_penalty_is_added_to_the_loss_by_the_steered_coefficient(tmp_path: Path):
     trainer, losses = opened(tmp_path / "run", "actor.kl.coef=0.1")
     trainer.kl.coef = 0.5  # as a target would have steered it
-    rollout = rollout_of(trainer)
-    estimates, _ = trainer.estimate(rollout)
-    lower_BT = rollout.sampler_logprobs_BT - math.log(1.5) * rollout.mask_BT
+    rollout, estimates, lower_BT = with_lower(trainer)
     nothing_BT = torch.zeros_like(estimates.advantages_BT)
     figures = trainer.update(
         dataclasses.replace(rollout, old_logprobs_BT=lower_BT),
@@ -142,9 +148,7 @@ def test_each_kl_has_its_own_direction_and_the_penalty_is_added_to_the_loss_by_t
 
 def test_a_kl_in_the_reward_is_in_the_loss_of_no_token_and_its_distance_is_logged(tmp_path: Path):
     trainer, losses = opened(tmp_path / "run", "actor.kl.coef=0.1", "actor.kl.place=reward")
-    rollout = rollout_of(trainer)
-    estimates, _ = trainer.estimate(rollout)
-    lower_BT = rollout.sampler_logprobs_BT - math.log(1.5) * rollout.mask_BT
+    rollout, estimates, lower_BT = with_lower(trainer)
     nothing_BT = torch.zeros_like(estimates.advantages_BT)
     figures = trainer.update(rollout, dataclasses.replace(estimates, reference_BT=lower_BT, advantages_BT=nothing_BT))
     assert losses == [0]
@@ -154,9 +158,7 @@ def test_a_kl_in_the_reward_is_in_the_loss_of_no_token_and_its_distance_is_logge
 
 def test_the_correction_weighs_the_surrogate_alone_and_what_is_logged_of_that_is_without_it(tmp_path: Path):
     trainer, losses = opened(tmp_path / "run", "actor.kl.coef=0.5", "sampling.correction.kind=truncated")
-    rollout = rollout_of(trainer)
-    estimates, _ = trainer.estimate(rollout)
-    lower_BT = rollout.sampler_logprobs_BT - math.log(1.5) * rollout.mask_BT
+    rollout, estimates, lower_BT = with_lower(trainer)
     figures = trainer.update(
         dataclasses.replace(rollout, sampler_logprobs_BT=lower_BT),
         dataclasses.replace(estimates, reference_BT=lower_BT, advantages_BT=rollout.mask_BT.float()),
