@@ -63,6 +63,7 @@ REPORTING = [
         by_task=True,
         figures={"noise_one_setting_dial0": differences},
     ),
+    reporting("Dialogues again at one setting, checker dial 0", "noise_again_dial0"),
     reporting("One sample a prompt", "noise_one_sample", figures={"noise_one_sample": differences}),
     CLEAN,
     RANDOM,
