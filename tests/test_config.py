@@ -346,6 +346,12 @@ def test_clipped_deltas_are_refused_where_there_is_no_critic():
             load_config({"algorithm": row}, ["advantage.delta_clip=0.5"])
 
 
+def test_a_floor_is_refused_where_the_advantage_is_no_rank():
+    words = r"advantage\.law\.floor = 0\.3 is that of a rank.*functional = mean: set it to 0"
+    with pytest.raises(InputError, match=words):
+        load_config({"algorithm": "dvpo_plain"}, ["advantage.law.floor=0.3"])
+
+
 def test_clipped_deltas_are_refused_where_the_advantage_is_a_rank():
     with pytest.raises(InputError, match="clips nothing in a rank"):
         load_config({"algorithm": "dvpo_rank"}, ["advantage.delta_clip=1"])

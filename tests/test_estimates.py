@@ -320,6 +320,16 @@ def test_clipped_deltas_bound_the_advantage_and_leave_the_critics_target_alone()
     assert estimate("ppo", spiked)[0].abs().max() > 50
 
 
+def test_a_floor_of_the_rank_reaches_the_actor_and_not_the_critic() -> None:
+    given = signals()
+    plain, floored = (estimate("dvpo", given, f"advantage.law.floor={floor}") for floor in (0, 0.6))
+    theta_BTM = given.values_BTNM.mean(dim=-2).sort(dim=-1).values
+    expected_BT = rank_advantage(plain[1], theta_BTM, floor=0.6)
+    torch.testing.assert_close(floored[0], torch.where(given.mask_BT, expected_BT, 0.0))
+    assert not torch.equal(floored[0], plain[0])
+    assert torch.equal(floored[1], plain[1])
+
+
 def test_the_rank_of_mixture_targets_reads_their_spread() -> None:
     given = signals()
     indexwise, _ = estimate("dvpo", given, "advantage.lam=0.5")

@@ -127,6 +127,29 @@ def test_a_normalised_return_is_clipped_as_a_whole() -> None:
     torch.testing.assert_close(shaped_BT[0, :3], torch.full((3,), 1 / (8**0.5 + 1e-4)))  # what came before is unclipped
 
 
+def test_a_floor_lifts_low_returns_at_their_last_token_and_no_missing_one() -> None:
+    # Two prompts of two responses, four tokens each; the last reward is missing.
+    rewards_BT = torch.tensor([[1.0, 0, 0, -4], [0, 0, 0, 2], [0, 0, 0, 0], [0, 0, 0, 0]])
+    mask_BT, groups_B = torch.ones(4, 4, dtype=torch.bool), torch.tensor([0, 0, 1, 1])
+    rewarded_B = torch.tensor([True, True, True, False])
+
+    def shaped(settings: RewardConfig) -> Tensor:
+        return shape_rewards(rewards_BT, mask_BT, groups_B, rewarded_B, settings, identity)
+
+    # The return of -3 becomes .5, by 3.5 at its end; that of 2 stays; 0 becomes .5; what is missing stays 0.
+    expected = torch.tensor([[1.0, 0, 0, -0.5], [0, 0, 0, 2], [0, 0, 0, 0.5], [0, 0, 0, 0]])
+    torch.testing.assert_close(shaped(RewardConfig(floor=0.5)), expected)
+    # The first group's returns -3 and 2 are normalised to -.707 and .707: a clip of .6 bounds both, a floor the lower.
+    both = shaped(RewardConfig(norm="group", clip=0.6, floor=-0.2)).sum(dim=-1)
+    torch.testing.assert_close(both[:2], torch.tensor([-0.2, 0.6]))
+    torch.testing.assert_close(shaped(RewardConfig(norm="group", floor=-0.2)).sum(dim=-1)[0], torch.tensor(-0.2))
+
+
+def test_a_floor_above_the_clip_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"reward.floor = 2 is above reward.clip = 1: lower it"):
+        RewardConfig(clip=1.0, floor=2.0)
+
+
 def test_clipping_comes_last() -> None:
     assert shape("none", clip=0.5).max() == 0.5
     given = signals()

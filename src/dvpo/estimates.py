@@ -179,7 +179,7 @@ def distributional_estimate(signals: Signals, config: Config) -> tuple[Tensor, T
             # the law has several, and right and wrong would have one rank.
             unmoved_BTL = targets_at(settings.lam, torch.ones_like(signals.zero_last_delta_B))
             compared_BTL = torch.lerp(unmoved_BTL, compared_BTL, trust)
-        advantages_BT = risk.rank_advantage(compared_BTL, theta_BTM, settings.law.width)
+        advantages_BT = risk.rank_advantage(compared_BTL, theta_BTM, settings.law.width, settings.law.floor)
         return zero_masked(advantages_BT, signals.mask_BT), targets_BTL
     weights_M = law_weights(settings.law, theta_BTM.shape[-1], signals.rates)
     values_BT, bootstrap_B = (risk.spectral_value(atoms, weights_M) for atoms in (theta_BTM, bootstrap_BM))

@@ -159,6 +159,11 @@ def _unsuited_critic(row: Algorithm, config: Config) -> Iterator[str]:
 def _unsuited_rank(config: Config) -> Iterator[str]:
     advantage = config.advantage
     if advantage.law.functional != "rank":
+        if advantage.law.floor > 0:
+            yield (
+                f"advantage.law.floor = {advantage.law.floor:g} is that of a rank, and advantage.law.functional = "
+                f"{advantage.law.functional}: set it to 0, or take rank"
+            )
         return
     if advantage.target == "mixture" and (advantage.reward_trust < 1 or advantage.doubt_steps):
         yield (
@@ -228,6 +233,7 @@ def _corrections(config: Config) -> Iterator[str]:
         f"reward.overlong = {reward.overlong}": reward.overlong > 0,
         f"reward.norm = {reward.norm}": reward.norm != "none",
         f"reward.clip = {reward.clip}": reward.clip is not None,
+        f"reward.floor = {reward.floor}": reward.floor is not None,
         "actor.kl.place = reward": config.actor.kl.place == "reward" and config.actor.kl.coef > 0,
         "advantage.truncation = bootstrap": config.advantage.truncation == "bootstrap",
     }

@@ -269,6 +269,8 @@ class RewardConfig:
     their median and median deviation, or by mean and deviation of the step."""
     clip: Positive | None = None
     """Then clip every reward to [-clip, clip], after a `norm` the return; None = off."""
+    floor: Finite | None = None
+    """Then lift the return to this at least: what is worse counts alike; None = off."""
     overlong: CountOrZero = 0
     """Before `norm` and `clip`, take up to 1 from the return of a response that uses the last so many tokens below
     `sampling.max_completion_length`, in proportion (DAPO's soft punishment); 0 = off."""
@@ -281,6 +283,8 @@ class RewardConfig:
     and false negatives q; before `norm` and `clip`."""
 
     def __post_init__(self) -> None:
+        if self.floor is not None and self.clip is not None and self.floor > self.clip:
+            raise ValueError(f"reward.floor = {self.floor:g} is above reward.clip = {self.clip:g}: lower it")
         if self.mix and self.function != "task":
             raise ValueError(
                 f"reward.function = {self.function} stands beside reward.mix: make it a part of the mix, or drop one"

@@ -16,6 +16,8 @@ class LawConfig:
     `denoised` trims the law by the estimated rates of false rewards (section 6b), and is for scalar critics too."""
     width: Weight = 0.0
     """rank: half-width of the step in units of the reward; 0 = the rank itself."""
+    floor: Rate = 0.0
+    """rank: mass of the lower tail in which all returns count alike; 0 = none."""
     lower: Share = 0.1
     """cvar: mass of the lower tail; trimmed: mass dropped below."""
     upper: Share = 0.1

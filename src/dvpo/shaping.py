@@ -1,5 +1,6 @@
 """What a row estimates from: the rewards of a step as config shapes them, the critic's values, and what counts."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -112,10 +113,11 @@ def shape_rewards(
     rates: Rates = NO_RATES,
     penalties_B: Tensor | None = None,
 ) -> Tensor:
-    """Correct, lower, normalise and clip observed rewards before any critic or baseline sees them.
+    """Correct, lower, normalise and bound observed rewards before any critic or baseline sees them.
 
         r -> (r - p) / (1 - p - q) or r - (1 - q), then r - penalty, then (r - location) / scale of its group or of the
-        global batch, then clipped to [-clip, clip]: each reward, or, once it is normalised, the return
+        global batch, then clipped to [-clip, clip]: each reward, or, once it is normalised, the return; then the
+        return is lifted to `floor` at least
 
     Missing rewards stay 0 and count in nothing.
     """
@@ -136,13 +138,16 @@ def shape_rewards(
         # Without a spread every return is its location: a scale of 1 leaves 0 of it, and turns' rewards as they are.
         scale_B = torch.where(scale_B > NO_SPREAD, scale_B + GROUP_STD_EPS, 1.0)
         rewards_BT = _map_returns(rewards_BT, mask_BT, rewarded_B, location_B, scale_B)
-    if settings.clip is None:
+    low, high = settings.floor, None
+    if settings.clip is not None and settings.norm == "none":
+        rewards_BT = rewards_BT.clamp(-settings.clip, settings.clip)
+    elif settings.clip is not None:
+        # What was subtracted stands at the last token alone: clipped reward by reward it would be lost.
+        low, high = max(-settings.clip, -math.inf if low is None else low), settings.clip
+    if low is None:
         return rewards_BT
-    if settings.norm == "none":
-        return rewards_BT.clamp(-settings.clip, settings.clip)
-    # What was subtracted stands at the last token alone: clipped reward by reward it would be lost.
     returns_B = (rewards_BT * mask_BT).sum(dim=-1)
-    beyond_B = returns_B.clamp(-settings.clip, settings.clip) - returns_B
+    beyond_B = (returns_B.clamp(low, high) - returns_B) * rewarded_B
     return rewards_BT + last_token(mask_BT) * beyond_B.unsqueeze(-1)
 
 

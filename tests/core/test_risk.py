@@ -265,6 +265,35 @@ def test_smooth_rank_keeps_its_digits_in_float32_under_an_offset_and_a_distant_a
     torch.testing.assert_close(shifted.double(), expected, rtol=0, atol=1e-6)
 
 
+def test_a_floor_makes_all_returns_of_the_lower_tail_alike_and_leaves_the_others():
+    atoms = torch.tensor([4.0, 1.0, 3.0, 2.0])
+    targets = torch.tensor([[-1e9], [1.0], [3.0], [3.5], [10.0]])
+    laws = atoms.expand(5, 4)
+    # Atom number floor(.5 * 4) = 2, counted from 0, is 3: it beats two and ties with itself, (2 + 1/2)/4 - 1/2 = 1/8.
+    expected = torch.tensor([1 / 8, 1 / 8, 1 / 8, 1 / 4, 1 / 2])
+    torch.testing.assert_close(rank_advantage(targets, laws, floor=0.5), expected)
+    # Without one, -1e9 beats none, 1 ties with the lowest: (0 + 1/2)/4 - 1/2.
+    torch.testing.assert_close(rank_advantage(targets, laws)[:2], torch.tensor([-1 / 2, -3 / 8]))
+    # Atom by atom of the target: one below and one above the floor.
+    mixed = rank_advantage(torch.tensor([-1e9, 10.0]), atoms, floor=0.5)
+    torch.testing.assert_close(mixed, torch.tensor((1 / 8 + 1 / 2) / 2))
+    # The ramp of width 1 from 3: mean of clamp((3 - theta)/2, -1/2, 1/2) over 1, 2, 3, 4 = (1/2 + 1/2 + 0 - 1/2)/4.
+    torch.testing.assert_close(rank_advantage(targets[:1], laws[:1], width=1.0, floor=0.5), torch.tensor([1 / 8]))
+
+
+@pytest.mark.parametrize("floor", [0.1, 0.3, 0.5])
+def test_under_an_exact_law_the_mean_of_a_floored_rank_is_half_the_floors_square(floor):
+    atoms = torch.arange(1000.0)
+    advantages = rank_advantage(atoms.unsqueeze(-1), atoms.expand(1000, 1000), floor=floor)
+    assert advantages.mean().item() == pytest.approx(floor**2 / 2, abs=1e-3)
+
+
+@pytest.mark.parametrize("floor", [-0.1, 1.0, math.nan])
+def test_a_floor_outside_its_range_is_refused(floor):
+    with pytest.raises(ValueError, match=r"floor must lie in \[0, 1\)"):
+        rank_advantage(torch.zeros(1), torch.zeros(1), floor=floor)
+
+
 def test_rank_carries_no_gradient_and_is_float32_for_bf16():
     targets = torch.randn(3, 4, requires_grad=True)
     assert not rank_advantage(targets, targets, 0.1).requires_grad

@@ -227,7 +227,7 @@ def _lowest_atom(num_atoms: int) -> Tensor:
 # The rank advantage
 
 
-def rank_advantage(targets: Tensor, atoms: Tensor, width: float = 0.0) -> Tensor:
+def rank_advantage(targets: Tensor, atoms: Tensor, width: float = 0.0, floor: float = 0.0) -> Tensor:
     """How often the target law beats the predicted one: a bounded advantage, indifferent to scale and
     outliers.
 
@@ -237,17 +237,21 @@ def rank_advantage(targets: Tensor, atoms: Tensor, width: float = 0.0) -> Tensor
     h -> 0 is the rank, h -> infinity the mean advantage up to its scale 2h. For a binary reward, lam = 1 and
     an exact law it is (r - V)/2. O((L + M) log M) time and O(L + M) memory: no M x L tensor.
 
+    A floor contracts the lower tail and keeps the upper one: G_k is max(G_k, q), q the atom of Z at mass `floor`, so
+    that all that lies below is as bad as q and no worse. Its mean under an exact law is floor^2/2 and not 0.
+
     Args:
         targets: [..., L], atoms G_k of the target law at this state, computed with the actor's lam; any
             order.
         atoms: [..., M], atoms theta_j of the value law at this state; any order.
         width: h >= 0, in units of the reward.
+        floor: mass in [0, 1) of the lower tail; 0 = none.
 
     Returns:
         [...], in [-1/2, 1/2], without gradient; NaN where an atom is NaN.
 
     Raises:
-        ValueError: the leading shapes differ, or the width is negative.
+        ValueError: the leading shapes differ, the width is negative, or the floor is out of range.
 
     Source: Mann and Whitney 1947; ours as an advantage.
     """
@@ -256,7 +260,12 @@ def rank_advantage(targets: Tensor, atoms: Tensor, width: float = 0.0) -> Tensor
         raise ValueError(f"targets must be [..., L] and atoms [..., M] with the same ..., got {shapes}")
     if not width >= 0.0:
         raise ValueError(f"width must be >= 0, got {width}")
+    if not 0.0 <= floor < 1.0:
+        raise ValueError(f"floor must lie in [0, 1), got {floor}")
     targets, atoms = (ascending(at_least_float32(law).detach().contiguous()) for law in (targets, atoms))
+    if floor > 0:
+        lowest = math.floor(floor * atoms.shape[-1])
+        targets = targets.maximum(atoms[..., lowest : lowest + 1])  # stays ascending
     advantages = _smooth_rank(targets, atoms, width) if width > 0 else _rank(targets, atoms)
     # NaN comes last in a sorted row, and a comparison would take it for a number.
     return torch.where(targets[..., -1].isnan() | atoms[..., -1].isnan(), torch.nan, advantages)
