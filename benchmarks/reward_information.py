@@ -2,12 +2,12 @@
 
     python benchmarks/reward_information.py      # a minute on one core
 
-Answers to 4,000 prompts, eight each, right with the prompt's own chance s of .1, .3, .5, .7, .9, and four each as
-dialogues begin, with chances of .05 to .3; their rewards under
+Answers to 4,000 prompts, eight each, right with the prompt's own chance s of .1, .3, .5, .7, .9, and dialogues, four to
+a goal, whose rewards are graded; their rewards under
 the noises of docs/protocol.md; the advantages that rows of `algorithms.py` make of them. No model: a step's useful part
 is the covariance of advantage A and truth y at a given prompt, its noise A's variance, so that
 
-    worth = E[A (y - s)]^2 / (Var[A] E[(y - s)^2])
+    worth = E[A (y - s)]^2 / (Var[A] E[(y - s)^2])        s = E[y] of the prompt
 
 is the number of clean rollouts with the exact baseline s that one rollout is worth: 1 for A = y - s. Of all functions
 of a prompt's rewards E[y - s | rewards] has the highest worth (it is a projection): nothing made of rewards alone can
@@ -35,7 +35,10 @@ from dvpo.core.risk import rank_advantage
 from dvpo.noise import make_noise
 from dvpo.settings import NoiseConfig
 
-CHANCES, EARLY = (0.1, 0.3, 0.5, 0.7, 0.9), (0.05, 0.1, 0.15, 0.2, 0.3)
+CHANCES = (0.1, 0.3, 0.5, 0.7, 0.9)
+GRADES = {1 / 3: 0.31, 1 / 2: 0.245, 2 / 3: 0.21, 5 / 6: 0.047, 1.0: 0.188}
+"""Share of each true reward among 1,024 dialogues of the starting model (dial 0; docs/log.md, attempts 20 and 21). Half
+of the variance lies between goals, as of shares drawn from a Dirichlet distribution with a sum of 1."""
 PROMPTS, SAMPLES, FEWER, SEED = 4000, 8, 4, 11
 ATOMS, SCALE = 32, 0.85
 CEILING = "the best of all"
@@ -55,6 +58,7 @@ class Case(NamedTuple):
     noise: str
     seen: Tensor
     chances: Tensor
+    """E[y], [P]."""
     offsets: Tensor
     scales: Tensor
 
@@ -104,10 +108,10 @@ def ranked_by_group(seen: Tensor) -> Tensor:
     return torch.cat([of(chunk) for chunk in seen.split(250)])
 
 
-def ranked_in_law(seen: Tensor) -> Tensor:
+def ranked_in_law(seen: Tensor, floor: float = 0.0) -> Tensor:
     """The rank at lambda 1: the target is the reward, a point."""
     atoms = law(seen).expand(seen.numel(), ATOMS)
-    return rank_advantage(seen.reshape(-1, 1), atoms).view_as(seen)
+    return rank_advantage(seen.reshape(-1, 1), atoms, floor=floor).view_as(seen)
 
 
 def ranked_in_own_law(case: Case) -> Tensor:
@@ -126,6 +130,7 @@ ALONE: dict[str, Advantage] = {
     "ppo_delta_clip, 1": lambda case: (case.seen - case.seen.median()).clamp(-1, 1),
     "ppo_delta_clip, 10": lambda case: (case.seen - case.seen.median()).clamp(-10, 10),
     "dvpo": lambda case: ranked_in_law(case.seen),
+    "dvpo, floor .3": lambda case: ranked_in_law(case.seen, 0.3),
 }
 """What a critic gives that cannot tell two prompts apart: V is the mean of all rewards, the law that of all."""
 EXACT: dict[str, Advantage] = {
@@ -139,10 +144,16 @@ GROUPS: dict[str, Advantage] = {
     "norm: group (grpo, dr_grpo, reinforce_pp, ppo)": lambda case: by_group(case.seen, robust=False),
     "norm: group_robust": lambda case: by_group(case.seen, robust=True),
     "ppo_delta_clip, 1, norm: group": lambda case: by_group(case.seen, robust=False).clamp(-1, 1),
+    "the same around V = .5, where the verdict starts": lambda case: (by_group(case.seen, False) - 0.5).clamp(-1, 1),
+    "ppo, norm: group, reward.floor -.5": lambda case: by_group(case.seen, robust=False).clamp(min=-0.5),
     "dvpo, norm: group": lambda case: ranked_in_law(by_group(case.seen, robust=False)),
+    "dvpo, norm: group, floor .3": lambda case: ranked_in_law(by_group(case.seen, robust=False), 0.3),
+    "dvpo, norm: group, floor .5": lambda case: ranked_in_law(by_group(case.seen, robust=False), 0.5),
     "grpo_rank": lambda case: ranked_by_group(case.seen),
 }
 """What groups give beside a critic that cannot tell two prompts apart."""
+TOLD: dict[str, Advantage] = {"|r - 1/2|, told that only a flipped success is 0": lambda case: (case.seen - 0.5).abs()}
+"""For dialogues: no honest reward is below 1/3, and a flip turns r into 1 - r."""
 
 
 # The ceiling
@@ -192,22 +203,32 @@ def worth(advantages: Tensor, truth: Tensor, chances: Tensor) -> float:
 def measure() -> dict[str, dict[str, dict[str, float]]]:
     """Part -> advantage -> noise -> worth."""
     alone: Advantage = lambda case: best(case.seen.view(-1, 1), case.noise, CHANCES).view_as(case.seen)  # noqa: E731
-    parts: dict[str, tuple[Sequence[float], int, dict[str, Advantage]]] = {
-        "one sample": (CHANCES, SAMPLES, ALONE | {CEILING: alone}),
-        "one sample, an exact critic": (CHANCES, SAMPLES, EXACT),
-        "groups of eight": (CHANCES, SAMPLES, GROUPS | {CEILING: lambda case: best(case.seen, case.noise, CHANCES)}),
-        "groups of four, as dialogues begin": (
-            EARLY,
-            FEWER,
-            GROUPS | {CEILING: lambda case: best(case.seen, case.noise, EARLY)},
-        ),
+    grouped: Advantage = lambda case: best(case.seen, case.noise, CHANCES)  # noqa: E731
+    return {
+        "one sample": _measured(*answers(), ALONE | {CEILING: alone}),
+        "one sample, an exact critic": _measured(*answers(), EXACT),
+        "groups of eight": _measured(*answers(), GROUPS | {CEILING: grouped}),
+        "dialogues, groups of four": _measured(*dialogues(), GROUPS | TOLD),
     }
-    return {part: _measured(*of) for part, of in parts.items()}
 
 
-def _measured(chances: Sequence[float], samples: int, rows: dict[str, Advantage]) -> dict[str, dict[str, float]]:
-    own = torch.tensor(chances, dtype=torch.float64).repeat(PROMPTS // len(chances))
-    truth = (torch.rand(PROMPTS, samples, generator=torch.Generator().manual_seed(SEED)) < own[:, None]).double()
+def answers() -> tuple[Tensor, Tensor]:
+    """Truths [P, S] of 0 or 1, and each prompt's chance [P]."""
+    chances = torch.tensor(CHANCES, dtype=torch.float64).repeat(PROMPTS // len(CHANCES))
+    drawn = torch.rand(PROMPTS, SAMPLES, generator=torch.Generator().manual_seed(SEED))
+    return (drawn < chances[:, None]).double(), chances
+
+
+def dialogues() -> tuple[Tensor, Tensor]:
+    """Graded truths [P, S], and the mean [P] of each goal."""
+    generator = np.random.default_rng(SEED)
+    values = np.array(list(GRADES))
+    shares = generator.dirichlet(list(GRADES.values()), size=PROMPTS)
+    drawn = generator.random((PROMPTS, FEWER, 1)) > shares.cumsum(1)[:, None]
+    return torch.tensor(values[drawn.sum(-1).clip(max=len(values) - 1)]), torch.tensor(shares @ values)
+
+
+def _measured(truth: Tensor, own: Tensor, rows: dict[str, Advantage]) -> dict[str, dict[str, float]]:
     cases = [case(truth, own, noise) for noise in NOISES]
     return {
         name: {case.noise: worth(advantage(case), truth, own) for case in cases} for name, advantage in rows.items()
