@@ -18,7 +18,7 @@ Writes results/reward_information.json.
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +37,9 @@ from dvpo.settings import NoiseConfig
 
 CHANCES = (0.1, 0.3, 0.5, 0.7, 0.9)
 GRADES = {1 / 3: 0.31, 1 / 2: 0.245, 2 / 3: 0.21, 5 / 6: 0.047, 1.0: 0.188}
-"""Share of each true reward among 1,024 dialogues of the starting model (dial 0; docs/log.md, attempts 20 and 21). Half
-of the variance lies between goals, as of shares drawn from a Dirichlet distribution with a sum of 1."""
+"""Share of each true reward among 1,024 dialogues of the starting model at dial 0 (the command stands in docs/log.md,
+"dialogues are graded"). Half of the variance lies between goals, as of shares drawn from a Dirichlet distribution with
+a sum of 1."""
 PROMPTS, SAMPLES, FEWER, SEED = 4000, 8, 4, 11
 ATOMS, SCALE = 32, 0.85
 CEILING = "the best of all"
@@ -56,6 +57,7 @@ class Case(NamedTuple):
     """Rewards [P, S] under a noise, and what they hide of each prompt."""
 
     noise: str
+    truth: Tensor
     seen: Tensor
     chances: Tensor
     """E[y], [P]."""
@@ -75,7 +77,7 @@ Advantage = Callable[[Case], Tensor]
 def case(truth: Tensor, chances: Tensor, noise: str) -> Case:
     scatterless = NOISES[noise] | {"scale": 1e-12} if noise == "heavy" else {"kind": "none"}
     zero, one = (observed(torch.full((len(truth), 1), value), scatterless)[:, 0] for value in (0.0, 1.0))
-    return Case(noise, observed(truth, NOISES[noise]), chances, zero, one - zero)
+    return Case(noise, truth, observed(truth, NOISES[noise]), chances, zero, one - zero)
 
 
 def observed(truth: Tensor, noise: dict) -> Tensor:
@@ -159,18 +161,18 @@ TOLD: dict[str, Advantage] = {"|r - 1/2|, told that only a flipped success is 0"
 # The ceiling
 
 
-def best(seen: Tensor, noise: str, chances: Sequence[float]) -> Tensor:
+def best(seen: Tensor, noise: str) -> Tensor:
     """E[y - s | the rewards of a prompt], by Bayes, told the noise and the distribution of chances: [P, S]."""
-    return torch.cat([_posterior(chunk, noise, chances) for chunk in seen.split(2000)])
+    return torch.cat([_posterior(chunk, noise) for chunk in seen.split(2000)])
 
 
-def _posterior(seen: Tensor, noise: str, chances: Sequence[float]) -> Tensor:
+def _posterior(seen: Tensor, noise: str) -> Tensor:
     # States are what a prompt's rewards share: its chance, and under `heavy` its offset and scale.
     offsets, scales, prior = _affine_states() if noise == "heavy" else (torch.zeros(1), torch.ones(1), torch.ones(1))
     standard = (seen[:, :, None] - offsets) / scales
     wrong, right = (_density(standard, value, noise) / scales for value in (0.0, 1.0))
     weights, found = [], []
-    for chance in chances:
+    for chance in CHANCES:
         mixed = chance * right + (1 - chance) * wrong
         weights.append(mixed.log().sum(1) + prior.log())
         found.append(chance * right / mixed - chance)
@@ -202,13 +204,20 @@ def worth(advantages: Tensor, truth: Tensor, chances: Tensor) -> float:
 
 def measure() -> dict[str, dict[str, dict[str, float]]]:
     """Part -> advantage -> noise -> worth."""
-    alone: Advantage = lambda case: best(case.seen.view(-1, 1), case.noise, CHANCES).view_as(case.seen)  # noqa: E731
-    grouped: Advantage = lambda case: best(case.seen, case.noise, CHANCES)  # noqa: E731
+    alone: Advantage = lambda case: best(case.seen.view(-1, 1), case.noise).view_as(case.seen)  # noqa: E731
+    answered, talked = ([case(*drawn, noise) for noise in NOISES] for drawn in (answers(), dialogues()))
+    parts = {
+        "one sample": (answered, ALONE | {CEILING: alone}),
+        "one sample, an exact critic": (answered, EXACT),
+        "groups of eight": (answered, GROUPS | {CEILING: lambda case: best(case.seen, case.noise)}),
+        "dialogues, groups of four": (talked, GROUPS | TOLD),
+    }
     return {
-        "one sample": _measured(*answers(), ALONE | {CEILING: alone}),
-        "one sample, an exact critic": _measured(*answers(), EXACT),
-        "groups of eight": _measured(*answers(), GROUPS | {CEILING: grouped}),
-        "dialogues, groups of four": _measured(*dialogues(), GROUPS | TOLD),
+        part: {
+            name: {case.noise: worth(advantage(case), case.truth, case.chances) for case in cases}
+            for name, advantage in rows.items()
+        }
+        for part, (cases, rows) in parts.items()
     }
 
 
@@ -226,13 +235,6 @@ def dialogues() -> tuple[Tensor, Tensor]:
     shares = generator.dirichlet(list(GRADES.values()), size=PROMPTS)
     drawn = generator.random((PROMPTS, FEWER, 1)) > shares.cumsum(1)[:, None]
     return torch.tensor(values[drawn.sum(-1).clip(max=len(values) - 1)]), torch.tensor(shares @ values)
-
-
-def _measured(truth: Tensor, own: Tensor, rows: dict[str, Advantage]) -> dict[str, dict[str, float]]:
-    cases = [case(truth, own, noise) for noise in NOISES]
-    return {
-        name: {case.noise: worth(advantage(case), truth, own) for case in cases} for name, advantage in rows.items()
-    }
 
 
 def section() -> str:

@@ -1,6 +1,5 @@
 """What a row estimates from: the rewards of a step as config shapes them, the critic's values, and what counts."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -138,17 +137,14 @@ def shape_rewards(
         # Without a spread every return is its location: a scale of 1 leaves 0 of it, and turns' rewards as they are.
         scale_B = torch.where(scale_B > NO_SPREAD, scale_B + GROUP_STD_EPS, 1.0)
         rewards_BT = _map_returns(rewards_BT, mask_BT, rewarded_B, location_B, scale_B)
-    low, high = settings.floor, None
     if settings.clip is not None and settings.norm == "none":
         rewards_BT = rewards_BT.clamp(-settings.clip, settings.clip)
     elif settings.clip is not None:
         # What was subtracted stands at the last token alone: clipped reward by reward it would be lost.
-        low, high = max(-settings.clip, -math.inf if low is None else low), settings.clip
-    if low is None:
-        return rewards_BT
-    returns_B = (rewards_BT * mask_BT).sum(dim=-1)
-    beyond_B = (returns_B.clamp(low, high) - returns_B) * rewarded_B
-    return rewards_BT + last_token(mask_BT) * beyond_B.unsqueeze(-1)
+        rewards_BT = _bound_returns(rewards_BT, mask_BT, rewarded_B, -settings.clip, settings.clip)
+    if settings.floor is not None:
+        rewards_BT = _bound_returns(rewards_BT, mask_BT, rewarded_B, settings.floor)
+    return rewards_BT
 
 
 def response_penalties(rollout: Rollout, config: Config) -> Tensor | None:
@@ -200,6 +196,15 @@ def _map_returns(
     # The difference first: it is small where location is large, and the quotients of both would have lost its digits.
     moved_BT = rewards_BT - last_token(mask_BT) * location_B.unsqueeze(-1)
     return (moved_BT / scale_B.unsqueeze(-1)).to(rewards_BT) * rewarded_B.unsqueeze(-1)
+
+
+def _bound_returns(
+    rewards_BT: Tensor, mask_BT: Tensor, rewarded_B: Tensor, low: float, high: float | None = None
+) -> Tensor:
+    """Take from the last token what a return has beyond its bounds."""
+    returns_B = (rewards_BT * mask_BT).sum(dim=-1)
+    beyond_B = returns_B - returns_B.clamp(low, high)
+    return _map_returns(rewards_BT, mask_BT, rewarded_B, beyond_B, torch.ones_like(beyond_B))
 
 
 def last_token(mask_BT: Tensor) -> Tensor:
