@@ -146,7 +146,7 @@ GROUPS: dict[str, Advantage] = {
     "norm: group (grpo, dr_grpo, reinforce_pp, ppo)": lambda case: by_group(case.seen, robust=False),
     "norm: group_robust": lambda case: by_group(case.seen, robust=True),
     "ppo_delta_clip, 1, norm: group": lambda case: by_group(case.seen, robust=False).clamp(-1, 1),
-    "the same around V = .5, where the verdict starts": lambda case: (by_group(case.seen, False) - 0.5).clamp(-1, 1),
+    "the same, the critic half a deviation too high": lambda case: (by_group(case.seen, False) - 0.5).clamp(-1, 1),
     "ppo, norm: group, reward.floor -.5": lambda case: by_group(case.seen, robust=False).clamp(min=-0.5),
     "dvpo, norm: group": lambda case: ranked_in_law(by_group(case.seen, robust=False)),
     "dvpo, norm: group, floor .3": lambda case: ranked_in_law(by_group(case.seen, robust=False), 0.3),
@@ -154,7 +154,9 @@ GROUPS: dict[str, Advantage] = {
     "grpo_rank": lambda case: ranked_by_group(case.seen),
 }
 """What groups give beside a critic that cannot tell two prompts apart."""
-TOLD: dict[str, Advantage] = {"|r - 1/2|, told that only a flipped success is 0": lambda case: (case.seen - 0.5).abs()}
+TOLD: dict[str, Advantage] = {
+    "distance from 1/2, told that only a flipped success is 0": lambda case: (case.seen - 0.5).abs()
+}
 """For dialogues: no honest reward is below 1/3, and a flip turns r into 1 - r."""
 
 
