@@ -346,10 +346,11 @@ def test_clipped_deltas_are_refused_where_there_is_no_critic():
             load_config({"algorithm": row}, ["advantage.delta_clip=0.5"])
 
 
-def test_a_floor_is_refused_where_the_advantage_is_no_rank():
+@pytest.mark.parametrize("row", ["dvpo_plain", "ppo", "grpo"])
+def test_a_floor_is_refused_where_the_advantage_is_no_rank(row: str):
     words = r"advantage\.law\.floor = 0\.3 is that of a rank.*functional = mean: set it to 0"
     with pytest.raises(InputError, match=words):
-        load_config({"algorithm": "dvpo_plain"}, ["advantage.law.floor=0.3"])
+        load_config({"algorithm": row}, ["advantage.law.floor=0.3"])
 
 
 def test_clipped_deltas_are_refused_where_the_advantage_is_a_rank():

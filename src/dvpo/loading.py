@@ -159,11 +159,6 @@ def _unsuited_critic(row: Algorithm, config: Config) -> Iterator[str]:
 def _unsuited_rank(config: Config) -> Iterator[str]:
     advantage = config.advantage
     if advantage.law.functional != "rank":
-        if advantage.law.floor > 0:
-            yield (
-                f"advantage.law.floor = {advantage.law.floor:g} is that of a rank, and advantage.law.functional = "
-                f"{advantage.law.functional}: set it to 0, or take rank"
-            )
         return
     if advantage.target == "mixture" and (advantage.reward_trust < 1 or advantage.doubt_steps):
         yield (

@@ -28,6 +28,11 @@ class LawConfig:
     """tv_worst_case: radius of the total-variation ball."""
 
     def __post_init__(self) -> None:
+        if self.floor > 0 and self.functional != "rank":
+            raise ValueError(
+                f"advantage.law.floor = {self.floor:g} is that of a rank, and advantage.law.functional = "
+                f"{self.functional}: set it to 0, or take rank"
+            )
         if self.functional == "trimmed" and self.lower + self.upper >= 1:
             raise ValueError(
                 f"advantage.law.lower + upper = {self.lower + self.upper:g} trims everything: their sum must be below 1"
