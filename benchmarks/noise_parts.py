@@ -65,6 +65,12 @@ REPORTING = [
     ),
     reporting("Dialogues again at one setting, checker dial 0", "noise_again_dial0"),
     reporting("One sample a prompt", "noise_one_sample", figures={"noise_one_sample": differences}),
+    reporting(
+        "One sample a prompt at one setting",
+        "noise_one_sample_setting",
+        by_task=True,
+        figures={"noise_one_sample_setting": differences},
+    ),
     CLEAN,
     RANDOM,
     reporting("Further rows", "noise_rest"),

@@ -20,8 +20,8 @@ RESULTS = Path(__file__).parent / "results"
 TASKS, NOISES = ("math", "science", "dialogue"), ("heavy", "labels", "flip")
 PRIMARY = ("dvpo", "ppo", "ppo_ensemble", "robust_ppo", "grpo", "dr_grpo", "reinforce_pp")
 TWELVE, FIVE, TUNING = range(101, 113), range(101, 106), range(12, 18)
-BLIND, AGAIN = range(201, 206), range(301, 313)
-"""At one setting, dial 0; and its dialogues again."""
+BLIND, AGAIN, SINGLE = range(201, 206), range(301, 313), range(401, 413)
+"""At one setting, dial 0; its dialogues again; one sample a prompt."""
 EQUAL = 2.0
 """Points; a difference is called equal if its 90% interval lies within."""
 PERMUTATIONS = 2000
@@ -48,6 +48,10 @@ def both(row: Row) -> float:
 
 def in_domain(row: Row) -> float:
     return 100 * row["id_true"]
+
+
+def out_of_domain(row: Row) -> float:
+    return 100 * row["ood_true"]
 
 
 def at_step(step: int) -> Callable[[Row], float]:
@@ -210,6 +214,21 @@ def blind_again(table: Table) -> str:
     return "; ".join(f"less `{name}` {said(lead)}, p {sign_flip_test(lead):.3f}" for name, lead in leads.items())
 
 
+def single(table: Table) -> str:
+    """One sample a prompt at one setting: both dials together, then dial 0 alone."""
+    tasks = ("math_one", "science_one")
+    blind_ones = cells("student", tasks, "_dial0")
+    everywhere = [*cells("student", tasks), *blind_ones]
+
+    def against(where: Cells, name: str) -> str:
+        splits = {"ID": in_domain, "OOD": out_of_domain}
+        return ", ".join(f"{split} {said(table.lead(where, 'dvpo', name, SINGLE, of))}" for split, of in splits.items())
+
+    names = ("ppo", "dvpo_plain", "ppo_delta_clip", "ppo_delta_clip_10")
+    parts = [f"less `{name}` {against(everywhere, name)}" for name in names]
+    return "; ".join([*parts, f"dial 0, less `ppo` {against(blind_ones, 'ppo')}"])
+
+
 def lines() -> Iterator[Line]:
     """Each prediction with what the rows say."""
     study = table_of("noise_study.jsonl")
@@ -231,6 +250,7 @@ def lines() -> Iterator[Line]:
         ("13: at dial 0 the clip is less than 3 above `ppo` in `dialogue`, ID", blind_bound, study),
         ("15: at dial 0 and one setting `dvpo` and `ppo` are equal", blind, study),
         ("16: so on fresh seeds, in `dialogue`, ID: 2 to 9 above `ppo` and the mean", blind_again, study),
+        ("19: one sample, outliers, one setting: 2 to 10 above `ppo` and the mean, ID and OOD", single, study),
     )
     for prediction, test, table in tests:
         try:
