@@ -20,6 +20,7 @@ HEALTHY = {
     "actor/entropy": 0.03,
     "actor/kl": 2e-3,
     "actor/kl_reference": 0.06,
+    "actor/reward_reach": 0.6,
     "actor/sampler_mismatch": 3e-7,
     "critic/value_error": 0.7,
     "critic/return_size": 0.7,
@@ -65,6 +66,7 @@ def test_the_names_are_those_that_a_config_may_stop_at():
         ("kl", {"actor__kl": math.inf}, {"actor__kl": math.nan}),
         ("kl", {"actor__kl_reference": 2.1}, {"actor__kl_reference": 1.9}),
         ("value", {"critic__value_error": 7.1}, {"critic__value_error": 6.9}),  # 10 times .7
+        ("reach", {"actor__reward_reach": 0.099}, {"actor__reward_reach": 0.101}),
         ("mismatch", {"actor__sampler_mismatch": 0.11}, {"actor__sampler_mismatch": 0.09}),
     ],
 )
@@ -196,7 +198,7 @@ def test_a_healthy_run_rings_nothing(tmp_path: Path):
         trainer = Trainer(run_config(tmp_path / "run", "steps=12", "alarms.window=4"), task=Parity())
         trainer.train()
     metrics = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "actor/kl" in row]
-    assert [row[f"alarm/{name}"] for row in metrics for name in NAMES] == [0.0] * 5 * 12
+    assert [row[f"alarm/{name}"] for row in metrics for name in NAMES] == [0.0] * 6 * 12
     assert (tmp_path / "run" / "faults.jsonl").read_text() == ""
 
 

@@ -19,6 +19,7 @@ from dvpo.metrics import (
     critic_figures,
     explained_variance,
     reward_figures,
+    reward_reach,
     rollout_figures,
     signal_figures,
 )
@@ -131,6 +132,15 @@ def test_a_scalar_critic_has_no_spread_and_a_single_head_no_disagreement():
 class Responses(SimpleNamespace):
     def __len__(self) -> int:
         return len(self.mask_BT)
+
+
+def test_the_reach_of_a_reward_by_hand():
+    # Two and one policy tokens: (.5 + 1 + 1) / 3; what the policy did not write does not come between.
+    mask_BT = torch.tensor([[1, 0, 1], [0, 1, 0]]).bool()
+    assert reward_reach(mask_BT, 0.5, alone) == pytest.approx(2.5 / 3)
+    assert reward_reach(mask_BT, 1.0, alone) == 1.0
+    # Of L tokens: (1 - d^L) / (1 - d) / L.
+    assert reward_reach(torch.ones(1, 300).bool(), 0.95, alone) == pytest.approx(0.0667, abs=1e-4)
 
 
 def test_rollout_figures_by_hand():

@@ -3,6 +3,7 @@
     entropy    the policy has all but stopped to explore
     kl         one step, or the whole run, has led too far from the policy that it began with
     value      the critic's error has outgrown the returns
+    reach      next to nothing of a long response's reward reaches its tokens, which learn from the critic's word
     mismatch   trainer and sampler disagree on the log-probs of the same tokens under the same weights
     hacking    the observed reward rises while the true one, or the held-out accuracy, falls
 
@@ -20,7 +21,7 @@ from typing import Any
 from dvpo.distributed import is_main
 from dvpo.settings_learning import AlarmsConfig
 
-NAMES = ("entropy", "kl", "value", "mismatch", "hacking")
+NAMES = ("entropy", "kl", "value", "reach", "mismatch", "hacking")
 DEVIATIONS = 3.0
 """A mean has risen or fallen when the difference is so many of its standard errors."""
 
@@ -98,6 +99,12 @@ class Alarms:
                 "value",
                 f"critic/value_error = {error:.3g} is more than alarms.value = {bounds.value:g} times the size of the "
                 f"returns, {self._largest_return:.3g}",
+            )
+        if (reach := figures.get("actor/reward_reach", 1.0)) < bounds.reach:
+            yield (
+                "reach",
+                f"actor/reward_reach = {reach:.3g} is below alarms.reach = {bounds.reach:g}: so little of a response's "
+                "reward is in its tokens' advantages, all else is what the critic says: set advantage.lam to 1.0",
             )
         if bounds.mismatch and (gap := figures.get("actor/sampler_mismatch", 0.0)) > bounds.mismatch:
             yield "mismatch", f"actor/sampler_mismatch = {gap:.3g} nats is above alarms.mismatch = {bounds.mismatch:g}"

@@ -220,6 +220,20 @@ def rollout_figures(rollout: Rollout, sampled: int, reduce: Reduce) -> dict[str,
     }
 
 
+def reward_reach(mask_BT: Tensor, decay: float, reduce: Reduce) -> float:
+    """How much of its response's last reward a token's advantage holds, mean over tokens; the rest is the critic's.
+
+    A = sum_n decay^n delta_n, and only the last delta holds that reward: decay^n for a token with n tokens behind it.
+
+    Args:
+        mask_BT: tokens that count.
+        decay: gamma lambda of the advantages.
+        reduce: sums over processes.
+    """
+    behind_BT = mask_BT.flip(1).cumsum(1).flip(1) - 1
+    return mean_of((decay ** behind_BT.double())[mask_BT], reduce)
+
+
 def _silent_groups(returns_B: Tensor, groups_B: Tensor) -> Tensor:
     """Of each group of two or more, whether it is without signal."""
     returns_B, groups_B = returns_B.cpu(), groups_B.cpu()  # asked of a GPU group by group they would wait for it

@@ -328,11 +328,13 @@ class AlarmsConfig:
     """kl: rings above so many nats a token of `actor/kl_reference`, the way from the start."""
     value: Weight = 10.0
     """value: rings when `critic/value_error` is more than so many times the largest `critic/return_size` so far."""
+    reach: Share = 0.1
+    """reach: rings when `actor/reward_reach` is below this share; at lambda .95 from 200 tokens a response on."""
     mismatch: Weight = 0.1
     """mismatch: rings above so many nats of `actor/sampler_mismatch`."""
     window: Annotated[int, Field(ge=0, le=10_000)] = 20
     """hacking: so many steps are held against the so many before them. entropy: so many are the start."""
-    stop: tuple[Literal["entropy", "kl", "value", "mismatch", "hacking"], ...] = ()
+    stop: tuple[Literal["entropy", "kl", "value", "reach", "mismatch", "hacking"], ...] = ()
     """These end the run, after a checkpoint."""
 
     def __post_init__(self) -> None:
@@ -340,6 +342,7 @@ class AlarmsConfig:
             "entropy": not (self.entropy and self.window),
             "kl": not (self.kl or self.kl_reference),
             "value": not self.value,
+            "reach": not self.reach,
             "mismatch": not self.mismatch,
             "hacking": not self.window,
         }

@@ -57,6 +57,7 @@ from dvpo.metrics import (
     critic_figures,
     mean_of,
     reward_figures,
+    reward_reach,
     rollout_figures,
     signal_figures,
     task_figures,
@@ -380,6 +381,7 @@ class Trainer(Learner):
             _, returns_BT = gae(signals.rewards_BT, zeros_BT, rollout.mask_BT, settings.gamma, lam=1.0)
             truth_BT = rollout.true_B.unsqueeze(-1).expand_as(returns_BT)
             figures |= critic_figures(values_BTNM, returns_BT, truth_BT, seen_BT, all_reduce_sum)
+            figures["actor/reward_reach"] = reward_reach(mask_BT, settings.gamma * settings.lam, all_reduce_sum)
         return Estimates(mask_BT, advantages_BT, targets_BTL, values_BTNM, reference_BT), figures
 
     def _values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
