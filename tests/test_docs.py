@@ -162,6 +162,12 @@ def test_every_setting_named_in_prose_exists(page: Path, settings: set[str]) -> 
     assert keys - settings == set()
 
 
+def test_the_table_of_algorithms_names_every_row_once() -> None:
+    table = [line for line in (DOCS / "algorithms.md").read_text().splitlines() if line.startswith("| [`")]
+    named = [name for line in table for name in re.findall(r"\[`(\w+)`\]\(algorithms/\1\.md\)", line.split(" | ")[0])]
+    assert sorted(named) == sorted(ALGORITHMS)
+
+
 def test_the_defaults_on_an_algorithms_page_are_those_of_its_row() -> None:
     value = r"`?(true|false|[\d.]*\d(?:e-\d)?|[a-z]\w*)`?"
     checked = 0

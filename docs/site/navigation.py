@@ -14,7 +14,7 @@ CHOSEN = {
     "Start": ["tutorial", "own_data", "choosing", "batch_sizes", "scale", "verl"],
     "What it does": ["method", "critic", "noise", "tasks", "labels"],
     "Using it": ["diagnose", "runs", "report", "studies", "evaluation", "critic_use", "metrics", "faults"],
-    "Algorithms": sorted(f"algorithms/{page.stem}" for page in DOCS.glob("algorithms/*.md")),
+    "Algorithms": ["algorithms", *sorted(f"algorithms/{page.stem}" for page in DOCS.glob("algorithms/*.md"))],
     "What was found": ["results", "protocol", "paper", "speed", "log"],
     "The project": ["architecture", "dependencies"],
     "Reference": [f"reference/{group}" for group in GROUPS],

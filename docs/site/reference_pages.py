@@ -4,7 +4,6 @@ They are written into docs/reference/, which git ignores, before Sphinx looks fo
 """
 
 import argparse
-import ast
 import dataclasses
 import inspect
 import re
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvpo.cli import _parser
 from dvpo.config import Config
+from dvpo.explain import explain
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -146,68 +146,10 @@ def entries(section: Any, prefix: str) -> Iterator[str]:
 
 
 def entry(section: Any, name: str, prefix: str) -> str:
-    owner = next(kind for kind in type(section).__mro__ if name in vars(kind).get("__annotations__", {}))
-    kind, what = explained(owner)[name]
-    return f"``{prefix}{name}``\n   {what} ({kind}; default ``{shown(getattr(section, name))}``)\n\n"
-
-
-def explained(section: type) -> dict[str, tuple[str, str]]:
-    """What a section's source says of each field: its type in words, and the text below it."""
-    tree = ast.parse(inspect.getsource(section))
-    (definition,) = tree.body
-    assert isinstance(definition, ast.ClassDef)
-    found = {}
-    for statement, after in zip(definition.body, [*definition.body[1:], None], strict=True):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            text = ""
-            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                text = " ".join(str(after.value.value).split())
-            found[statement.target.id] = (in_words(statement.annotation), escaped(re.sub("`([^`]*)`", r"``\1``", text)))
-    return found
-
-
-WORDS = {
-    "Share": "from 0 to 1",
-    "Rate": "from 0 to below 1",
-    "Tail": "above 0, up to 1",
-    "Weight": "0 or more",
-    "Positive": "above 0",
-    "Finite": "a number",
-    "Count": "1 or more",
-    "CountOrZero": "0 or more",
-    "bool": "true or false",
-    "str": "text",
-    "int": "a whole number",
-    "float": "a number",
-    "None": "null",
-}
-BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-
-
-def in_words(annotation: ast.expr) -> str:
-    """What a setting may be."""
-    if isinstance(annotation, ast.BinOp):
-        return f"{in_words(annotation.left)}, or {in_words(annotation.right)}"
-    if isinstance(annotation, ast.Subscript):
-        kind = ast.unparse(annotation.value)
-        inside = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
-        if kind == "Literal":
-            return "one of " + ", ".join(f"``{ast.literal_eval(value)}``" for value in inside)
-        if kind == "tuple":
-            return "a list"
-        limits = [word for part in inside[1:] if isinstance(part, ast.Call) for word in part.keywords]
-        return " and ".join(
-            f"{BOUNDS[w.arg]} {ast.unparse(w.value).replace(' ** ', '^')}" for w in limits if w.arg in BOUNDS
-        ) or in_words(inside[0])
-    return WORDS.get(ast.unparse(annotation), ast.unparse(annotation))
-
-
-def shown(default: Any) -> str:
-    if default is None or isinstance(default, bool):
-        return {None: "null", True: "true", False: "false"}[default]
-    if isinstance(default, tuple):
-        return str(list(default))
-    return str(default) or '""'
+    said = explain(section, name, prefix)
+    what = escaped(re.sub("`([^`]*)`", r"``\1``", said.meaning))
+    kind = re.sub("`([^`]*)`", r"``\1``", said.kind)
+    return f"``{said.name}``\n   {what} ({kind}; default ``{said.value}``)\n\n"
 
 
 # Commands.

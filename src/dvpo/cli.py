@@ -123,6 +123,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--print-config", action="store_true", help="print the whole config as YAML and stop")
     train.set_defaults(run=_train, go_on="`dvpo train ... --resume` goes on from the last checkpoint")
 
+    settings = command("settings", "what the settings mean, what they may be, and their defaults")
+    settings.add_argument("words", nargs="*", metavar="WORD", help="of a name, such as advantage or lam; none: all")
+    settings.add_argument("--algorithm", default="dvpo", metavar="NAME", help="whose defaults (default: dvpo)")
+    settings.set_defaults(run=_settings)
+
     evaluate = command("eval", "evaluate a checkpoint on its task, one JSONL row an item")
     evaluate.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run folder (newest checkpoint) or one")
     evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
@@ -288,6 +293,14 @@ def _train(arguments: argparse.Namespace) -> None:
         if not stop.resumable:
             arguments.go_on = "nothing was written"
         raise
+
+
+def _settings(arguments: argparse.Namespace) -> None:
+    from dvpo.explain import settings_text
+    from dvpo.loading import load_config
+
+    config = load_config(None, [f"algorithm={arguments.algorithm}"])
+    sys.stdout.write(settings_text(config, arguments.words))
 
 
 def _eval(arguments: argparse.Namespace) -> None:

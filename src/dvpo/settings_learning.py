@@ -254,11 +254,11 @@ class OptimiserConfig:
     """AdamW and its schedule, one for the policy and one for the critic."""
 
     lr: Weight = 3e-4
-    """For the embedded model; about 1e-6 for a large one."""
+    """Learning rate, for the embedded model; about 1e-6 for a large one."""
     betas: tuple[Rate, Rate] = (0.9, 0.999)
     """AdamW's decay rates."""
     eps: Positive = 1e-8
-    """AdamW's."""
+    """AdamW's constant below the fraction."""
     weight_decay: Weight = 0.0
     """Decoupled from the gradient."""
     max_grad_norm: Positive = 1.0
