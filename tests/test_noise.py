@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from scipy import stats
 
+from dvpo.errors import InputError
 from dvpo.loading import load_config
 from dvpo.noise import Noise, make_noise
 from dvpo.noise_models import PARAMETERS
 from dvpo.seeding import derive_uniform
 from dvpo.settings import NoiseConfig
-from dvpo.tasks import Reward
+from dvpo.tasks import Example, Reward
 
 Sample = tuple[Reward, str, int, int, list[int]]
 """Reward, prompt, visit, sample index, response tokens."""
@@ -322,6 +323,22 @@ def test_affine_noise_has_one_offset_and_one_positive_scale_a_prompt() -> None:
     assert abs(correlation(at_0, scales)) < 0.05
     elsewhere = noise([1.0] * len(prompts), prompts, [4] * len(prompts), [3] * len(prompts), [[8]] * len(prompts))
     assert elsewhere == at_1
+
+
+def test_prompts_of_one_kind_share_offset_and_scale() -> None:
+    train = [Example(f"q{i}", "?", {"kind": "even" if i % 2 == 0 else "odd"}) for i in range(100)]
+    prompts = [example.id for example in train]
+    noise = make_noise(NoiseConfig(kind="affine", offset_sd=2.0, scale_sd=0.5, by="kind"), 0, train)
+    at_0, at_1 = (noise([r] * 100, prompts, [0] * 100, [0] * 100, [[]] * 100) for r in (0.0, 1.0))
+    assert len(set(at_0)) == len(set(at_1)) == 2  # type: ignore[arg-type]
+    assert at_0[::2] == [at_0[0]] * 50
+    assert at_1[1::2] == [at_1[1]] * 50
+
+
+def test_a_column_that_the_data_does_not_have_is_refused_with_those_that_it_has() -> None:
+    settings = NoiseConfig(kind="affine", offset_sd=1.0, scale_sd=0.5, by="domain")
+    with pytest.raises(InputError, match=r"noise.by = domain is no column .* 'q0', which has kind: name one"):
+        make_noise(settings, 0, [Example("q0", "?", {"kind": "even"})])
 
 
 # Reductions

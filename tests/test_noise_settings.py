@@ -13,7 +13,7 @@ from dvpo.config import Config, differences, to_yaml
 from dvpo.errors import InputError
 from dvpo.loading import load_config
 from dvpo.noise import make_noise, read_labels
-from dvpo.noise_models import MODELS, PARAMETERS
+from dvpo.noise_models import MODELS, OPTIONAL, PARAMETERS
 from dvpo.sampling import Episode
 from dvpo.scoring import Scorer
 from dvpo.settings import NoiseConfig
@@ -141,7 +141,7 @@ def test_a_run_with_every_kind_switched_off_in_one_list_is_the_clean_run_bit_for
 
 def test_every_setting_of_a_model_is_a_setting_of_the_section() -> None:
     known = {name for name in NoiseConfig.__dataclass_fields__ if name not in ("kind", "seed", "then")}
-    assert {name for takes in PARAMETERS.values() for name in takes} == known
+    assert {name for takes in (*PARAMETERS.values(), *OPTIONAL.values()) for name in takes} == known
     assert PARAMETERS.keys() == MODELS.keys() | {"none", "pseudo_labels"}
 
 
@@ -166,6 +166,7 @@ def test_every_setting_of_a_model_is_a_setting_of_the_section() -> None:
         ),
         ({"kind": "reward_model", "accuracy": 72}, "noise.accuracy = 72 is not valid"),
         ({"kind": "affine", "offset_sd": 1, "scale_sd": 11}, "noise.scale_sd = 11 is not valid"),
+        ({"kind": "flip", "rate": 0.1, "by": "kind"}, "flip has no by, it takes rate, low, high: leave"),
         ({"kind": "flip", "rate": 0.1, "low": 1, "high": 1}, "low = 1.0 is not below high = 1.0"),
         ({"kind": "flip", "rate": 0.1, "high": math.inf}, "noise.high = inf is not valid"),
         ({"kind": "pseudo_labels"}, "pseudo_labels needs path"),

@@ -7,7 +7,7 @@ labels that are wrong at rate .1 are among those that are wrong at .3, so that a
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class KeyedModel:
     kind: str
     model: Model
     seed: int
+    shared: Mapping[str, str] = field(default_factory=dict)
+    """Prompt id -> what it shares its draws with; a prompt that is not there has its own."""
 
     def observed(
         self, reward: Reward, prompt_id: str, visit: int, sample_index: int, response: Sequence[int]
@@ -38,7 +40,8 @@ class KeyedModel:
             "prompt": (),
             "response": tuple(map(int, response)),
         }
-        draw = Draw(("noise", self.kind, self.seed, prompt_id, *judged[self.model.per]))
+        whose = self.shared.get(prompt_id, prompt_id)
+        draw = Draw(("noise", self.kind, self.seed, whose, *judged[self.model.per]))
         if not isinstance(reward, list):
             return reward if reward is None else self.model.verdict(reward, draw)
         earlier = [entry if entry is None else self.model.earlier(entry, draw) for entry in reward[:-1]]
@@ -99,16 +102,18 @@ def make_noise(settings: NoiseConfig, seed: int, train: Sequence[Example] | None
         settings: the first model, and under `then` those that follow.
         seed: of the run, for every model without its own. A model's place in the list enters its key, so two models
             of one kind are independent.
-        train: the training examples; pseudo-labels are checked against them.
+        train: the training examples; pseudo-labels are checked against them, and columns that `by` names are read.
 
     Raises:
-        InputError: pseudo-labels that cannot be read, or do not belong to the training examples.
+        InputError: pseudo-labels that cannot be read, or do not belong to the training examples; a column that one of
+            these does not have.
     """
-    models = [
-        KeyedModel(step.kind, _model(step), _seed_of_place(seed if step.seed is None else step.seed, place))
-        for place, step in enumerate((settings, *settings.then))
-        if step.kind in MODELS
-    ]
+    models = []
+    for place, step in enumerate((settings, *settings.then)):
+        if step.kind in MODELS:
+            own_seed = _seed_of_place(seed if step.seed is None else step.seed, place)
+            shared = {} if step.by is None else _values_of(step.by, train or ())
+            models.append(KeyedModel(step.kind, _model(step), own_seed, shared))
     labels = None
     if settings.kind == "pseudo_labels" and settings.path is not None:
         labels = read_labels(settings.path)
@@ -129,6 +134,17 @@ def _missing_as_none(reward: Reward) -> Reward:
     if isinstance(reward, list):
         return [None if entry is None or math.isnan(entry) else entry for entry in reward]
     return None if reward is None or math.isnan(reward) else reward
+
+
+def _values_of(column: str, train: Sequence[Example]) -> dict[str, str]:
+    """Prompt id -> its value in a column."""
+    for example in train:
+        if column not in example.columns:
+            raise InputError(
+                f"noise.by = {column} is no column of the training example {example.id!r}, which has "
+                f"{', '.join(example.columns) or 'none'}: name one that all examples have"
+            )
+    return {example.id: str(example.columns[column]) for example in train}
 
 
 # Pseudo-labels

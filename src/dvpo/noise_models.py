@@ -212,4 +212,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "pseudo_labels": ("path",),
     **{kind: tuple(field.name for field in fields(model)) for kind, model in MODELS.items()},  # type: ignore[arg-type]
 }
-"""Every kind of noise and the settings that it takes."""
+"""Every kind of noise and the settings that it needs."""
+
+OPTIONAL: dict[str, tuple[str, ...]] = {"affine": ("by",)}
+"""And those that it may be given."""

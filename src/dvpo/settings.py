@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from dvpo.noise_models import PARAMETERS
+from dvpo.noise_models import OPTIONAL, PARAMETERS
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -330,6 +330,8 @@ class NoiseModelConfig:
     """affine: deviation of a prompt's offset in units of the reward."""
     scale_sd: Annotated[float, Field(ge=0, le=10)] | None = None
     """affine: deviation of the logarithm of a prompt's scale."""
+    by: str | None = None
+    """affine: a column of the data; one offset and scale for each of its values in place of each prompt."""
     path: str | None = None
     """pseudo_labels: JSONL file with `id` and `answer`."""
     low: Finite = 0.0
@@ -349,6 +351,7 @@ class NoiseModelConfig:
             return
         defaults = {field.name: field.default for field in dataclasses.fields(NoiseModelConfig)}
         given = [name for name in defaults.keys() - {"kind", "seed"} if getattr(self, name) != defaults[name]]
+        takes += OPTIONAL.get(self.kind, ())
         if foreign := sorted(set(given) - set(takes)):
             what = "takes " + ", ".join(takes) if takes else "takes nothing"
             raise ValueError(f"{self.kind} has no {' and no '.join(foreign)}, it {what}: leave the others out")
