@@ -69,7 +69,7 @@ REPORTING = [
         "One sample a prompt at one setting",
         "noise_one_sample_setting",
         by_task=True,
-        figures={"noise_one_sample_setting": differences},
+        figures={"noise_one_sample_setting": differences, "noise_one_sample_setting_curves": learning("id")},
     ),
     CLEAN,
     RANDOM,
