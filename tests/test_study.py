@@ -19,6 +19,7 @@ from dvpo import study as studies
 from dvpo import study_run
 from dvpo.cli import main
 from dvpo.errors import InputError
+from dvpo.loading import load_config
 from dvpo.study import load_study
 from dvpo.study_results import FIELDS, read_results
 from study_files import ROOT, study_values, workplace, write
@@ -298,6 +299,16 @@ def test_the_hash_changes_with_what_has_a_say_in_the_result_and_with_nothing_els
     assert len(set(hashes())) == 12
     assert hashes("output=elsewhere", "checkpoint.every=7", "log.completions=0") == hashes()
     assert not set(hashes("evaluation.prompts=3")) & set(hashes())
+
+
+def test_a_younger_setting_of_a_lists_entry_has_a_say_where_it_is_set_and_nowhere_else():
+    def hashed(**more: str) -> str:
+        affine = {"kind": "affine", "offset_sd": 1, "scale_sd": 1, **more}
+        return studies.result_hash(load_config({"noise": {"kind": "none", "then": [affine]}}))
+
+    # As hashed at 02fd271, which did not know `by`.
+    assert hashed() == "b4577095803d"
+    assert hashed(by="kind") != hashed()
 
 
 def test_a_setting_that_is_added_later_leaves_a_hash_as_it_was(place: Path, monkeypatch: pytest.MonkeyPatch):

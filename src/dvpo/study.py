@@ -33,6 +33,8 @@ KEYS = ("output", "config", "tasks", "noises", "algorithms", "seeds")
 ENTRY_KEYS = ("name", "algorithm", "overrides", "like")
 SET_BY_GRID = ("seed", "algorithm", "output")
 """Settings of a run that are the cell's own."""
+LATER = ("by",)
+"""Settings of a list's entries (`noise.then`) that are younger than rows which have been hashed."""
 
 CellKey = tuple[str, str, str, int]
 """(task, noise, algorithm, seed): the first fields of a results row."""
@@ -147,10 +149,24 @@ def result_hash(config: Config) -> str:
 def _unlike(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The nested values that are not the defaults."""
     return {
-        key: _unlike(value, defaults[key]) if isinstance(value, dict) and isinstance(defaults.get(key), dict) else value
+        key: _unlike(value, defaults[key])
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict)
+        else _as_hashed(value)
         for key, value in values.items()
         if key not in defaults or value != defaults[key]
     }
+
+
+def _as_hashed(value: Any) -> Any:
+    """The entries of a list are hashed whole, but for what newer versions have added to them and nobody set."""
+    if not isinstance(value, list):
+        return value
+    return [
+        {name: v for name, v in entry.items() if name not in LATER or v is not None}
+        if isinstance(entry, dict)
+        else entry
+        for entry in value
+    ]
 
 
 def _make_cell(
