@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import textwrap
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 from dvpo.config import Config
@@ -65,8 +66,8 @@ def settings_text(config: Config, words: Sequence[str]) -> str:
     """
     settings = list(all_settings(config))
     named = [each for each in settings if not words or any(word in each.name for word in words)]
-    meant = [each for each in settings if any(word.lower() in each.meaning.lower() for word in words)]
-    if not (found := named or meant):
+    found = named or [each for each in settings if any(word.lower() in each.meaning.lower() for word in words)]
+    if not found:
         sections = sorted({each.name.split(".")[0] for each in settings if "." in each.name})
         raise InputError(
             f"no setting's name or meaning holds {' or '.join(words)}: try a section ({', '.join(sections)}), or "
@@ -81,6 +82,7 @@ def settings_text(config: Config, words: Sequence[str]) -> str:
 INDENT: dict[str, Any] = {"initial_indent": "    ", "subsequent_indent": "    "}
 
 
+@cache
 def _stated(section: type) -> dict[str, tuple[str, str]]:
     """What a section's source says of each field: its type in words, and the text below it."""
     tree = ast.parse(inspect.getsource(section))
