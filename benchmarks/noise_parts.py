@@ -48,8 +48,11 @@ NINE = reporting(
     by_task=True,
     figures={"noise": differences, "noise_curves_id": learning("id"), "noise_curves_ood": learning("ood")},
 )
-CLEAN = reporting("Control: clean rewards", "noise_controls", only="noise=clean")
+CLEAN = reporting("Control: clean rewards", "noise_controls", only="noise=clean", by_task=True)
 RANDOM = reporting("Control: a fair coin for a reward", "noise_controls", only="noise=random")
+RANDOM_UNTAUGHT = reporting(
+    "Control: a fair coin for a reward, checker dial 0", "noise_controls_dial0", only="noise=random"
+)
 REPORTING = [
     NINE,
     reporting("Nine cells, checker dial 0", "noise_dial0", by_task=True, figures={"noise_dial0": differences}),
@@ -71,8 +74,12 @@ REPORTING = [
         by_task=True,
         figures={"noise_one_sample_setting": differences, "noise_one_sample_setting_curves": learning("id")},
     ),
+    reporting("One sample a prompt at one setting: flips", "noise_one_sample_flips", by_task=True),
+    reporting("One sample a prompt at one setting: clipped rewards", "noise_one_sample_clip", by_task=True),
     CLEAN,
+    reporting("Control: clean rewards, checker dial 0", "noise_controls_dial0", only="noise=clean", by_task=True),
     RANDOM,
+    RANDOM_UNTAUGHT,
     reporting("Further rows", "noise_rest"),
     reporting(
         "The paper's ladder, heavy tails",

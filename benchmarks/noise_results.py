@@ -21,6 +21,7 @@ from noise_parts import (
     CLEAN,
     NINE,
     RANDOM,
+    RANDOM_UNTAUGHT,
     REPORTING,
     ROOT,
     TRIALS,
@@ -84,7 +85,7 @@ def summary(part: Part) -> str:
     sheets = [contrast_sheet(part, study, rows), *overviews(study, rows)]
     if part.by_task and len(study.names("seed")) > 1:
         sheets[1:1] = task_sheets(part, study, rows)
-    if part is RANDOM:
+    if part in (RANDOM, RANDOM_UNTAUGHT):
         sheets.append(rise_sheet(study, rows))
     if part.pooled and len(study.names("seed")) > 1:
         text += resolution([d for _, _, d in contrasts(study, rows, part.baseline)])
