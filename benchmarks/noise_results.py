@@ -35,7 +35,7 @@ from noise_parts import (
 
 from dvpo.stats import PairedDifference, holm, paired_difference, student_quantile
 from dvpo.study import Study
-from dvpo.study_results import Row, row_key
+from dvpo.study_results import Row, read_results, row_key
 from dvpo.study_table import NONE, SPLITS, Report, Sheet, difference_text, make_report, overviews, to_markdown
 
 DOCS = ROOT / "docs"
@@ -243,6 +243,17 @@ def anchor(title: str) -> str:
 # What the protocol asks
 
 
+def costs() -> str:
+    """All rows of reporting and tuning seeds, and the hours that their training steps took."""
+    files = {part.rows for part in (*REPORTING, *TUNING) if part.rows.exists()}
+    rows = [row for path in sorted(files) for row in read_results(path)]
+    hours = sum(row["seconds"] for row in rows) / 3600
+    return (
+        f"**Cost.** {len(rows):,} runs, tuning included: {hours:.0f} core-hours of training steps; evaluations, "
+        "some as much again, and starts are not in them.\n\n"
+    )
+
+
 def verdict() -> str:
     """The protocol's claims, each with what the rows say: of complete seeds, and final only with all of them."""
     study, rows = whole_seeds(NINE)
@@ -345,7 +356,7 @@ def pages() -> dict[Path, str]:
     """What docs/results.md, docs/results_tables.md and their figures have to be."""
     last = (noise_predictions.section(), reward_information.section())
     return {
-        PAGE: block(PAGE.read_text(), "\n".join([verdict(), glance(), *map(summary, REPORTING), *last])),
+        PAGE: block(PAGE.read_text(), "\n".join([costs(), verdict(), glance(), *map(summary, REPORTING), *last])),
         TABLES: block(TABLES.read_text(), "\n".join(section(part) for part in (*REPORTING, *TUNING))),
         **{path: str(drawn) for part in REPORTING for path, drawn in figures(part).items()},
     }
