@@ -42,11 +42,11 @@ def chosen(findings: Findings, config: Config = CONFIG) -> dict:
     return found
 
 
-def test_false_verdicts_set_tails_correction_kappa_and_samples():
+def test_false_verdicts_set_the_baseline_correction_kappa_and_samples():
     found = chosen(verdicts(10, 30))
     # Jeffreys' means 10.5/101 and 30.5/101 leave f = 1 - 41/101 = .594. kappa = .1 / f, samples = ceil(2 / f^2) = 6.
-    assert found["algorithm"] == "dvpo_paper"
-    assert found["critic"] == {"alpha": 0.302, "beta": 0.104, "kappa": 0.168}
+    assert found["algorithm"] == "ppo"
+    assert found["critic"] == {"kappa": 0.168}
     assert found["reward"]["correction"] == "backward"
     assert found["reward"]["rates"] == {"false_positive": 0.104, "false_negative": 0.302}
     assert found["sampling"]["samples_per_prompt"] == 6
@@ -68,7 +68,7 @@ def test_what_a_row_trusts_by_default_is_replaced_by_rates_and_a_norm_is_switche
     found = chosen(verdicts(10, 30), load_config(own))
     assert found["reward"]["rates"] == {"false_positive": 0.104, "false_negative": 0.302}
     merged = load_config(merge(own, found))
-    assert (merged.algorithm, merged.reward.trusted, merged.reward.norm) == ("dvpo_paper", 0, "none")
+    assert (merged.algorithm, merged.reward.trusted, merged.reward.norm) == ("ppo", 0, "none")
 
 
 def test_settings_that_the_users_config_does_not_go_with_are_said():
@@ -116,7 +116,7 @@ def test_without_the_truth_scores_that_scatter_want_a_critic_and_outliers_a_rank
     rng = np.random.default_rng(0)
     unknown = np.full((32, 4), np.nan)
     scattered = find(sheet(rng.normal(size=(2, 32, 4)), unknown))
-    assert chosen(scattered)["algorithm"] == "dvpo"
+    assert chosen(scattered)["algorithm"] == "ppo"  # a critic; a law of scatter is described by its mean
     assert any("task.truth" in one.sentence for one in advise(scattered, CONFIG))
     heavy = rng.normal(size=(2, 32, 4))
     heavy[0, 0, 0] = 1000.0
