@@ -339,6 +339,8 @@ def test_a_column_that_the_data_does_not_have_is_refused_with_those_that_it_has(
     settings = NoiseConfig(kind="affine", offset_sd=1.0, scale_sd=0.5, by="domain")
     with pytest.raises(InputError, match=r"noise.by = domain is no column .* 'q0', which has kind: name one"):
         make_noise(settings, 0, [Example("q0", "?", {"kind": "even"})])
+    with pytest.raises(InputError, match=r"noise\.by = .* is a column of the training examples"):
+        make_noise(settings, 0)
 
 
 # Reductions

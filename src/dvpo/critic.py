@@ -355,7 +355,7 @@ def load_critic(
     critic = blank_critic(folder, dtype, gradient_checkpointing, attention)
     with _readable(folder):
         critic.load_state_dict(load_file(Path(folder) / "critic.safetensors"))
-    return critic.to(device).train(gradient_checkpointing)
+    return critic.to(device)
 
 
 def blank_critic(

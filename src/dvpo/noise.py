@@ -106,13 +106,13 @@ def make_noise(settings: NoiseConfig, seed: int, train: Sequence[Example] | None
 
     Raises:
         InputError: pseudo-labels that cannot be read, or do not belong to the training examples; a column that one of
-            these does not have.
+            these does not have; `by` without them.
     """
     models = []
     for place, step in enumerate((settings, *settings.then)):
         if step.kind in MODELS:
             own_seed = _seed_of_place(seed if step.seed is None else step.seed, place)
-            shared = {} if step.by is None else _values_of(step.by, train or ())
+            shared = {} if step.by is None else _values_of(step.by, train)
             models.append(KeyedModel(step.kind, _model(step), own_seed, shared))
     labels = None
     if settings.kind == "pseudo_labels" and settings.path is not None:
@@ -136,8 +136,10 @@ def _missing_as_none(reward: Reward) -> Reward:
     return None if reward is None or math.isnan(reward) else reward
 
 
-def _values_of(column: str, train: Sequence[Example]) -> dict[str, str]:
+def _values_of(column: str, train: Sequence[Example] | None) -> dict[str, str]:
     """Prompt id -> its value in a column."""
+    if train is None:
+        raise InputError(f"noise.by = {column} is a column of the training examples: give make_noise(..., train=) them")
     for example in train:
         if column not in example.columns:
             raise InputError(
