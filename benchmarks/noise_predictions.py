@@ -328,7 +328,7 @@ def lines() -> Iterator[Line]:
             untaught,
             study,
         ),
-        ("24: one sample, flips, one setting: `dvpo` less `ppo` within 2", "open", single_more("flip", "ppo"), study),
+        ("24: one sample, flips, one setting: `dvpo` less `ppo` within 2", "yes", single_more("flip", "ppo"), study),
         (
             "25: one sample, outliers, one setting: `dvpo` less `ppo_reward_clip` within 2",
             "open",
