@@ -331,7 +331,7 @@ def lines() -> Iterator[Line]:
         ("24: one sample, flips, one setting: `dvpo` less `ppo` within 2", "yes", single_more("flip", "ppo"), study),
         (
             "25: one sample, outliers, one setting: `dvpo` less `ppo_reward_clip` within 2",
-            "open",
+            "yes",
             single_more("student", "ppo_reward_clip"),
             study,
         ),
