@@ -9,6 +9,7 @@ the protocol.
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ TWELVE, FIVE, TUNING = range(101, 113), range(101, 106), range(12, 18)
 BLIND, AGAIN, SINGLE = range(201, 206), range(301, 313), range(401, 413)
 """At one setting, dial 0; its dialogues again; one sample a prompt."""
 AT_ONE_SETTING = range(201, 213)
+ONE_SAMPLE = ("math_one", "science_one")
 EQUAL = 2.0
 """Points; a difference is called equal if its 90% interval lies within."""
 PERMUTATIONS = 2000
@@ -187,13 +189,13 @@ def late(table: Table) -> str:
 
 
 def dialogues(table: Table) -> str:
-    where = [cell for noise in NOISES for cell in cells(noise, ["dialogue"])]
+    where = cells_of("dialogue")
     names = ("ppo_huber", "ppo_delta_clip", "ppo_reward_clip")
     return "; ".join(f"`{name}` {said(table.lead(where, name, 'ppo', FIVE, in_domain))}" for name in names)
 
 
 def pessimists(table: Table) -> str:
-    where = [cell for noise in NOISES for cell in cells(noise, ["dialogue"])]
+    where = cells_of("dialogue")
     pairs = (("robust_ppo", "ppo"), ("rfqi_ppo", "ppo_ensemble"))  # each beside a row of its own setting
     return "; ".join(f"`{x}` less `{y}` {said(table.lead(where, x, y, FIVE, in_domain))}" for x, y in pairs)
 
@@ -205,12 +207,12 @@ def blind(table: Table) -> str:
 
 
 def blind_bound(table: Table) -> str:
-    where = [cell for noise in NOISES for cell in cells(noise, ["dialogue"], "_dial0")]
+    where = cells_of("dialogue_dial0")
     return said(table.lead(where, "ppo_delta_clip", "ppo", BLIND, in_domain))
 
 
 def blind_again(table: Table) -> str:
-    where = [cell for noise in NOISES for cell in cells(noise, ["dialogue"], "_dial0")]
+    where = cells_of("dialogue_dial0")
     leads = {
         name: table.lead(where, "dvpo", name, AGAIN, in_domain) for name in ("ppo", "dvpo_plain", "ppo_delta_clip")
     }
@@ -219,17 +221,16 @@ def blind_again(table: Table) -> str:
 
 def single(table: Table) -> str:
     """One sample a prompt at one setting: both dials together, then dial 0 alone."""
-    tasks = ("math_one", "science_one")
-    blind_ones = cells("student", tasks, "_dial0")
-    everywhere = [*cells("student", tasks), *blind_ones]
-
-    def against(where: Cells, name: str) -> str:
-        splits = {"ID": in_domain, "OOD": out_of_domain}
-        return ", ".join(f"{split} {said(table.lead(where, 'dvpo', name, SINGLE, of))}" for split, of in splits.items())
-
     names = ("ppo", "dvpo_plain", "ppo_delta_clip", "ppo_delta_clip_10")
-    parts = [f"less `{name}` {against(everywhere, name)}" for name in names]
-    return "; ".join([*parts, f"dial 0, less `ppo` {against(blind_ones, 'ppo')}"])
+    parts = [f"less `{name}` {single_against('student', name)(table)}" for name in names]
+    blind_ones = by_split(table, cells("student", ONE_SAMPLE, "_dial0"), "dvpo", "ppo", SINGLE)
+    return "; ".join([*parts, f"dial 0, less `ppo` {blind_ones}"])
+
+
+def single_against(noise: str, other: str) -> Test:
+    """One sample a prompt at one setting: `dvpo` less another row over both tasks and dials."""
+    where = [*cells(noise, ONE_SAMPLE), *cells(noise, ONE_SAMPLE, "_dial0")]
+    return lambda table: by_split(table, where, "dvpo", other, SINGLE)
 
 
 def untaught(table: Table) -> str:
@@ -247,16 +248,6 @@ def untaught(table: Table) -> str:
         f"coin: at dial 0 {rise('_dial0')}, at dial 1 {rise('')}; "
         f"clean: dvpo less ppo at dial 0 {said(table.lead(where, 'dvpo', 'ppo', FIVE))}"
     )
-
-
-def single_more(noise: str, other: str) -> Test:
-    """One sample a prompt at one setting: `dvpo` less another row over both tasks and dials."""
-
-    def test(table: Table) -> str:
-        tasks = ("math_one", "science_one")
-        return by_split(table, [*cells(noise, tasks), *cells(noise, tasks, "_dial0")], "dvpo", other, SINGLE)
-
-    return test
 
 
 def by_split(table: Table, where: Cells, x: str, y: str, seeds: Iterable[int]) -> str:
@@ -280,10 +271,8 @@ def price(table: Table) -> str:
 
 
 def early_in_dialogues(table: Table) -> str:
-    where, ends = cells_of("dialogue"), []
-    for step in (15, 30):
-        ends.append(f"at step {step} {said(table.lead(where, 'dvpo', 'ppo', TWELVE, at_step(step)))}")
-    return "; ".join(ends)
+    leads = {step: table.lead(cells_of("dialogue"), "dvpo", "ppo", TWELVE, at_step(step)) for step in (15, 30)}
+    return "; ".join(f"at step {step} {said(lead)}" for step, lead in leads.items())
 
 
 def cells_of(task: str) -> Cells:
@@ -328,11 +317,11 @@ def lines() -> Iterator[Line]:
             untaught,
             study,
         ),
-        ("24: one sample, flips, one setting: `dvpo` less `ppo` within 2", "yes", single_more("flip", "ppo"), study),
+        ("24: one sample, flips, one setting: `dvpo` less `ppo` within 2", "yes", single_against("flip", "ppo"), study),
         (
             "25: one sample, outliers, one setting: `dvpo` less `ppo_reward_clip` within 2",
             "yes",
-            single_more("student", "ppo_reward_clip"),
+            single_against("student", "ppo_reward_clip"),
             study,
         ),
     )
@@ -348,6 +337,7 @@ def _seen(test: Test, table: Table) -> str | None:
         return None
 
 
+@cache
 def table_of(name: str) -> Table:
     path = RESULTS / name
     return Table(last_quarter(row) for row in read_results(path)) if path.exists() else Table(())

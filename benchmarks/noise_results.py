@@ -21,13 +21,13 @@ from noise_parts import (
     CLEAN,
     NINE,
     RANDOM,
-    RANDOM_UNTAUGHT,
     REPORTING,
     ROOT,
     TRIALS,
     TUNING,
     Part,
     complete,
+    rows_at,
     rows_of,
     study_at,
     whole_seeds,
@@ -35,7 +35,7 @@ from noise_parts import (
 
 from dvpo.stats import PairedDifference, holm, paired_difference, student_quantile
 from dvpo.study import Study
-from dvpo.study_results import Row, read_results, row_key
+from dvpo.study_results import Row, row_key
 from dvpo.study_table import NONE, SPLITS, Report, Sheet, difference_text, make_report, overviews, to_markdown
 
 DOCS = ROOT / "docs"
@@ -85,7 +85,7 @@ def summary(part: Part) -> str:
     sheets = [contrast_sheet(part, study, rows), *overviews(study, rows)]
     if part.by_task and len(study.names("seed")) > 1:
         sheets[1:1] = task_sheets(part, study, rows)
-    if part in (RANDOM, RANDOM_UNTAUGHT):
+    if part.rises:
         sheets.append(rise_sheet(study, rows))
     if part.pooled and len(study.names("seed")) > 1:
         text += resolution([d for _, _, d in contrasts(study, rows, part.baseline)])
@@ -246,7 +246,7 @@ def anchor(title: str) -> str:
 def costs() -> str:
     """All rows of reporting and tuning seeds, and the hours that their training steps took."""
     files = {part.rows for part in (*REPORTING, *TUNING) if part.rows.exists()}
-    rows = [row for path in sorted(files) for row in read_results(path)]
+    rows = [row for path in sorted(files) for row in rows_at(path)]
     hours = sum(row["seconds"] for row in rows) / 3600
     return (
         f"**Cost.** {len(rows):,} runs, tuning included: {hours:.0f} core-hours of training steps; evaluations, "

@@ -120,7 +120,8 @@ def test_without_the_truth_scores_that_scatter_want_a_critic_and_outliers_a_rank
     assert any("task.truth" in one.sentence for one in advise(scattered, CONFIG))
     heavy = rng.normal(size=(2, 32, 4))
     heavy[0, 0, 0] = 1000.0
-    assert chosen(find(sheet(heavy, unknown)))["algorithm"] == "dvpo"
+    found = chosen(find(sheet(heavy, unknown)))
+    assert (found["algorithm"], found["advantage"]) == ("dvpo", {"lam": 1.0})
 
 
 def test_faults_cuts_and_missing_scores_are_named_first():

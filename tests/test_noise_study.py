@@ -323,6 +323,22 @@ def test_a_prediction_pairs_seeds_over_its_cells():
         predictions.functional(predictions.Table(rows))
 
 
+def test_both_splits_stand_apart_and_a_lead_is_that_of_the_step_that_is_asked_for():
+    rows = [
+        {"task": "dialogue", "noise": noise, "algorithm": name, "seed": seed,
+         "id_true": 0.5 + lead, "ood_true": 0.5 + 2 * lead, "curve": [[15, 0.5 + lead, 0.5], [30, 0.5, 0.5]]}
+        for noise in predictions.NOISES
+        for seed in predictions.TWELVE
+        for name, lead in (("dvpo", 0.03), ("ppo", 0.0))
+    ]  # fmt: skip
+    table, where = predictions.Table(rows), predictions.cells_of("dialogue")
+    apart = predictions.by_split(table, where, "dvpo", "ppo", predictions.TWELVE)
+    assert apart == "ID +3.0 [+3.0, +3.0] above 0, OOD +6.0 [+6.0, +6.0] above 0"
+    # ID alone leads at step 15: half of 3.
+    seen = predictions.early_in_dialogues(table)
+    assert seen.startswith("at step 15 +1.5 [+1.5, +1.5] above 0, equal; at step 30 ")
+
+
 def test_spearmans_rho_is_that_of_ranks():
     x = np.array([[1.0, 2.0], [3.0, 4.0]])
     assert predictions.spearman(x, np.exp(x)) == pytest.approx(1.0)
