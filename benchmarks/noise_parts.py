@@ -35,6 +35,8 @@ class Part(NamedTuple):
     """Whether its rows end above their start is shown as well."""
     figures: Mapping[str, Draw] = {}
     """Name of a file -> what is in it."""
+    dial0: "Part | None" = None
+    """The same with a starting model that was taught nothing about checking: shown beside it."""
 
 
 LADDER = ("dvpo_plain", "dvpo_cons", "dvpo_cons_tail", "dvpo_cons_tail_shift", "dvpo_paper")
@@ -44,27 +46,42 @@ def reporting(title: str, name: str, **rest: Any) -> Part:
     return Part(title, STUDIES / f"{name}.yaml", ROWS / "noise_study.jsonl", **{"baseline": "dvpo"} | rest)
 
 
+NINE_DIAL0 = reporting("Nine cells, checker dial 0", "noise_dial0", by_task=True, figures={"noise_dial0": differences})
 NINE = reporting(
     "Nine cells, checker dial 1",
     "noise",
     by_task=True,
+    dial0=NINE_DIAL0,
     figures={"noise": differences, "noise_curves_id": learning("id"), "noise_curves_ood": learning("ood")},
 )
-CLEAN = reporting("Control: clean rewards", "noise_controls", only="noise=clean", by_task=True)
-RANDOM = reporting("Control: a fair coin for a reward", "noise_controls", only="noise=random", rises=True)
+ONE_SETTING_DIAL0 = reporting(
+    "Nine cells at one setting, checker dial 0",
+    "noise_one_setting_dial0",
+    by_task=True,
+    figures={"noise_one_setting_dial0": differences},
+)
+CLEAN_DIAL0 = reporting(
+    "Control: clean rewards, checker dial 0", "noise_controls_dial0", only="noise=clean", by_task=True
+)
+CLEAN = reporting("Control: clean rewards", "noise_controls", only="noise=clean", by_task=True, dial0=CLEAN_DIAL0)
+RANDOM_DIAL0 = reporting(
+    "Control: a fair coin for a reward, checker dial 0", "noise_controls_dial0", only="noise=random", rises=True
+)
+RANDOM = reporting(
+    "Control: a fair coin for a reward", "noise_controls", only="noise=random", rises=True, dial0=RANDOM_DIAL0
+)
 REPORTING = [
     NINE,
-    reporting("Nine cells, checker dial 0", "noise_dial0", by_task=True, figures={"noise_dial0": differences}),
+    NINE_DIAL0,
     reporting("Flips, checker dial one half", "noise_dial_half"),
     reporting(
-        "Nine cells at one setting", "noise_one_setting", by_task=True, figures={"noise_one_setting": differences}
-    ),
-    reporting(
-        "Nine cells at one setting, checker dial 0",
-        "noise_one_setting_dial0",
+        "Nine cells at one setting",
+        "noise_one_setting",
         by_task=True,
-        figures={"noise_one_setting_dial0": differences},
+        figures={"noise_one_setting": differences},
+        dial0=ONE_SETTING_DIAL0,
     ),
+    ONE_SETTING_DIAL0,
     reporting("Dialogues again at one setting, checker dial 0", "noise_again_dial0"),
     reporting("One sample a prompt", "noise_one_sample", figures={"noise_one_sample": differences}),
     reporting(
@@ -76,11 +93,9 @@ REPORTING = [
     reporting("One sample a prompt at one setting: flips", "noise_one_sample_flips", by_task=True),
     reporting("One sample a prompt at one setting: clipped rewards", "noise_one_sample_clip", by_task=True),
     CLEAN,
-    reporting("Control: clean rewards, checker dial 0", "noise_controls_dial0", only="noise=clean", by_task=True),
+    CLEAN_DIAL0,
     RANDOM,
-    reporting(
-        "Control: a fair coin for a reward, checker dial 0", "noise_controls_dial0", only="noise=random", rises=True
-    ),
+    RANDOM_DIAL0,
     reporting("Further rows", "noise_rest"),
     reporting(
         "The paper's ladder, heavy tails",

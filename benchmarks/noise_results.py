@@ -82,7 +82,7 @@ def summary(part: Part) -> str:
     text += f"Seeds that have every cell: {len(study.names('seed'))} of {len(planned)}.\n\n"
     for path in figures(part):
         text += f"![{part.title}]({path.relative_to(DOCS)})\n\n"
-    sheets = [contrast_sheet(part, study, rows), *overviews(study, rows)]
+    sheets = [contrast_sheet(part, study, rows), *with_dial0(part, overviews(study, rows))]
     if part.by_task and len(study.names("seed")) > 1:
         sheets[1:1] = task_sheets(part, study, rows)
     if part.rises:
@@ -93,19 +93,43 @@ def summary(part: Part) -> str:
 
 
 def contrast_sheet(part: Part, study: Study, rows: Sequence[Row]) -> Sheet:
-    """The baseline less each other row, paired by seed: over all places with Holm's p, and for each noise without."""
-    groups = ({"all places": study} if part.pooled else {}) | apart(study, "noise")
-    found = [{(name, split): d for name, split, d in contrasts(of, rows, part.baseline)} for of in groups.values()]
+    """The baseline less each other row, paired by seed: over all places with Holm's p, and without at dial 0 and for
+    each noise."""
+    groups = {"all places": (study, rows)} if part.pooled else {}
+    groups |= {"dial 0": whole_seeds(part.dial0)} if part.dial0 else {}
+    groups |= {name: (of, rows) for name, of in apart(study, "noise").items()}
+    found = [{(name, split): d for name, split, d in contrasts(*of, part.baseline)} for of in groups.values()]
     tested = part.pooled and len(study.names("seed")) >= FEWEST_TESTED
     p_values = dict(zip(found[0], holm([d.p for d in found[0].values()]), strict=True)) if tested else {}
     lines = []
     for name, split in found[0]:
-        shown = [difference_text(of[name, split]) for of in found]
+        shown = [difference_text(of[name, split]) if (name, split) in of else NONE for of in found]
         p = [f"{p_values[name, split]:.3f}"] if tested else []
         lines.append((name, split.upper(), *shown[:1], *p, *shown[1:]))
     first, *rest = groups
     columns = ("algorithm", "split", first, *(["p (Holm)"] * tested), *rest)
     return Sheet(f"{part.baseline} less each row, points, paired by seed", columns, tuple(lines))
+
+
+def with_dial0(part: Part, sheets: Sequence[Sheet]) -> list[Sheet]:
+    """Overviews with each row's mean over all places and seeds as a last column, and at dial 0 as another."""
+    if part.dial0 is None:
+        return list(sheets)
+    means = {"all places": whole_seeds(part)[1], "dial 0": whole_seeds(part.dial0)[1]}
+    kinds = (("id_true", 100, ".1f"), ("ood_true", 100, ".1f"), ("corr", 1, "+.2f"))
+
+    def mean_of(rows: Sequence[Row], name: str, key: str, scale: int, form: str) -> str:
+        known = [scale * row[key] for row in rows if row["algorithm"] == name and row[key] is not None]
+        return format(fmean(known), form) if known else NONE
+
+    return [
+        replace(
+            sheet,
+            columns=(*sheet.columns, *means),
+            lines=tuple((*line, *(mean_of(rows, line[0], *kind) for rows in means.values())) for line in sheet.lines),
+        )
+        for sheet, kind in zip(sheets, kinds, strict=True)
+    ]
 
 
 def apart(study: Study, axis: str) -> dict[str, Study]:
