@@ -2,8 +2,8 @@
 
     python benchmarks/term_weights.py       # 3 settings, one seed, one process, one thread
 
-`dvpo_paper` learns `math` under the noise `heavy` of the noise study (docs/protocol.md), on a tuning seed. At some steps,
-mean over their minibatches, for each term its weight (.1) times the norm of its gradient over that of quantile
+`dvpo_paper` learns `math` under the noise `heavy` of the noise study (docs/protocol.md), on a tuning seed. At some
+steps, mean over their minibatches, for each term its weight (.1) times the norm of its gradient over that of quantile
 regression, both with respect to the predictions of all tokens [K, N, M] that the loss sees. One seed shows sizes; it
 ranks nothing. Writes results/term_weights.json.
 """
