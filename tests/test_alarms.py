@@ -125,6 +125,10 @@ def test_an_observed_reward_that_rises_while_the_true_one_falls_is_hacking():
         ([0.5] * 10 + [0.3] * 10, [0.5] * 10 + [0.3] * 10),  # forgetting: both fall
         ([0.5] * 200, [0.5] * 200),  # nothing happens for long
         ([0.5] * 10 + [0.7] * 10, [math.nan] * 20),  # the truth is not known
+        (
+            [0.5] * 10 + [0.7] * 10,
+            [0.5] * 5 + [0.3] * 7 + [math.nan] * 7 + [0.3],
+        ),  # it fell before, and was not seen since
     ],
 )
 def test_any_other_course_of_the_rewards_is_none(observed, true):

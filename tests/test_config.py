@@ -90,6 +90,14 @@ def test_an_override_that_yaml_would_cut_at_a_comment_is_refused():
     assert load_config(overrides=quoted).task.answer_pattern == r"#(\d+)"
 
 
+def test_a_mix_is_a_list_or_a_tuple():
+    parts = [{"name": "math"}, {"name": "dialogue"}]
+    configs = [load_config({"task": {"name": "mix", "mix": mix}}) for mix in (parts, tuple(parts))]
+    assert configs[0] == configs[1]
+    assert configs[0].sampling.max_completion_length == 256
+    assert "unknown config key task.mix.0.wieght" in refusal({"task": {"mix": ({"name": "math", "wieght": 2},)}})
+
+
 @pytest.mark.parametrize("mix", [[], ["math", "science"]])
 def test_a_mix_of_nothing_or_of_names_is_refused_in_a_sentence(mix: list[str]):
     assert "task.mix" in refusal({"task": {"name": "mix", "mix": mix}})

@@ -12,7 +12,18 @@ import torch
 from dvpo.batch import Rollout
 from dvpo.errors import InputError
 from dvpo.policy import Policy
-from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Turn, begin, collate, fit_prompts, play, step
+from dvpo.sampling import (
+    ChatEncoder,
+    Episode,
+    HuggingFaceSampler,
+    Turn,
+    begin,
+    collate,
+    fit_prompts,
+    play,
+    step,
+    within_context,
+)
 from dvpo.scoring import place
 from dvpo.settings import SamplingConfig
 from dvpo.tasks import Example, Prompt, SingleTurn, Step
@@ -328,6 +339,17 @@ def test_prompt_and_completion_must_fit_the_models_context():
     assert fit(["abcd"], context=12, long_prompts="truncate") == {"p0": ids("cd")}
     with pytest.raises(InputError, match="context of 10 tokens"):
         fit(["abc"], context=10, long_prompts="truncate")
+
+
+def test_where_the_context_leaves_too_little_a_message_names_what_takes_it():
+    with pytest.raises(
+        InputError, match=r"fits the 3 tokens .*max_completion_length = 10 leaves .* context of 13: lower it"
+    ):
+        fit(["abcd"], context=13, long_prompts="skip")
+    settings = SamplingConfig(max_prompt_length=5, max_completion_length=10)
+    assert [within_context(settings, n).max_prompt_length for n in (15, 13)] == [5, 3]
+    with pytest.raises(InputError, match=r"max_completion_length = 10 fills the model's context of 10 tokens"):
+        within_context(settings, 10)
 
 
 def test_an_empty_prompt_is_refused():

@@ -1,6 +1,7 @@
 """A reward function gets what TRL gives it, alone, in a pool or async; most here are imported from a file."""
 
 import asyncio
+import errno
 import signal
 import threading
 import time
@@ -253,6 +254,19 @@ def test_async_samples_that_failed_are_tried_again_and_the_others_are_not(guard:
     scores = score(reward, ["ok", "twice", "raises"], answer=["", "", ""])
     assert scores.rewards == [3.0, 3.0, None]
     assert [(f.kind, f.index, f.cured) for f in scores.faults] == [("exception", 1, True), ("exception", 2, False)]
+
+
+def test_a_time_limit_longer_than_a_pipe_can_wait_for_is_kept(guard: Guard) -> None:
+    assert score(guard(ASYNC, timeout=1e7), ["ok"], answer=[""]).rewards == [1.0]  # poll() takes 2.1e6 seconds
+
+
+def test_a_worker_that_cannot_be_started_in_the_middle_of_a_run_is_a_fault(monkeypatch) -> None:
+    def exhausted(_: Lane) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Lane, "_running_worker", exhausted)
+    failure = Lane("m:f", ".", [], timeout=10, start_timeout=1).ask(b"", token_counts=[1])
+    assert failure == ("worker_died", "no process for it: [Errno 24] Too many open files")
 
 
 def test_as_many_async_calls_as_follow_each_other_have_their_time_and_a_waiting_process_knows_it(monkeypatch) -> None:

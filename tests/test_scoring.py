@@ -39,8 +39,8 @@ class Known:
 
     name = "known"
 
-    def __init__(self, truth: dict[str, Reward]) -> None:
-        self.truth, self.columns = truth, {}
+    def __init__(self, truth: dict[str, Reward], knows_truth: bool = True) -> None:
+        self.truth, self.columns, self.knows_truth = truth, {}, knows_truth
 
     def split(self, name: str) -> list[Example]:
         return [Example(key, key) for key in self.truth] if name == "train" else []
@@ -199,24 +199,21 @@ def test_the_reward_function_gets_prompts_completions_tokens_and_columns():
     assert columns == {"answer": ["4", None], "level": [None, 3]}
 
 
-def test_an_evaluation_asks_the_truth_and_the_reward_function_only_where_no_truth_is_known():
+def test_an_evaluation_asks_the_reward_function_only_for_a_task_that_says_it_knows_no_truth():
     reward, both = Asked([7.0, 8.0]), [episode([0], "a"), episode([0], "b")]
-    assert Scorer(Known({"a": 1.0}), reward, ALL_WRONG).judge(both).rewards == [
-        1.0,
-        None,
-    ]
+    judge = Scorer(Known({"a": 1.0}), reward, ALL_WRONG).judge
+    assert judge(both).rewards == [1.0, None]
+    # Nor where all of a call's truth is missing: a process may hold such a share of a split.
+    assert judge(both[1:]).rewards == [None]
     assert reward.arguments == ()
-    assert Scorer(Known({}), reward, ALL_WRONG).judge(both).rewards == [7.0, 8.0]
-    assert Scorer(Known({}), None, ALL_WRONG).judge([episode([0], "a")]).rewards == [None]
-    # Who says that it knows the truth is not replaced where all of it has failed.
-    sure = Known({})
-    sure.knows_truth = True
-    assert Scorer(sure, reward, ALL_WRONG).judge(both).rewards == [None, None]
+    assert Scorer(Known({}, knows_truth=False), reward, ALL_WRONG).judge(both).rewards == [7.0, 8.0]
+    assert Scorer(Known({}, knows_truth=False), None, ALL_WRONG).judge([episode([0], "a")]).rewards == [None]
 
 
 @pytest.mark.parametrize(("reward", "kind"), [([], "wrong_length"), ([1.0] * 3, "wrong_length"), (1e39, "non_finite")])
 def test_what_training_cannot_place_is_unknown_to_an_evaluation_too_with_its_fault(reward, kind):
-    for scorer in (Scorer(Known({"a": reward}), None, NOTHING), Scorer(Known({}), Asked([reward]), NOTHING)):
+    nothing_known = Known({}, knows_truth=False)
+    for scorer in (Scorer(Known({"a": reward}), None, NOTHING), Scorer(nothing_known, Asked([reward]), NOTHING)):
         judged = scorer.judge([episode([0, 0], "a")])
         assert judged.rewards == [None]
         assert [(fault.kind, fault.index) for fault in judged.faults] == [(kind, 0)]

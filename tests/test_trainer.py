@@ -26,6 +26,7 @@ from dvpo.inspection import Question, answered, find_example, open_subject
 from dvpo.loading import load_config
 from dvpo.metrics import Means
 from dvpo.scoring import longest_scoring
+from dvpo.tasks import SingleTurn
 from dvpo.trainer import Trainer
 from dvpo.warmstart import warm_start
 from runs import LINEAR, Parity, farthest, model_folder, rollout_of, rows, run_config, trained, weights
@@ -53,6 +54,19 @@ def test_held_out_prompts_that_are_too_long_are_refused_left_out_or_cut_as_those
         skipping = run("skip")
     assert skipping.evaluate()["eval/ood/items"] == 1
     assert run("truncate").evaluate()["eval/ood/items"] == 2
+
+
+def test_a_prompt_that_an_environment_made_longer_than_the_context_allows_is_refused_in_training_too(tmp_path: Path):
+    class Verbose(SingleTurn):
+        def reset(self):
+            return [{"role": "user", "content": "word " * 120}]
+
+    class Growing(Parity):
+        environment = staticmethod(Verbose)
+
+    trainer = Trainer(run_config(tmp_path, "sampling.max_prompt_length=1000"), task=Growing())
+    with pytest.raises(InputError, match=r"gave a prompt of \d+ tokens, more than sampling.max_prompt_length = \d{3}:"):
+        trainer.train_step()
 
 
 def test_every_prompt_of_a_run_and_of_what_reads_it_is_rendered_as_model_template_says(

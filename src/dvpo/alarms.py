@@ -118,11 +118,9 @@ class Alarms:
             return
         self._observed.append(observed)
         self._first += [observed] * (len(self._first) < size)
-        if not math.isfinite(true):
-            return
         self._true.append(true)
         pairs = [(list(seen)[:size], list(seen)[size:]) for seen in (self._observed, self._true)]
-        if any(len(after) < size for _, after in pairs):
+        if any(len(after) < size for _, after in pairs) or not all(map(math.isfinite, self._true)):
             return
         if _shift(*pairs[0]) > DEVIATIONS and _shift(*pairs[1]) < -DEVIATIONS:
             was, now = zip(

@@ -8,7 +8,7 @@ from transformers import set_seed
 from dvpo.config import Config
 from dvpo.errors import InputError
 from dvpo.policy import choose_device, open_policy
-from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, fit_prompts, play_draws
+from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, fit_prompts, play_draws, within_context
 from dvpo.scoring import Scorer
 from dvpo.seeding import derive_seed
 from dvpo.tasks import Example, Task, total
@@ -37,7 +37,7 @@ class Answerer:
         policy = open_policy(
             starting_model(config), device, model.dtype, weights=model.weights, template=model.template
         )
-        self.task, self.settings = task, config.sampling
+        self.task, self.settings = task, within_context(config.sampling, policy.context_length)
         self.encoder = ChatEncoder(policy.tokenizer, policy.template)
         self.prompt_tokens = fit_prompts(train, self.encoder, config.sampling, policy.context_length)
         self.examples = [example for example in train if example.id in self.prompt_tokens]
@@ -48,7 +48,7 @@ class Answerer:
     def answer(self, examples: Sequence[Example], samples: int, visit: int = 0) -> list[list[Episode]]:
         """`samples` finished episodes an example; keyed by (seed, example, visit, sample), whoever is beside it."""
         draws = [(example, visit) for example in examples]
-        episodes = play_draws(
+        episodes, _ = play_draws(
             self.task, draws, samples, self.prompt_tokens, self.encoder, self._sampler, self.settings, self._seed
         )
         return [episodes[i : i + samples] for i in range(0, len(episodes), samples)]

@@ -126,7 +126,7 @@ class Collector:
 
     def sample(self, draws: Sequence[tuple[Example, int]]) -> list[Episode]:
         """Play `samples_per_prompt` episodes of each of these prompts, given with their visits."""
-        return play_draws(
+        episodes, _ = play_draws(
             self.task,
             draws,
             self.settings.samples_per_prompt,
@@ -136,3 +136,4 @@ class Collector:
             self.settings,
             self.seed,
         )
+        return episodes

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from dvpo.plain_text import table_console
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.rewards import Scores
 from dvpo.runlog import json_line, unused
-from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Sampler, begin, fit_prompts, play
+from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Sampler, fit_prompts, play_draws, within_context
 from dvpo.scoring import Scorer, open_reward
 from dvpo.seeding import derive_seed
 from dvpo.settings import SamplingConfig
@@ -181,21 +181,11 @@ def take(
     drawer: Callable[[bool], Sampler] | None = None,
 ) -> tuple[list[Episode], list[Environment]]:
     """Take every example `count` times, greedily or not; the finished episodes and where they took place."""
-    encoder = ChatEncoder(policy.tokenizer, policy.template)
-    limit = min(settings.max_prompt_length, policy.context_length - settings.max_completion_length)
-    if limit < 1:
-        raise InputError(
-            f"sampling.max_completion_length = {settings.max_completion_length} fills the model's context of "
-            f"{policy.context_length} tokens: lower it"
-        )
-    fitted, begun = replace(settings, max_prompt_length=limit), []
-    for example in examples:
-        tokens = {example.id: encoder.prompt(example.prompt)[-limit:]}
-        begun += [begin(task, example, 0, sample, tokens, encoder, fitted) for sample in range(count)]
-    episodes, environments = [episode for episode, _ in begun], [environment for _, environment in begun]
+    encoder, settings = ChatEncoder(policy.tokenizer, policy.template), within_context(settings, policy.context_length)
+    prompts = {e.id: encoder.prompt(e.prompt)[-settings.max_prompt_length :] for e in examples}
     sampler = drawer(greedy) if drawer else HuggingFaceSampler(policy, settings, greedy=greedy)
-    play(episodes, environments, sampler, encoder, settings, derive_seed(seed, "evaluation"))
-    return episodes, environments
+    draws = [(example, 0) for example in examples]
+    return play_draws(task, draws, count, prompts, encoder, sampler, settings, derive_seed(seed, "evaluation"))
 
 
 def own_figures(episodes: Sequence[Episode], environments: Sequence[Environment]) -> list[dict[str, float]]:
@@ -343,8 +333,13 @@ def evaluate_checkpoint(
     if not getattr(task, "knows_truth", True):
         refuse_what_python_gave(checkpoint, config, "reward")
     splits = held_out(task) if splits is None else [own for name in splits for own in each_of_its_tasks(task, name)]
+    if not splits:
+        raise InputError(
+            f"the task {task.name} holds no examples out to be judged by: give it some (task.held_out, task.id_path), "
+            "or take --splits train"
+        )
     missing = [split for split in splits if not task.split(split)]
-    if missing or not splits:
+    if missing:
         raise InputError(
             f"--splits {' '.join(missing)}: the task {task.name} has no such examples; take "
             f"{', '.join(['train', *held_out(task)])}"

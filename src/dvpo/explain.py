@@ -53,7 +53,7 @@ def all_settings(section: Any, prefix: str = "") -> Iterator[Setting]:
 
 def explain(section: Any, name: str, prefix: str = "") -> Setting:
     """A field of a section, where its class says it."""
-    owner = next(kind for kind in type(section).__mro__ if name in vars(kind).get("__annotations__", {}))
+    owner = next(kind for kind in type(section).__mro__ if name in inspect.get_annotations(kind))
     kind, meaning = _stated(owner)[name]
     return Setting(f"{prefix}{name}", _shown(getattr(section, name)), kind, meaning)
 

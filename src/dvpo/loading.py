@@ -42,12 +42,8 @@ def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides:
     for override in overrides:
         set_dotted(values, override)
     values = checked(values, Config, Config)
-    noise = values.get("noise") or {}
-    if (
-        isinstance(noise, Mapping)
-        and "kind" not in noise
-        and (named := [key for key in noise if key not in OF_ANY_NOISE])
-    ):
+    noise = values.get("noise", {})
+    if "kind" not in noise and (named := [key for key in noise if key not in OF_ANY_NOISE]):
         raise InputError(
             f"noise.{named[0]} = {noise[named[0]]} belongs to a kind of noise: set noise.kind (docs/noise.md)"
         )
@@ -78,7 +74,7 @@ def suited_row(config: Config) -> Algorithm:
 
 def _task_defaults(task: Mapping[str, Any]) -> Mapping[str, Any]:
     """Of a mix: the largest of each length limit."""
-    if task.get("name") != "mix" or not isinstance(task.get("mix"), list):
+    if task.get("name") != "mix" or not isinstance(task.get("mix"), list | tuple):
         return TASK_DEFAULTS.get(str(task.get("name")), {})
     parts = [part.get("name") for part in task["mix"] if isinstance(part, Mapping)]
     limits = [TASK_DEFAULTS.get(str(name), {}).get("sampling", {}) for name in parts]

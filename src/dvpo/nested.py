@@ -81,7 +81,7 @@ def checked(values: Mapping[Any, Any], kind: type, root: type, prefix: str = "")
             if not isinstance(value, Mapping | None):
                 raise InputError(f"config key {name} = {shown(value)} is a section: write {name}.key=value")
             result[key] = checked(value or {}, known[key], root, f"{name}.")  # type: ignore[arg-type]
-        elif isinstance(value, list) and (entry := _listed_section(known[key])):
+        elif isinstance(value, list | tuple) and (entry := _listed_section(known[key])):
             result[key] = [
                 checked(item, entry, root, f"{name}.{i}.") if isinstance(item, Mapping) else item
                 for i, item in enumerate(value)

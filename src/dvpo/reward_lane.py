@@ -24,6 +24,8 @@ OUTPUT_BYTES = 1 << 16
 """So much of what a function prints during one call is passed on to stderr; the rest is dropped."""
 REPLY_BYTES, REPLY_BYTES_PER_SAMPLE, REPLY_BYTES_PER_TOKEN = 1 << 20, 1 << 13, 32
 """A reply may be so long: a traceback a sample and a number a token fit in well."""
+LONGEST_POLL = 3600.0
+"""Seconds: poll takes 24.8 days at most."""
 
 
 class Failure(NamedTuple):
@@ -93,6 +95,9 @@ class Lane:
         except TimeoutError:
             self._end()
             return Failure("timeout", f"no answer within {seconds:g} s")
+        except OSError as error:
+            self._end()
+            return Failure("worker_died", f"no process for it: {error}")
         except _FloodError as error:
             self._end()
             return Failure("output_flood", str(error))
@@ -107,8 +112,8 @@ class Lane:
     def interrupt(self) -> None:
         """From another thread: kill the worker, so that `ask` comes to its end, and take no more calls."""
         self._interrupted = True
-        if self._worker is not None:
-            self._worker.signal()
+        if (worker := self._worker) is not None:  # its own thread may drop it meanwhile
+            worker.signal()
 
     def close(self) -> None:
         """End the worker and whatever it started; a later call would start another."""
@@ -250,14 +255,13 @@ class _Worker:
         self._poll.register(pipe, event)
         try:
             while True:
-                ready = [at for at, _ in self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000)]
-                if not ready:
-                    raise TimeoutError
+                rest = deadline - time.monotonic()
+                ready = [at for at, _ in self._poll.poll(min(max(0.0, rest), LONGEST_POLL) * 1000)]
                 if self._output in ready and not self._pass_on():
                     self._poll.unregister(self._output)  # closed: it would be ready for ever
                 if pipe in ready:
                     return
-                if time.monotonic() > deadline:  # it prints and prints, and poll always finds something
+                if rest <= 0:  # also if it prints and prints, and poll always finds something
                     raise TimeoutError
         finally:
             self._poll.unregister(pipe)

@@ -5,8 +5,6 @@ from dataclasses import asdict, replace
 from dvpo.config import Config
 from dvpo.noise_rates import NO_RATES, Rates
 
-FADED = 1e-12
-"""A factor that leaves nothing of a term; weights of 0 would be a config whose terms cannot adapt, which is refused."""
 KEPT = "consistency"
 """The one term that is about the heads and not about a tail."""
 
@@ -29,7 +27,7 @@ def matched_to_noise(config: Config, rates: Rates) -> Config:
     if not critic.adaptive_risk or _unknown(config, rates):
         return config
     least = 1 / critic.num_quantiles
-    scale = max(_scale(config, rates), FADED)
+    scale = _scale(config, rates)
     weights = {name: weight * (1 if name == KEPT else scale) for name, weight in asdict(critic.weights).items()}
     adapted = replace(
         critic,

@@ -11,7 +11,7 @@ turn), so that a row's draw does not depend on the rows beside it, on the batch 
 import math
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -167,6 +167,21 @@ def _lengths_that_fit(settings: SamplingConfig, longest: int, context_length: in
     return f"set for example sampling.max_prompt_length={prompt} sampling.max_completion_length={completion}"
 
 
+def within_context(settings: SamplingConfig, context_length: int) -> SamplingConfig:
+    """The settings with prompts no longer than what a completion leaves of the model's context.
+
+    Raises:
+        InputError: it leaves nothing.
+    """
+    room = context_length - settings.max_completion_length
+    if room < 1:
+        raise InputError(
+            f"sampling.max_completion_length = {settings.max_completion_length} fills the model's context of "
+            f"{context_length} tokens: lower it"
+        )
+    return replace(settings, max_prompt_length=min(settings.max_prompt_length, room))
+
+
 def fit_prompts(
     examples: Sequence[Example],
     encoder: ChatEncoder,
@@ -208,7 +223,13 @@ def fit_prompts(
             tokens = tokens[-limit:]
         encoded[example.id] = array("i", tokens)
     if not encoded:
-        raise InputError(f"task: no prompt of {split} fits sampling.max_prompt_length = {limit}: raise it")
+        bound = f"sampling.max_prompt_length = {limit}: raise it"
+        if limit < settings.max_prompt_length:
+            bound = (
+                f"the {limit} tokens that sampling.max_completion_length = {settings.max_completion_length} leaves of "
+                f"the model's context of {context_length}: lower it"
+            )
+        raise InputError(f"task: no prompt of {split} fits {bound}")
     return encoded
 
 
@@ -279,16 +300,17 @@ def play_draws(
     sampler: Sampler,
     settings: SamplingConfig,
     seed: int,
-) -> list[Episode]:
-    """`samples` finished episodes of each example, given with its visit: one draw's after the other's."""
+) -> tuple[list[Episode], list[Environment]]:
+    """`samples` finished episodes of each example, given with its visit: one draw's after the other's; and where they
+    took place."""
     begun = [
         begin(task, example, visit, sample, prompt_tokens, encoder, settings)
         for example, visit in draws
         for sample in range(samples)
     ]
-    episodes = [episode for episode, _ in begun]
-    play(episodes, [environment for _, environment in begun], sampler, encoder, settings, seed)
-    return episodes
+    episodes, environments = [episode for episode, _ in begun], [environment for _, environment in begun]
+    play(episodes, environments, sampler, encoder, settings, seed)
+    return episodes, environments
 
 
 def _take_turn(

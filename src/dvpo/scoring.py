@@ -109,15 +109,14 @@ class Scorer:
         return Scored(fields, _broken_off(episodes) + faults + unplaced, believed)
 
     def judge(self, episodes: Sequence[Episode]) -> Scores:
-        """Rewards for an evaluation: the truth; where nothing is known of it, the reward function without noise.
+        """Rewards for an evaluation: the truth; of a task that knows none, the reward function without noise.
 
-        A task that says it knows the truth is never judged by anything else, even if all of it has failed. What
-        training could not place is unknown here too, with the same fault.
+        A task that knows the truth (`knows_truth`, true unless it says otherwise) is never judged by anything else,
+        even if all of it is missing. What training could not place is unknown here too, with the same fault.
         """
         columns = self._columns(episodes)
         truth = self.true_rewards(episodes, columns)
-        known = getattr(self.task, "knows_truth", None) or not all(math.isnan(total(reward)) for reward in truth)
-        if known or self.reward is None:
+        if getattr(self.task, "knows_truth", True) or self.reward is None:
             scores = Scores(truth, [])
         elif isinstance(self.reward, RewardMix):
             scores = self.reward(self._parts(self.reward, episodes, truth, columns))

@@ -17,6 +17,8 @@ Tail = Annotated[float, Field(gt=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, le=1e7)]
+"""A time limit, of 116 days at most: what the system's clocks and pipes take, several times over."""
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 T = TypeVar("T")
@@ -124,7 +126,7 @@ class VllmConfig:
 
     address: str = "http://localhost:8000"
     """Where it listens; docs/scale.md says how it is started."""
-    timeout: Positive = 600.0
+    timeout: Seconds = 600.0
     """Seconds that one turn of up to 4,096 tokens (of more: in proportion), or one reading of the weights, may take."""
     patience: Weight = 300.0
     """Seconds without any progress, the server being away or hung, after which the run stops itself."""
@@ -251,7 +253,7 @@ class RewardConfig:
     `my_module:my_function` with TRL's signature, or `path:FOLDER`, a reward model."""
     mix: tuple[RewardPartConfig, ...] = ()
     """Instead of one function several, whose rewards are multiplied by their weights and added up."""
-    timeout: Positive = 30.0
+    timeout: Seconds = 30.0
     """Seconds that one call may take before its worker process is killed."""
     workers: Count = 1
     """Processes that run the function; they share a batch, the responses to one prompt staying together."""

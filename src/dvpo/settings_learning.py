@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dvpo.settings import Count, CountOrZero, Finite, Positive, Rate, Share, Tail, Weight, section
+from dvpo.settings import Count, CountOrZero, Finite, Positive, Rate, Seconds, Share, Tail, Weight, section
 
 
 @section
@@ -305,7 +305,7 @@ class DistributedConfig:
     of each model, and layers are gathered as they run."""
     cpu_offload: bool = False
     """fsdp: the shares stay in host memory, and so does the optimiser's work."""
-    patience: Positive = 1800.0
+    patience: Seconds = 1800.0
     """Seconds that a process waits for a slower one, besides what rewards may take; then the run ends."""
 
     def __post_init__(self) -> None:

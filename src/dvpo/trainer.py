@@ -74,7 +74,7 @@ from dvpo.resume import find_checkpoint
 from dvpo.rewards import Fault
 from dvpo.risk_control import risk_figures
 from dvpo.runlog import RunLog, refuse_used_folder
-from dvpo.sampling import ChatEncoder, collate, fit_prompts
+from dvpo.sampling import ChatEncoder, collate, fit_prompts, within_context
 from dvpo.scoring import Scorer, longest_scoring, open_reward
 from dvpo.seeding import derive_seed
 from dvpo.shaping import going_on, response_penalties, step_signals
@@ -176,7 +176,8 @@ class Trainer(Learner):
         drawing = self.whole_copy.policy if self.whole_copy else self.policy
         self.drawer = open_sampler(config.sampling, drawing, lambda: self.policy_version, self.folder)
         sampler = self.drawer(False)
-        self.collector = Collector(self.task, self.prompts, prompt_tokens, encoder, sampler, self.scorer, config)
+        fitted = replace(config, sampling=within_context(config.sampling, self.policy.context_length))
+        self.collector = Collector(self.task, self.prompts, prompt_tokens, encoder, sampler, self.scorer, fitted)
         self.kl = KLController(config.actor.kl)
         self.step = 0
         self.replay = Replay(config.critic.replay if self.critic else 0)
@@ -432,9 +433,10 @@ class Trainer(Learner):
     def evaluate_split(self, split: str) -> Evaluation:
         """Evaluate on the first `evaluation.prompts` examples of a split."""
         config, judge, samples = self.config, self.scorer.judge, self.config.evaluation.samples
-        examples = self.judged_on.get(split) or fitting_examples(self.task, split, config, self.policy)
         with self._whole_policy() as policy:
-            return evaluate(policy, self.task, examples, judge, config.sampling, samples, config.seed, self.drawer)
+            return evaluate(
+                policy, self.task, self.judged_on[split], judge, config.sampling, samples, config.seed, self.drawer
+            )
 
     def save(self) -> None:
         """Write the state between two steps, unless a weight is NaN or infinite: a sound one must not make room."""

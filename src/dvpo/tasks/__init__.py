@@ -100,7 +100,10 @@ class Task(Protocol):
         completion_ids: Sequence[Sequence[int]],
         **columns: Sequence[Any],
     ) -> list[Reward]:
-        """The verified reward of each completion, None where the truth is not known."""
+        """The verified reward of each completion, on top of what its environment gave; NaN where it is not known.
+
+        None says the same, but where the environment gave a reward it adds nothing.
+        """
         ...
 
 
