@@ -203,8 +203,11 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(
         assert main(["train", "good.yaml"]) == 75
     assert f"dvpo: interrupted by {number.name}; `dvpo train ... --resume` goes on" in capsys.readouterr().err
     assert [path.name for path in (here / "run").glob("checkpoint-*")] == ["checkpoint-0"]
-    assert main(["train", "good.yaml", "--resume"]) == 0
-    assert (here / "run" / "checkpoint-1").is_dir()
+    for said in ("run begins again: no step of it was saved", "run is at its last step, 1: raise steps to train on"):
+        assert main(["train", "good.yaml", "--resume"]) == 0
+        assert capsys.readouterr().out.startswith(f"{said}\n")
+    assert main(["train", "good.yaml", "--resume", "steps=2"]) == 0
+    assert capsys.readouterr().out.startswith("resumed from run/checkpoint-1\n")
 
 
 def test_what_is_interrupted_before_it_has_begun_is_not_called_resumable(
@@ -321,6 +324,17 @@ def test_the_progress_line_says_when_more_than_a_fifth_of_the_responses_are_cut(
         1, {"reward/observed": 0.0, "reward/missing": 0.0, "rollout/truncated": cut}
     )
     assert out.getvalue().startswith(f"ppo step 1/1  observed 0.000{'  cut 0.250' if said else ''}  0 s left")
+
+
+def test_progress_says_how_many_held_out_answers_have_a_reward_and_when_no_answer_of_a_run_had_one(tmp_path: Path):
+    out = io.StringIO()
+    figures = {"accuracy": 1.0, "accuracy_low": 0.7, "accuracy_high": 1.0, "reward": 1.0, "items": 12, "unknown": 8}
+    with RunProgress("ppo", 1, tmp_path, console=Console(file=out, width=200)) as progress:
+        progress.on_rewards(1, [], 16)
+        progress.on_step(1, {"reward/missing": 1.0})
+        progress.on_evaluation(1, {f"eval/id/{name}": value for name, value in figures.items()})
+    assert "held-out accuracy (%) ID 100.0 [70, 100] of the 12 of 20 with a reward\n" in out.getvalue()
+    assert out.getvalue().endswith("reward: none of 16 answers had one, so nothing was learnt from them\n")
 
 
 def test_eval_prints_a_table_and_writes_one_row_an_item(here: Path, capsys: pytest.CaptureFixture[str]):

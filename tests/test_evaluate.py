@@ -78,6 +78,7 @@ def test_the_greedy_summary_by_hand(rigged):
     low, high = binomtest(3, 5).proportion_ci(method="wilson")
     expected = {
         "items": 5,
+        "unknown": 0,
         "accuracy": 0.6,
         "reward": 0.7,
         "truncated": 0.2,
@@ -308,7 +309,7 @@ def test_an_item_without_a_reward_still_counts_among_the_cut_and_in_its_environm
         tiny_policy(), TaskWithFigures(), ITEMS, knows_what_is_right, SamplingConfig(), samples=3, seed=0
     ).summary
     # Greedy answers r r w t r: items 1, 2 and 5 are known, all right. One of the five is cut, and it is not known.
-    assert (summary["items"], summary["accuracy"], summary["reward"]) == (3, 1, 1)
+    assert (summary["items"], summary["unknown"], summary["accuracy"], summary["reward"]) == (3, 2, 1, 1)
     assert summary["truncated"] == 0.2
     assert summary["length"] == 3  # (1 + 2 + 3 + 4 + 5) / 5; of the known ones 8/3
 

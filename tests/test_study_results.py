@@ -1,15 +1,18 @@
 """The results file of a study: no row is lost, mixed up or written by two."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from dvpo.cli import main
 from dvpo.errors import InputError
 from dvpo.study import load_study
 from dvpo.study_results import ResultsFile, last_quarter, read_results, result_row
+from dvpo.study_run import _Progress
 from study_files import a_row, workplace, write
 
 
@@ -74,7 +77,7 @@ def test_a_row_is_read_from_the_log_of_its_run(place: Path):
     cell.folder.mkdir(parents=True)
     evaluations = {0: (0.25, 0.5), 5: (0.75, None), 10: (0.5, 0.25)}
     rows: list[dict[str, Any]] = [
-        {"step": step, "eval/id/accuracy": at_id, "eval/ood/accuracy": at_ood}
+        {"step": step, "eval/id/accuracy": at_id, "eval/ood/accuracy": at_ood, "eval/id/unknown": 3 if step else 5}
         for step, (at_id, at_ood) in evaluations.items()
     ]
     # The last 20% of 10 steps are 9 and 10; step 10 has none, as when all its rewards are equal: .3 alone counts.
@@ -93,10 +96,21 @@ def test_a_row_is_read_from_the_log_of_its_run(place: Path):
         "curve": [[0, 0.25, 0.5], [5, 0.75, None], [10, 0.5, 0.25]],
         **{"corr": 0.3, "seconds": 2.5, "machine": "this + that", "commit": "abc + def-dirty"},
         "config_hash": cell.config_hash,
+        "unknown": 3,
     }
     (unfinished, *_) = load_study(write(place), ["steps=11"]).cells
     with pytest.raises(InputError, match="lacks an evaluation at its start or end"):
         result_row(unfinished)
+
+
+def test_the_line_of_a_finished_run_says_what_its_rewards_lost(place: Path):
+    (cell, *_) = load_study(write(place)).cells
+    cell.folder.mkdir(parents=True)
+    faults = [*[{"kind": "timeout", "cured": False}] * 2, {"kind": "exception", "cured": True}, {"kind": "alarm"}]
+    (cell.folder / "faults.jsonl").write_text("".join(json.dumps({"step": 1} | row) + "\n" for row in faults))
+    out = io.StringIO()
+    _Progress(Console(file=out, width=200), total=2, left=1).finished(cell, a_row(id_before=0.25, seconds=3, unknown=7))
+    assert out.getvalue() == f"2/2  {cell.id}  ID 25.0 -> 50.0  7 held-out without a reward  2 rewards failed  3 s\n"
 
 
 def test_the_last_quarter_is_averaged_split_by_split_and_the_start_is_no_part_of_it():

@@ -13,11 +13,11 @@ import time
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
-from dvpo.errors import InputError, RunStoppedError
+from dvpo.errors import InputError, RunStoppedError, warning_text
 from dvpo.interrupt import Interrupted, handled
 
-PLACED_WARNING = warnings.formatwarning
 FIRST_SPEAKS_SECONDS = 15.0
 OVERRIDES = "settings that win over the file, for example critic.alpha=0.05"
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     # Reward functions, tasks and rows of the user's own are imported from where the command was given.
     sys.path.insert(0, os.getcwd())
-    warnings.formatwarning = _warning
+    warnings.formatwarning = warning_text
     try:
         with handled():
             code: int | None = arguments.run(arguments)
@@ -59,15 +59,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and arguments.run is not _train:
         parser.error("only `dvpo train` takes several processes: start this command without torchrun")
     return arguments
-
-
-def _warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """Our own warnings are sentences to the user; where they were raised is no news to them."""
-    if category is UserWarning and filename.startswith(os.path.join(os.path.dirname(__file__), "")):
-        return f"dvpo: warning: {message}\n"
-    return PLACED_WARNING(message, category, filename, lineno, line)
 
 
 def _say(sentence: str) -> None:
@@ -283,6 +274,8 @@ def _train(arguments: argparse.Namespace) -> None:
         allow = arguments.allow.split(",") if arguments.allow else ()
         trainer = Trainer(config, resume=arguments.resume, allow=allow)
         console = plain_console(quiet=not first)
+        if arguments.resume:
+            console.print(_resumed(trainer.folder, trainer.step, config.steps), soft_wrap=True)
         with RunProgress(config.algorithm, config.steps, trainer.folder, trainer.step, console) as progress:
             trainer.observer = progress
             trainer.train()
@@ -293,6 +286,12 @@ def _train(arguments: argparse.Namespace) -> None:
         if not stop.resumable:
             arguments.go_on = "nothing was written"
         raise
+
+
+def _resumed(folder: Path, step: int, steps: int) -> str:
+    if step == steps:
+        return f"{folder} is at its last step, {steps}: raise steps to train on"
+    return f"resumed from {folder}/checkpoint-{step}" if step else f"{folder} begins again: no step of it was saved"
 
 
 def _settings(arguments: argparse.Namespace) -> None:

@@ -145,6 +145,8 @@ class _Rewards:
         missing = sum(figures["reward/missing"] for figures in steps) / len(steps)
         failed = f"failed {self._tally.lost:,}/{self._tally.answers:,}"
         found = [(f"rewards of {len(steps)} steps", f"mean {mean}, missing {100 * missing:.1f}%, {failed}")]
+        if not seen:
+            found.append(("learnt from them", "nothing: no answer had a reward"))
         return found + ([("first failure of the reward", self._tally.first)] if self._tally.first else [])
 
 

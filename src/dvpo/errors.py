@@ -1,4 +1,9 @@
-"""Two exceptions that end a run in one sentence: the user can mend this, and: the run stopped itself."""
+"""What is said to the user in one sentence: the user can mend this; the run stopped itself; and warnings."""
+
+import os
+import warnings
+
+PLACED_WARNING = warnings.formatwarning
 
 
 class InputError(ValueError):
@@ -15,3 +20,12 @@ class RunStoppedError(Exception):
     The message is one sentence that says what was seen, where it is on record and how to go on. The command line prints
     it without a traceback and exits with code 3.
     """
+
+
+def warning_text(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """For `warnings.formatwarning`: our own are sentences to the user, to whom where they were raised is no news."""
+    if category is UserWarning and filename.startswith(os.path.join(os.path.dirname(__file__), "")):
+        return f"dvpo: warning: {message}\n"
+    return PLACED_WARNING(message, category, filename, lineno, line)

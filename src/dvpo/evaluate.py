@@ -43,7 +43,7 @@ DRAWS = 8
 OURS = frozenset(
     (
         *("accuracy", "completion", "id", "in_split", "items", "messages", "prompt", "reward", "samples", "split"),
-        "truncated",
+        *("truncated", "unknown"),
     )
 )
 """Names in rows and summaries that no environment may give to a figure of its own."""
@@ -223,6 +223,7 @@ def _greedy_summary(items: Sequence[_Item]) -> dict[str, float]:
     low, high = wilson_interval(solved, len(known))
     return {
         "items": len(known),
+        "unknown": len(rewards) - len(known),
         "accuracy": solved / len(known) if len(known) else float("nan"),
         "accuracy_low": low,
         "accuracy_high": high,

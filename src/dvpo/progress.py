@@ -44,6 +44,8 @@ class RunProgress:
         self.console = plain_console() if console is None else console
         self.name, self.steps, self.start = name, steps, start
         self._tally, self._faults_file = FaultTally(), folder / "faults.jsonl"
+        self._rewarded = False
+        """Some answer had a reward."""
         self._began = self._said = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -66,6 +68,7 @@ class RunProgress:
 
     def on_step(self, step: int, figures: dict[str, float]) -> None:
         known = {name: value for name, value in figures.items() if math.isfinite(value)}  # the rest is not defined
+        self._rewarded |= known.get("reward/missing", 0.0) < 1
         shown = [*SHOWN, *((key, label) for key, label, bound in WHEN_ABOVE if known.get(key, 0.0) > bound)]
         text = "  ".join(f"{label} {_figure(key, known[key])}" for key, label in shown if key in known)
         self._bar.update(self._task, completed=step, figures=text)
@@ -89,9 +92,13 @@ class RunProgress:
         self._bar.stop()
         if self._tally.lost:
             self._say_faults(str(self._tally))
+        if self._tally.answers and not self._rewarded:
+            self._say(f"reward: none of {self._tally.answers:,} answers had one, so nothing was learnt from them")
 
     def _say_faults(self, text: str) -> None:
-        text = f"{text}; all of them: {self._faults_file}"
+        self._say(f"{text}; all of them: {self._faults_file}")
+
+    def _say(self, text: str) -> None:
         self.console.print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -99,7 +106,9 @@ def _result(split: str, figures: dict[str, float]) -> str:
     """`ID 45.3 [39, 51]`, and the mean reward where that says more than the share of items solved."""
     accuracy, reward = (figures[f"eval/{split}/{name}"] for name in ("accuracy", "reward"))
     graded = f" reward {_short(reward)}" if abs(reward - accuracy) > 1e-6 else ""
-    return f"{split.upper()} {interval_text(figures, f'eval/{split}/accuracy')}{graded}"
+    items, unknown = (int(figures[f"eval/{split}/{name}"]) for name in ("items", "unknown"))
+    known = f" of the {items} of {items + unknown} with a reward" if unknown else ""
+    return f"{split.upper()} {interval_text(figures, f'eval/{split}/accuracy')}{graded}{known}"
 
 
 def _figure(key: str, value: float) -> str:

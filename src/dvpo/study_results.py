@@ -13,6 +13,8 @@ A row is read from the run's own folder, so it is the same whether the run was k
     machine, commit                 where it ran; several, joined by " + ", if it was killed and resumed elsewhere;
                                     `-dirty` marks a commit whose source had been changed
     config_hash                     of all settings that have a say in the result
+    unknown                         only where there are any: held-out items that had no reward at the end, and count in
+                                    no accuracy
 
 What does not exist (a split, a truth, a critic) is null.
 """
@@ -71,6 +73,7 @@ def result_row(cell: Cell) -> Row:
         "machine": machine,
         "config_hash": cell.config_hash,
         "commit": commit,
+        **({"unknown": unknown} if (unknown := _unknown(evaluations[max(evaluations)])) else {}),
     }
 
 
@@ -79,6 +82,10 @@ def split_accuracy(evaluation: Row, split: str) -> float | None:
     ending = f"/{split}/accuracy"
     known = [value for name, value in evaluation.items() if name.endswith(ending) and value is not None]
     return math.fsum(known) / len(known) if known else None
+
+
+def _unknown(evaluation: Row) -> int:
+    return int(sum(value or 0 for name, value in evaluation.items() if name.endswith("/unknown")))
 
 
 def _late_correlation(steps: Mapping[int, Row], last: int) -> float | None:

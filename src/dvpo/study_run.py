@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 import traceback
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from multiprocessing.connection import wait
@@ -22,9 +23,10 @@ from rich.console import Console
 
 from dvpo.config import Config
 from dvpo.durable import write_atomically
-from dvpo.errors import InputError
+from dvpo.errors import InputError, warning_text
 from dvpo.interrupt import RESUMABLE, Interrupted, handled
 from dvpo.loading import load_config
+from dvpo.runlog import read_rows
 from dvpo.settings import TaskConfig
 from dvpo.study import Cell, Study, result_hash
 from dvpo.study_results import ResultsFile, Row, finished_cells, locked, result_row
@@ -162,6 +164,7 @@ def _train(config: Config) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends us
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    warnings.formatwarning = warning_text
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / SAID, "a") as said:
@@ -196,6 +199,12 @@ def _die_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _count_faults(cell: Cell) -> int:
+    """Rewards that a run lost, its evaluations' included."""
+    file = cell.folder / "faults.jsonl"
+    return sum(row.get("cured") is False for row in read_rows(file)) if file.exists() else 0
+
+
 class _Progress:
     """A line for each run that ends: how many are done, what came out, how long the rest will take."""
 
@@ -209,6 +218,10 @@ class _Progress:
             for split in ("id", "ood")
             if row[f"{split}_before"] is not None and row[f"{split}_true"] is not None
         ]
+        if unknown := row.get("unknown"):
+            figures.append(f"{unknown} held-out without a reward")
+        if faults := _count_faults(cell):
+            figures.append(f"{faults:,} rewards failed")
         self._line(cell, "  ".join([*figures, f"{row['seconds']:.0f} s"]))
 
     def failed(self, cell: Cell, reason: str) -> None:

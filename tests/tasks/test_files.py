@@ -38,7 +38,10 @@ def many(count: int, **columns: Any) -> list[dict[str, Any]]:
 
 def test_rows_become_examples_with_all_other_columns(write: Write) -> None:
     rows = [{"prompt": "2+2=", "answer": "4", "id": 7}, {"prompt": CHAT, "answer": "4", "level": 2, "id": "b"}]
-    task = FilesTask(write(rows), held_out=0)
+    with pytest.warns(
+        UserWarning, match=r"task.path = .*: 1 of 2 rows have no column 'level', first that of prompt 7;"
+    ):
+        task = FilesTask(write(rows), held_out=0)
     first, second = task.split("train")
     assert (first.id, first.prompt, second.id, second.prompt) == ("7", "2+2=", "b", CHAT)
     assert first.columns == {"answer": "4", "id": 7, "level": None}, "every reward call gets the same columns"
@@ -104,7 +107,12 @@ def test_neither_side_of_the_split_is_ever_empty(write: Write, share: float) -> 
 
 def test_given_evaluation_files_are_the_splits_and_nothing_is_held_out(write: Write) -> None:
     path, ids, ood = write(many(30)), write(many(2, level=1), "id.jsonl"), write([{"prompt": "x"}], "ood.jsonl")
-    task = FilesTask(path, id_path=ids, ood_path=ood, held_out=0.5)
+    with pytest.warns(UserWarning, match="have no column 'level'") as warned:
+        task = FilesTask(path, id_path=ids, ood_path=ood, held_out=0.5)
+    assert [said.split(":")[0] for said in (str(one.message) for one in warned) if "no column" in said] == [
+        f"task.path = {path}",
+        f"task.ood_path = {ood}",
+    ]
     assert [len(task.split(name)) for name in ("train", "id", "ood")] == [30, 2, 1]
     assert task.split("train")[0].columns == {"level": None}, "the columns of one split are those of all"
 

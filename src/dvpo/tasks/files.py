@@ -73,6 +73,7 @@ class FilesTask:
             for split, (field, source) in sources.items()
             if source is not None
         }
+        self._splits = _with_the_same_columns(self._splits, sources)
         if id_path is None and held_out > 0:
             self._splits |= _hold_out(self._splits["train"], held_out, path)
         if of_files := [split for split in ("id", "ood") if sources[split][1] is not None]:
@@ -81,7 +82,6 @@ class FilesTask:
                 _warn_of_trained(self._splits[split], trained, " = ".join(map(str, sources[split])))
         # Evaluations take the first of a split: in the file's order, those of a single topic where it is sorted.
         self._splits |= {split: _by_hash(self._splits[split]) for split in ("id", "ood") if split in self._splits}
-        self._splits = _with_the_same_columns(self._splits)
         self.columns = list(self._splits["train"][0].columns)
         self.knows_truth = truth is not None
         self._warned = False
@@ -183,9 +183,23 @@ def _by_hash(examples: list[Example]) -> list[Example]:
     return sorted(examples, key=lambda example: derive_uniform("order", _prompt_hash(example.prompt)))
 
 
-def _with_the_same_columns(splits: Mapping[str, list[Example]]) -> dict[str, list[Example]]:
-    """Give each example every column, None where its row had none: reward functions always get the same."""
+def _with_the_same_columns(
+    splits: Mapping[str, list[Example]], sources: Mapping[str, tuple[str, Any]]
+) -> dict[str, list[Example]]:
+    """Give each example every column, None where its row had none: reward functions always get the same.
+
+    A column that some rows lack may be a slip of the pen, which would pay 0 for every answer to them: it is said.
+    """
     names = dict.fromkeys(name for examples in splits.values() for e in examples for name in e.columns)
+    for split, examples in splits.items():
+        for name in names:
+            if lacking := [example.id for example in examples if name not in example.columns]:
+                warnings.warn(
+                    f"{' = '.join(map(str, sources[split]))}: {len(lacking)} of {len(examples)} rows have no column "
+                    f"{name!r}, first that of prompt {lacking[0]}; reward functions get None there: mend the name, or "
+                    "write null where None is meant",
+                    stacklevel=3,
+                )
     return {
         split: [replace(e, columns={name: e.columns.get(name) for name in names}) for e in examples]
         for split, examples in splits.items()
