@@ -1,11 +1,12 @@
 """What do the paper's terms weigh beside quantile regression, and how far does a critic get in a run?
 
-    python benchmarks/term_weights.py       # 3 settings, one seed, one process, one thread
+    python benchmarks/term_weights.py       # 3 settings, 4 variants, one seed, one process, one thread
 
 `dvpo_paper` learns `math` under the noise `heavy` of the noise study (docs/protocol.md), on a tuning seed. At some
 steps, mean over their minibatches, for each term its weight (.1) times the norm of its gradient over that of quantile
-regression, both with respect to the predictions of all tokens [K, N, M] that the loss sees. One seed shows sizes; it
-ranks nothing. Writes results/term_weights.json.
+regression, both with respect to the predictions of all tokens [K, N, M] that the loss sees. Beside it the same critic
+with smaller and larger tails, and without any term. One seed shows sizes; it ranks nothing. Writes
+results/term_weights.json.
 """
 
 import argparse
@@ -42,12 +43,18 @@ SETTINGS: dict[str, list[str]] = {
     "one setting": [*STUDY, "advantage.lam=1", "policy_optimiser.lr=1.5e-4", "critic_optimiser.lr=1e-3"],
     "defaults": [],
 }
+VARIANTS: dict[str, list[str]] = {
+    "as it is": [],
+    "tails of .03": ["critic.alpha=0.03", "critic.beta=0.03"],
+    "tails of .2": ["critic.alpha=0.2", "critic.beta=0.2"],
+    "no terms": ["algorithm=dvpo_plain"],
+}
 FIGURES = ("qr", "value_mean", "return_mean", "spread", "true_correlation")
 
 Row = dict[str, Any]
 
 
-def run(setting: str) -> list[Row]:
+def run(setting: str, variant: str) -> list[Row]:
     """For each step shown: the terms' share of the gradient, and what the critic's metrics say."""
     import torch
 
@@ -67,7 +74,8 @@ def run(setting: str) -> list[Row]:
 
     with tempfile.TemporaryDirectory() as folder, patch.object(algorithms, "critic_terms", watched):
         (path := Path(folder, "run.yaml")).write_text(CONFIG)
-        config = load_config(path, [f"seed={SEED}", f"steps={SHOWN[-1]}", f"output={folder}/run", *SETTINGS[setting]])
+        common = [f"seed={SEED}", f"steps={SHOWN[-1]}", f"output={folder}/run"]
+        config = load_config(path, [*common, *SETTINGS[setting], *VARIANTS[variant]])
         trainer, rows = Trainer(config), []
         for step in range(1, SHOWN[-1] + 1):
             seen.clear()
@@ -77,19 +85,19 @@ def run(setting: str) -> list[Row]:
                 for name in algorithms.TERMS
             }
             figures = {name: metrics[f"critic/{name}"] for name in FIGURES}
-            rows.append({"setting": setting, "step": step, "shares": shares, **figures})
+            rows.append({"setting": setting, "variant": variant, "step": step, "shares": shares, **figures})
         trainer.close()
     return [row for row in rows if row["step"] in SHOWN]
 
 
 def show(rows: list[Row]) -> None:
     table = Table(title=f"dvpo_paper, math, heavy, seed {SEED}: weight * |gradient| of a term / |gradient| of qr")
-    for column in ("setting", "step", *rows[0]["shares"], *FIGURES):
+    for column in ("setting", "variant", "step", *rows[0]["shares"], *FIGURES):
         table.add_column(column, justify="right")
     for row in rows:
         values = [*row["shares"].values(), *(row[name] for name in FIGURES)]
-        table.add_row(row["setting"], str(row["step"]), *(f"{value:.2f}" for value in values))
-    Console(width=150).print(table)
+        table.add_row(row["setting"], row["variant"], str(row["step"]), *(f"{value:.2f}" for value in values))
+    Console(width=180).print(table)
 
 
 def main() -> None:
@@ -103,7 +111,7 @@ def main() -> None:
         "versions": provenance.versions(),
         "seed": SEED,
     }
-    rows = [row for setting in SETTINGS for row in run(setting)]
+    rows = [row for setting in SETTINGS for variant in VARIANTS for row in run(setting, variant)]
     show(rows)
     output.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     print(f"written: {output}")
