@@ -103,6 +103,9 @@ REPORTING = [
         baseline=LADDER[0],
         only="noise=heavy," + ",".join(f"algorithm={name}" for name in LADDER),
     ),
+    reporting(
+        "The paper's comparison at the package's defaults", "noise_defaults", baseline="dvpo_paper", by_task=True
+    ),
     reporting("More flips and fewer", "noise_rates", pooled=False, figures={"noise_rates": curves}),
     reporting("More noises", "noise_more", pooled=False),
     reporting("Numbers of quantiles, sizes of tails", "noise_sizes"),
