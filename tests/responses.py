@@ -9,10 +9,9 @@ from torch import Tensor
 from dvpo.algorithms import ALGORITHMS
 from dvpo.core.masks import identity
 from dvpo.loading import load_config
-from dvpo.noise_rates import NO_RATES, Rates
 from dvpo.sampling import Turn
 from dvpo.settings import RewardConfig
-from dvpo.shaping import Signals, last_token, reward_trust, shape_rewards
+from dvpo.shaping import NO_RATES, Rates, Signals, last_token, reward_trust, shape_rewards
 
 NOISE = Rates(false_positive=0.1, false_negative=0.3)
 

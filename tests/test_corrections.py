@@ -11,9 +11,8 @@ from torch import Tensor
 from dvpo.core.returns import gae
 from dvpo.core.risk import noise_corrected_value, trimmed_mean
 from dvpo.loading import load_config
-from dvpo.noise_rates import NO_RATES, Rates
 from dvpo.settings import RewardConfig
-from dvpo.shaping import Signals, correct_rewards, forward_weights
+from dvpo.shaping import NO_RATES, Rates, Signals, correct_rewards, forward_weights
 from dvpo.trainer import Trainer
 from responses import NOISE, estimate, shape, signals
 from runs import Parity, run_config

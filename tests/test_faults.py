@@ -8,7 +8,7 @@ import pytest
 from dvpo.cli import main
 from dvpo.config import to_yaml
 from dvpo.errors import InputError, RunStoppedError
-from dvpo.faults import KINDS, FaultTally, fault_figures, fault_rows, headline, stop_at_faults
+from dvpo.faults import KINDS, FaultTally, fault_figures, fault_rows, stop_at_faults
 from dvpo.loading import load_config
 from dvpo.rewards import Fault
 from dvpo.runlog import read_rows
@@ -144,13 +144,6 @@ def test_a_reward_that_fails_is_said_once_and_in_total_and_ends_no_run(
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "mean -, missing 100.0%, failed 12/12" in shown
     assert "TypeError: string indices" in shown
-
-
-def test_a_headline_keeps_the_kind_and_the_users_line():
-    long = f"ValueError: {'x' * 1000} (my_rewards.py:3)\n  File ..."
-    assert headline(Fault("exception", 0, long)).startswith("ValueError: xx")
-    assert headline(Fault("exception", 0, long)).endswith("x (my_rewards.py:3)")
-    assert headline(Fault("timeout", 0, "no answer within 1 s")) == "timeout: no answer within 1 s"
 
 
 def test_of_many_faults_the_first_bring_their_texts_and_the_others_say_which_samples_they_struck():

@@ -14,7 +14,8 @@ from dvpo.core.masks import identity
 from dvpo.errors import InputError
 from dvpo.loading import load_config
 from dvpo.noise import make_noise
-from dvpo.noise_rates import NO_RATES, RateEstimator
+from dvpo.noise_rates import RateEstimator
+from dvpo.shaping import NO_RATES
 from dvpo.tasks import Example
 from dvpo.trainer import Trainer
 from runs import Parity, run_config

@@ -15,7 +15,7 @@ import pytest
 
 from dvpo.errors import InputError
 from dvpo.reward_lane import Lane
-from dvpo.rewards import GuardedReward, Scores, _cuts, longest_call
+from dvpo.rewards import Fault, GuardedReward, Scores, _cuts, headline, longest_call
 from guards import Guard, guards_in, kinds, score
 
 
@@ -354,3 +354,10 @@ def test_what_cannot_be_sent_is_an_input_error(guard: Guard) -> None:
     reward = guard("def reward(**columns): return [1.0]")
     with pytest.raises(InputError, match=r"columns \['log'\] cannot be sent to"):
         score(reward, ["a"], log=[lock])
+
+
+def test_a_headline_keeps_the_kind_and_the_users_line() -> None:
+    long = f"ValueError: {'x' * 1000} (my_rewards.py:3)\n  File ..."
+    assert headline(Fault("exception", 0, long)).startswith("ValueError: xx")
+    assert headline(Fault("exception", 0, long)).endswith("x (my_rewards.py:3)")
+    assert headline(Fault("timeout", 0, "no answer within 1 s")) == "timeout: no answer within 1 s"

@@ -8,8 +8,8 @@ import pytest
 from dvpo.config import Config
 from dvpo.errors import InputError
 from dvpo.loading import load_config
-from dvpo.noise_rates import NO_RATES, Rates
 from dvpo.risk_control import matched_to_noise, risk_figures
+from dvpo.shaping import NO_RATES, Rates
 from dvpo.trainer import Trainer
 from runs import Parity, run_config
 from test_trainer import farthest, rows, trained, weights

@@ -20,12 +20,11 @@ from dvpo.config import Config
 from dvpo.diagnosis import Agreement, ErrorRate, Findings, Sheet, find
 from dvpo.durable import output_file, write_atomically
 from dvpo.errors import InputError
-from dvpo.faults import headline
 from dvpo.noise import NO_NOISE, Noise, make_noise
 from dvpo.prompts import PromptStream
 from dvpo.report_words import percent
 from dvpo.reward_mix import RewardMix
-from dvpo.rewards import Fault, RewardSource
+from dvpo.rewards import Fault, RewardSource, headline
 from dvpo.sampling import Episode
 from dvpo.scoring import Scorer, open_reward, open_source
 from dvpo.seeding import derive_seed

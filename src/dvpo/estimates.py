@@ -11,9 +11,8 @@ from dvpo.core import risk
 from dvpo.core.backends import ascending
 from dvpo.core.masks import Reduce, masked_mean, zero_masked
 from dvpo.core.returns import distributional_targets, gae, mixture_targets
-from dvpo.noise_rates import NO_RATES, Rates
 from dvpo.settings_learning import AdvantageConfig, LawConfig
-from dvpo.shaping import Signals, correct_rewards, last_token
+from dvpo.shaping import NO_RATES, Rates, Signals, correct_rewards, last_token
 
 # The number that a row acts on: [..., N, M] -> [...]. A constant added to all atoms comes through as it is.
 

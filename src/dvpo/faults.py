@@ -5,14 +5,13 @@ from typing import Any, get_args
 
 from dvpo.errors import InputError, RunStoppedError
 from dvpo.reward_lane import FaultKind
-from dvpo.rewards import Fault
+from dvpo.rewards import Fault, headline
 from dvpo.sampling import Episode
 from dvpo.settings import RewardConfig
 
 KINDS: tuple[str, ...] = get_args(FaultKind)
 BROKEN = ("wrong_length", "wrong_type", "non_finite")
 """What does not pass by itself; exceptions and time-outs may."""
-HEADLINE_CHARACTERS = 300
 SHOWN, SAMPLE = 8, ("prompt_id", "visit", "sample")
 
 
@@ -56,14 +55,6 @@ def lost_in_evaluation(faults: Sequence[Mapping[str, Any]]) -> str:
     first = headline(Fault(lost[0]["kind"], None, lost[0]["message"]))
     times = "once" if len(lost) == 1 else f"{len(lost):,} times"
     return f"the reward failed {times}, and what it failed on counts in no figure; the first: {first}"
-
-
-def headline(fault: Fault) -> str:
-    """What happened in one line: an exception with the user's file and line, else the kind and what it came with."""
-    text = fault.message.splitlines()[0] if fault.message else "no message"
-    half = HEADLINE_CHARACTERS // 2
-    text = text if len(text) <= HEADLINE_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
-    return text if fault.kind == "exception" else f"{fault.kind}: {text}"
 
 
 def fault_figures(faults: Sequence[Fault]) -> dict[str, float]:

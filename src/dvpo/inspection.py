@@ -18,7 +18,6 @@ from dvpo.environments import EnvironmentFaultError, environment_at, step
 from dvpo.errors import InputError
 from dvpo.evaluate import open_trained, refuse_what_python_gave, sound_checkpoint
 from dvpo.loading import load_config
-from dvpo.noise_rates import Rates
 from dvpo.policy import Policy
 from dvpo.privilege import Privilege
 from dvpo.report import write_page
@@ -27,7 +26,7 @@ from dvpo.report_texts import page_data, script_json
 from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, collate, play
 from dvpo.scoring import Scorer
 from dvpo.seeding import derive_seed
-from dvpo.shaping import step_signals
+from dvpo.shaping import Rates, step_signals
 from dvpo.tasks import Example, SingleTurn, Task
 from dvpo.tasks.named import make_task
 from dvpo.token_terminal import print_view

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from dvpo.core.masks import Reduce
 from dvpo.distributed import is_main
 from dvpo.errors import InputError
 from dvpo.seeding import derive_uniform
+from dvpo.shaping import NO_RATES, Rates
 from dvpo.stats import wilson_interval
 from dvpo.tasks import Example, Task
 
@@ -21,18 +22,6 @@ ENOUGH = 20
 """Responses of each kind, truly right and truly wrong, without which both rates count as 0."""
 MOST = 0.8
 """Rates that add up to more are scaled down to it, so that no reward is multiplied by more than 5."""
-
-
-class Rates(NamedTuple):
-    """What a correction takes for the noise of a binary reward; both 0: it is taken for right."""
-
-    false_positive: float = 0.0
-    """p, probability that a wrong response is taken for a right one."""
-    false_negative: float = 0.0
-    """q, probability that a right response is taken for a wrong one."""
-
-
-NO_RATES = Rates()
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ ALONE = 8
 FORM = ("wrong_length", "wrong_type")
 """Not tried again: a function that returns one entry for eight would return one for one, and pass."""
 
+HEADLINE_CHARACTERS = 300
+
 NOT_TRIED = Failure("timeout", "not tried: those before it took the time of the batch")
 
 Batch = Mapping[str, Sequence[Any]]
@@ -64,6 +66,14 @@ class Fault:
     """What happened; an exception in one line, then the last lines of its traceback."""
     cured: bool = False
     """A later attempt gave the reward."""
+
+
+def headline(fault: Fault) -> str:
+    """What happened in one line: an exception with the user's file and line, else the kind and what it came with."""
+    text = fault.message.splitlines()[0] if fault.message else "no message"
+    half = HEADLINE_CHARACTERS // 2
+    text = text if len(text) <= HEADLINE_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
+    return text if fault.kind == "exception" else f"{fault.kind}: {text}"
 
 
 @dataclass(frozen=True)

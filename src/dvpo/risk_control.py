@@ -3,7 +3,7 @@
 from dataclasses import asdict, replace
 
 from dvpo.config import Config
-from dvpo.noise_rates import NO_RATES, Rates
+from dvpo.shaping import NO_RATES, Rates
 
 KEPT = "consistency"
 """The one term that is about the heads and not about a tail."""

@@ -1,6 +1,7 @@
 """What a row estimates from: the rewards of a step as config shapes them, the critic's values, and what counts."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,12 +10,23 @@ from dvpo.batch import Rollout
 from dvpo.config import Config
 from dvpo.core.masks import Reduce, masked_mean, masked_variance
 from dvpo.core.returns import GROUP_STD_EPS, group_location_scale
-from dvpo.noise_rates import NO_RATES, Rates
 from dvpo.settings import RewardConfig
 from dvpo.settings_learning import AdvantageConfig
 
 NO_SPREAD = 1e-6
 """Returns that deviate by no more are taken for equal."""
+
+
+class Rates(NamedTuple):
+    """What a correction takes for the noise of a binary reward; both 0: it is taken for right."""
+
+    false_positive: float = 0.0
+    """p, probability that a wrong response is taken for a right one."""
+    false_negative: float = 0.0
+    """q, probability that a right response is taken for a wrong one."""
+
+
+NO_RATES = Rates()
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ from dvpo.metrics import (
     task_figures,
 )
 from dvpo.noise import make_noise
-from dvpo.noise_rates import NO_RATES, open_rates
+from dvpo.noise_rates import open_rates
 from dvpo.optimiser import Optimiser, warn_of_rate
 from dvpo.parallel import refuse_processes, shard
 from dvpo.policy import Policy, choose_device, open_policy
@@ -77,7 +77,7 @@ from dvpo.runlog import RunLog, refuse_used_folder
 from dvpo.sampling import ChatEncoder, collate, fit_prompts, within_context
 from dvpo.scoring import Scorer, longest_scoring, open_reward
 from dvpo.seeding import derive_seed
-from dvpo.shaping import going_on, response_penalties, step_signals
+from dvpo.shaping import NO_RATES, going_on, response_penalties, step_signals
 from dvpo.sinks import refuse_unusable
 from dvpo.skips import Skips
 from dvpo.tasks import Task

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dvpo.errors import InputError
-from dvpo.faults import headline
 from dvpo.jsonl import json_objects
-from dvpo.rewards import STANDARD_ARGUMENTS, GuardedReward
+from dvpo.rewards import STANDARD_ARGUMENTS, GuardedReward, headline
 from dvpo.seeding import derive_uniform
 from dvpo.tasks import Answer, Environment, Example, Message, Prompt, Reward, SingleTurn
 
