@@ -21,7 +21,7 @@ from dvpo.charts import Chart, Line
 from dvpo.cli import main
 from dvpo.runlog import RunLog
 from dvpo.terminal_charts import FRAME, SCALE, binned, draw
-from dvpo.watch import PANELS, Follower, duration, picture, watch
+from dvpo.watch import PANELS, Follower, picture, watch
 from runs import trained
 
 
@@ -197,7 +197,6 @@ def test_troubles_and_the_time_left_stand_beside_the_run(tmp_path: Path) -> None
     with (tmp_path / "mine" / "metrics.jsonl").open("a") as log:
         log.write('{"step": 10, "eval/id/accuracy": 0.5}\n')
     assert "20 faults  ALARM entropy" in seen(tmp_path / "mine", width=160)  # an evaluation says nothing of alarms
-    assert [duration(x) for x in (3, 200, 12000)] == ["3 s", "3 min", "3 h 20 min"]
 
 
 def test_names_and_keys_do_nothing_to_the_terminal(tmp_path: Path) -> None:

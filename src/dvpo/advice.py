@@ -19,7 +19,7 @@ from dvpo.faults import BROKEN
 from dvpo.loading import load_config
 from dvpo.nested import merge
 from dvpo.noise_rates import ENOUGH, MOST
-from dvpo.report_words import percent
+from dvpo.plain_text import percent
 
 NEARLY_ALL = 0.9
 """Of the prompts that have signal with all samples, so many shall have it."""

@@ -21,8 +21,8 @@ from dvpo.diagnosis import Agreement, ErrorRate, Findings, Sheet, find
 from dvpo.durable import output_file, write_atomically
 from dvpo.errors import InputError
 from dvpo.noise import NO_NOISE, Noise, make_noise
+from dvpo.plain_text import percent
 from dvpo.prompts import PromptStream
-from dvpo.report_words import percent
 from dvpo.reward_mix import RewardMix
 from dvpo.rewards import Fault, RewardSource, headline
 from dvpo.sampling import Episode

@@ -19,6 +19,7 @@ from dvpo.config import Config
 from dvpo.faults import FaultTally
 from dvpo.lora import refuse_without_peft
 from dvpo.memory import predict
+from dvpo.plain_text import duration
 from dvpo.policy import choose_device
 from dvpo.provenance import installed_version, machine
 from dvpo.rewards import Fault
@@ -26,7 +27,6 @@ from dvpo.settings_learning import DistributedConfig, LogConfig
 from dvpo.sinks import refuse_unusable
 from dvpo.trainer import Trainer
 from dvpo.warmstart import starting_model
-from dvpo.watch import duration
 
 REQUIRED = (
     *("torch", "transformers", "safetensors", "pydantic", "pyyaml", "rich", "cloudpickle"),

@@ -22,7 +22,7 @@ from dvpo.environments import environment_at
 from dvpo.errors import InputError
 from dvpo.faults import fault_rows, lost_in_evaluation
 from dvpo.loading import load_config
-from dvpo.plain_text import table_console
+from dvpo.plain_text import interval, table_console
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.rewards import Scores
 from dvpo.runlog import json_line, unused
@@ -394,16 +394,5 @@ def _table(results: Mapping[str, Evaluation], sizes: Mapping[str, int], title: s
 
 
 def interval_text(figures: Mapping[str, float], name: str, percent: bool = True) -> str:
-    """Per cent, `45.3 [39, 51]`, from the figures `name`, `name_low`, `name_high`; a dash where there is none.
-
-    Args:
-        figures: of a summary.
-        name: of one of them.
-        percent: whether it is a share; else it is shown in its own unit, `3.2 [2.87, 3.5]`.
-    """
-    if name not in figures or math.isnan(figures[name]):
-        return "-"
-    value, low, high = (figures[name + end] for end in ("", "_low", "_high"))
-    return (
-        f"{100 * value:.1f} [{100 * low:.0f}, {100 * high:.0f}]" if percent else f"{value:.3g} [{low:.3g}, {high:.3g}]"
-    )
+    """`45.3 [39, 51]`, from a summary's figures `name`, `name_low`, `name_high`; `percent`: whether it is a share."""
+    return interval(*(figures.get(name + end) for end in ("", "_low", "_high")), share=percent)

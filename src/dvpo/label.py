@@ -22,6 +22,7 @@ from dvpo.config import Config
 from dvpo.durable import output_file, write_atomically
 from dvpo.errors import InputError
 from dvpo.evaluate import CORRECT
+from dvpo.plain_text import interval
 from dvpo.sampling import Episode
 from dvpo.stats import wilson_interval
 from dvpo.tasks import Answer, HasFinalAnswer
@@ -155,5 +156,4 @@ def print_summary(labels: Sequence[Label], console: Console) -> None:
 
 def _accuracy(labels: Sequence[Label]) -> str:
     right = sum(bool(label.correct) for label in labels)
-    low, high = wilson_interval(right, len(labels))
-    return f"{100 * right / len(labels):.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+    return interval(right / len(labels), *wilson_interval(right, len(labels)))

@@ -1,5 +1,9 @@
-"""Text of models and users as text: nothing in it acts on a terminal, a page or the order of what stands beside it."""
+"""Text of models and users as text: nothing in it acts on a terminal, a page or the order of what stands beside it.
 
+Beside it figures, as every view writes them.
+"""
+
+import math
 import sys
 import unicodedata
 from typing import Any
@@ -38,6 +42,27 @@ def _sign(character: str) -> str:
     if unicodedata.category(character) == "Zs":
         return " "
     return f"\\u{number:04x}" if number <= 0xFFFF else f"\\U{number:08x}"
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 90:
+        return f"{max(seconds, 0):.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%"
+
+
+def interval(value: float | None, low: float | None, high: float | None, *, share: bool = True) -> str:
+    """A share in per cent, `45.3 [39, 51]`, else in its own unit, `3.2 [2.87, 3.5]`; a dash where there is none."""
+    if value is None or math.isnan(value):
+        return "-"
+    scale, form, edge = (100, ".1f", ".0f") if share else (1, ".3g", ".3g")
+    text = f"{scale * value:{form}}"
+    return text if low is None or high is None else f"{text} [{scale * low:{edge}}, {scale * high:{edge}}]"
 
 
 def plain_console(**options: Any) -> Console:

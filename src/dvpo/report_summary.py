@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from dvpo.plain_text import interval
 from dvpo.report_data import Place, Run, Series
 from dvpo.report_panels import over_seeds
 from dvpo.report_words import BY_REWARD, SPLITS, ends, knows_truth
@@ -60,13 +61,7 @@ def _end(runs: Sequence[Run], split: str, index: int) -> str:
         return NONE
     if len(known) == 1:
         step, value = known[0].curve(key)[-1 if index else 0]
-        return _text(value, *(dict(known[0].curve(f"{key}{end}")).get(step) for end in ("_low", "_high")))
+        return interval(value, *(dict(known[0].curve(f"{key}{end}")).get(step) for end in ("_low", "_high")))
     pairs = [pair for run in known if (pair := ends(run, split))]
     low, middle, high = over_seeds([[(0.0, pair[index])] for pair in pairs])
-    return _text(middle[0][1], max(low[0][1], 0.0), min(high[0][1], 1.0))
-
-
-def _text(value: float | None, low: float | None, high: float | None) -> str:
-    if value is None:
-        return NONE
-    return f"{100 * value:.1f}" + ("" if low is None or high is None else f" [{100 * low:.0f}, {100 * high:.0f}]")
+    return interval(middle[0][1], max(low[0][1], 0.0), min(high[0][1], 1.0))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from dvpo.metrics import MANY_CUT
+from dvpo.plain_text import percent
 from dvpo.report_data import Place, Run, Series
 from dvpo.stats import paired_difference
 
@@ -181,7 +182,3 @@ def _late_of(run: Run, key: str) -> float | None:
     """Mean over the last part of the run."""
     curve: Sequence[tuple[float, float]] = run.curve(key)
     return fmean(value for _, value in curve[-max(len(curve) // LATE, 1) :]) if curve else None
-
-
-def percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}%"

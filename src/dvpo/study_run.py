@@ -26,13 +26,13 @@ from dvpo.durable import write_atomically
 from dvpo.errors import InputError, warning_text
 from dvpo.interrupt import RESUMABLE, Interrupted, handled
 from dvpo.loading import load_config
+from dvpo.plain_text import duration
 from dvpo.runlog import read_rows
 from dvpo.settings import TaskConfig
 from dvpo.study import Cell, Study, result_hash
 from dvpo.study_results import ResultsFile, Row, finished_cells, locked, result_row
 from dvpo.tasks.mixture import held_out
 from dvpo.tasks.named import make_task
-from dvpo.watch import duration
 
 ERROR, SAID, LOCK = "error", "output.txt", ".lock"
 """In a run's folder: why it failed; what it said; held by the process that runs it."""

@@ -24,7 +24,7 @@ from rich.text import Text
 from dvpo.charts import Chart, Line, Point
 from dvpo.errors import InputError
 from dvpo.interrupt import Interrupted
-from dvpo.plain_text import visible
+from dvpo.plain_text import duration, visible
 from dvpo.runlog import is_evaluation
 from dvpo.terminal_charts import COLOURS, FRAME, MARK, draw
 
@@ -328,11 +328,3 @@ def _steps(folder: Path) -> int | None:
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
         return None
     return steps if isinstance(steps, int) else None
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3 h 20 min`."""
-    if seconds < 90:
-        return f"{max(seconds, 0):.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
