@@ -78,12 +78,6 @@ class Source:
     def close(self) -> None:
         self.closed = True
 
-    def __enter__(self) -> "Source":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
 
 def mixed(weights: list[float], *rewards: list[Reward]) -> Scores:
     mix = RewardMix([Part(f"part{i}", weight, None) for i, weight in enumerate(weights)])
@@ -155,8 +149,7 @@ def test_figures_are_those_of_each_part_before_its_weight_and_begin_anew_when_th
 
 def test_closing_a_mix_closes_every_part() -> None:
     sources = [Source(), Source()]
-    with RewardMix([Part("a", 1, sources[0]), Part("task", 1, None), Part("b", 1, sources[1])]):
-        pass
+    RewardMix([Part("a", 1, sources[0]), Part("task", 1, None), Part("b", 1, sources[1])]).close()
     assert all(source.closed for source in sources)
 
 

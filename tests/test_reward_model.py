@@ -167,8 +167,7 @@ def test_a_score_that_is_not_finite_is_a_fault_and_no_reward(model: RewardModel)
     bad = model.tokenizer("~").input_ids[0]
     with torch.no_grad():
         model.model.get_input_embeddings().weight[bad] = math.nan
-    with ModelReward(model) as reward:
-        scores = reward([CHAT, CHAT], ["4", "~"], [[1], [1]], {})
+    scores = ModelReward(model)([CHAT, CHAT], ["4", "~"], [[1], [1]], {})
     assert scores.rewards[0] is not None
     assert scores.rewards[1] is None
     assert [(fault.kind, fault.index) for fault in scores.faults] == [("non_finite", 1)]

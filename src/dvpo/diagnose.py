@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def fill_sheet(config: Config, effort: Effort, others: Sequence[str] = (), conso
 
         def scorer(source: RewardSource | RewardMix | None, noise: Noise = NO_NOISE) -> Scorer:
             if source is not None:
-                opened.enter_context(source)
+                opened.enter_context(closing(source))
             return Scorer(task, source, noise)
 
         main = scorer(open_reward(config, task), make_noise(config.noise, config.seed, task.split("train")))

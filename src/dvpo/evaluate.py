@@ -5,7 +5,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -355,7 +355,8 @@ def evaluate_checkpoint(
         raise InputError(f"--output = {file}: {taken[0]} exists: name a new file")
     examples = {split: fitting_examples(task, split, config, policy) for split in splits}
     rows, results = [], {}
-    with open_reward(config, task) or nullcontext() as reward:
+    reward = open_reward(config, task)
+    with closing(reward) if reward else nullcontext():
         judge = Scorer(task, reward).judge
         for split in splits:
             results[split] = evaluate(policy, task, examples[split], judge, config.sampling, samples, config.seed)

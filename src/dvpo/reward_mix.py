@@ -9,7 +9,6 @@ of the right form whose correctness nobody could judge would get the reward of a
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 
@@ -83,12 +82,6 @@ class RewardMix:
         for part in self.parts:
             if part.source is not None:
                 part.source.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _sum(self, values: Sequence[Reward]) -> Reward | str:
         """The weighted sum; None if a part is missing, a sentence if lists do not fit."""

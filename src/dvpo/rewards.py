@@ -97,10 +97,6 @@ class RewardSource(Protocol):
 
     def close(self) -> None: ...
 
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
 
 class GuardedReward:
     """A user's reward function behind a guard: no fault of it hangs or ends the run, or counts as a 0.
