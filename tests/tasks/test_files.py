@@ -47,7 +47,7 @@ def test_rows_become_examples_with_all_other_columns(write: Write) -> None:
     assert first.columns == {"answer": "4", "id": 7, "level": None}, "every reward call gets the same columns"
     assert second.columns == {"answer": "4", "id": "b", "level": 2}
     assert (task.name, task.columns) == ("train", ["answer", "id", "level"])
-    assert task.split("id") == task.split("ood") == task.split("no such split") == []
+    assert task.split("id") == task.split("ood") == task.split("no such split") == ()
     assert task.environment(first).reset() == "2+2="
 
 

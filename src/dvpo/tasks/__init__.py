@@ -107,6 +107,20 @@ class Task(Protocol):
         ...
 
 
+class SplitTask:
+    """The base of the tasks here: they hold their examples by split, and end after one response unless they say
+    otherwise. A task of your own needs no base."""
+
+    _splits: Mapping[str, Sequence[Example]]
+
+    def split(self, name: str) -> Sequence[Example]:
+        """The examples of `train`, `id` or `ood`; empty for any other name, unless the task has more."""
+        return self._splits.get(name, ())
+
+    def environment(self, example: Example) -> Environment:
+        return SingleTurn(example)
+
+
 @runtime_checkable
 class HasFinalAnswer(Task, Protocol):
     """A task whose responses end in an answer that can be compared with others, so that samples can vote."""

@@ -34,7 +34,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dvpo.tasks import Environment, Example, Message, OodKind, Prompt, Reward, Step
+from dvpo.tasks import Environment, Example, Message, OodKind, Prompt, Reward, SplitTask, Step
 from dvpo.tasks.dialogue_goals import SEEN, TRAINED, UNSEEN, UNTRAINED, Domain, Goal, draw_goal
 from dvpo.tasks.splits import draw_split
 
@@ -188,7 +188,7 @@ class Conversation:
         return f"{self.goal.attribute}={self.goal.facts[pairs[0][1]]}" if known else "error"
 
 
-class SlotFilling:
+class SlotFilling(SplitTask):
     """The embedded dialogue task: train and `id` are goals of three domains, `ood` those of two unseen ones.
 
     The reward, the mean of TCR, ACR and GCR, comes from the environment's last step. `true_reward` adds 0: an episode
@@ -219,10 +219,6 @@ class SlotFilling:
         }
         self._goals = {goal.id: goal for part in goals.values() for goal in part}
         self._splits = {name: tuple(map(as_example, part)) for name, part in goals.items()}
-
-    def split(self, name: str) -> Sequence[Example]:
-        """The examples of `train`, `id` or `ood`; empty for any other name."""
-        return self._splits.get(name, ())
 
     def goal(self, example: Example) -> Goal:
         """The goal behind an example."""

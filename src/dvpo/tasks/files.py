@@ -18,13 +18,13 @@ from dvpo.errors import InputError
 from dvpo.jsonl import json_objects
 from dvpo.rewards import STANDARD_ARGUMENTS, GuardedReward, headline
 from dvpo.seeding import derive_uniform
-from dvpo.tasks import Answer, Environment, Example, Message, Prompt, Reward, SingleTurn
+from dvpo.tasks import Answer, Example, Message, Prompt, Reward, SplitTask
 
 Row = tuple[str, Mapping[str, Any]]
 """Where the row stands (`train.jsonl, line 7`), and its columns."""
 
 
-class FilesTask:
+class FilesTask(SplitTask):
     """A task read from files; the truth is unknown unless a function for it is given.
 
     - An example's id is its `id` column if there is one. Else it is a hash of the prompt, followed by `-2`,
@@ -67,7 +67,7 @@ class FilesTask:
             "id": ("task.id_path", id_path),
             "ood": ("task.ood_path", ood_path),
         }
-        self._splits = {
+        self._splits: dict[str, list[Example]] = {
             split: _examples(_rows(Path(source), field), field, prompt_column)
             for split, (field, source) in sources.items()
             if source is not None
@@ -88,12 +88,6 @@ class FilesTask:
         # Its time limit is the guard's own, 30 seconds, for each call of about 64 responses.
         columns = self.columns
         self._truth = None if truth is None else GuardedReward(truth, columns=columns, field="task.truth", most=64)
-
-    def split(self, name: str) -> Sequence[Example]:
-        return self._splits.get(name, [])
-
-    def environment(self, example: Example) -> Environment:
-        return SingleTurn(example)
 
     def final_answer(self, text: str) -> Answer | None:
         """The last match of `answer_pattern`, its first group if it has one; else the response without its margins.

@@ -18,7 +18,7 @@ from itertools import islice
 from typing import Any
 
 from dvpo.errors import InputError
-from dvpo.tasks import Environment, Example, Prompt, Reward, SingleTurn
+from dvpo.tasks import Example, Prompt, Reward, SplitTask
 
 CORRECT = 0.99
 """A score from here on is a right answer: below it generators pay for a part of one."""
@@ -30,7 +30,7 @@ INSTRUCTION = "\n\nGive the final answer alone between <answer> and </answer>."
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
-class ReasoningGym:
+class ReasoningGym(SplitTask):
     """Questions of reasoning-gym's generators, as many of each; only a full score counts.
 
     `train` and `id` come from the generators as they are, with different seeds, and no question of `train` is in
@@ -73,13 +73,6 @@ class ReasoningGym:
             "id": _examples("id", generators, id, seen),
             "ood": _examples("ood", others, ood, seen, harder),
         }
-
-    def split(self, name: str) -> Sequence[Example]:
-        """The examples of `train`, `id` or `ood`; empty for any other name."""
-        return self._splits.get(name, ())
-
-    def environment(self, example: Example) -> Environment:
-        return SingleTurn(example)
 
     def final_answer(self, text: str) -> str | None:
         """What stands between the one `<answer>` and the one `</answer>` of a response; None if that is not so."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
-from dvpo.tasks import Environment, Example, Prompt, Reward, SingleTurn
+from dvpo.tasks import Example, Prompt, Reward, SplitTask
 from dvpo.tasks.splits import draw_split
 
 TASK_VERSION = 1
@@ -131,7 +131,7 @@ def parse_answer(completion: str) -> int | None:
     return int(match[1]) if match else None
 
 
-class ChainArithmetic:
+class ChainArithmetic(SplitTask):
     """The embedded mathematics task: train and `id` are chains of 2-3 operations, `ood` of 4-6.
 
     `id` and `ood` hold questions that neither the training split nor the warm start's demonstrations contain.
@@ -151,13 +151,6 @@ class ChainArithmetic:
             "id": draw_examples(id, ID_OPERATIONS, held_out=True, seed=f"id {seed}"),
             "ood": draw_examples(ood, OOD_OPERATIONS, held_out=True, seed=f"ood {seed}"),
         }
-
-    def split(self, name: str) -> Sequence[Example]:
-        """The examples of `train`, `id` or `ood`; empty for any other name."""
-        return self._splits.get(name, ())
-
-    def environment(self, example: Example) -> Environment:
-        return SingleTurn(example)
 
     def final_answer(self, text: str) -> int | None:
         return parse_answer(text)

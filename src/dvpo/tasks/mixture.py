@@ -9,14 +9,14 @@ from itertools import zip_longest
 from typing import Any
 
 from dvpo.errors import InputError
-from dvpo.tasks import Environment, Example, Prompt, Reward, Task
+from dvpo.tasks import Environment, Example, Prompt, Reward, SplitTask, Task
 
 SPLITS = ("train", "id", "ood")
 COLUMN = "task"
 """Of a mixture's examples: the name of the task that each belongs to."""
 
 
-class Mixture:
+class Mixture(SplitTask):
     """A task made of tasks.
 
     `train`, `id` and `ood` hold the examples of all of them, one task after the other; `math/id` those of one.
@@ -62,9 +62,6 @@ class Mixture:
             renamed = tuple(replace(e, id=f"{name}/{e.id}", columns={**e.columns, COLUMN: name}) for e in examples)
             self._splits[f"{name}/{split}"] = renamed
             self._splits[split] = (*self._splits[split], *renamed)
-
-    def split(self, name: str) -> Sequence[Example]:
-        return self._splits.get(name, ())
 
     def environment(self, example: Example) -> Environment:
         name = example.columns[COLUMN]

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dvpo.seeding import derive_uniform
-from dvpo.tasks import Environment, Example, OodKind, Prompt, Reward, SingleTurn
+from dvpo.tasks import Example, OodKind, Prompt, Reward, SplitTask
 from dvpo.tasks.science_facts import NUMBERS, Recall, believing
 from dvpo.tasks.science_problems import KINDS, Problem
 from dvpo.tasks.splits import draw_split
@@ -200,7 +200,7 @@ def demonstrate(question: Question, rng: random.Random) -> Demonstration:
 # --- the task --------------------------------------------------------------------------------------------------------
 
 
-class Science:
+class Science(SplitTask):
     """The embedded science task: train and `id` share their compositions, those of `ood` are unseen.
 
     `id` and `ood` hold questions that the training split does not contain.
@@ -225,13 +225,6 @@ class Science:
             "id": draw_examples(id, trained, held_out=True, seed=f"id {seed}"),
             "ood": draw_examples(ood, other, held_out=True, seed=f"ood {seed}"),
         }
-
-    def split(self, name: str) -> Sequence[Example]:
-        """The examples of `train`, `id` or `ood`; empty for any other name."""
-        return self._splits.get(name, ())
-
-    def environment(self, example: Example) -> Environment:
-        return SingleTurn(example)
 
     def final_answer(self, text: str) -> str | None:
         return parse_answer(text)
