@@ -16,7 +16,7 @@ from dvpo import Trainer, report_texts
 from dvpo.cli import main
 from dvpo.errors import InputError
 from dvpo.plain_text import clipped, visible
-from dvpo.report import about, run_folders, write_report
+from dvpo.report import about, run_folders, study_page, write_report
 from dvpo.report_data import Place, Run, Series, place_of_runs, places_of_study, read_run, series_names
 from dvpo.report_panels import fault_lines, learning_panel, over_seeds, smoothed
 from dvpo.report_study import noise_axis, robustness_panels
@@ -421,6 +421,21 @@ def test_a_study_is_shown_from_its_rows_alone(tmp_path: Path):
     assert "Over all 2 pairs of task and noise" in text
     assert "dvpo against ppo: it ends 10.0 points below it in distribution" in text
     assert page.data["completions"] == []
+
+
+@pytest.mark.parametrize("task", [{"name": "files", "path": "prompts.jsonl"}, {}], ids=["no truth named", "none seen"])
+def test_a_study_whose_reward_is_the_judge_says_so_all_over_its_page(tmp_path: Path, task: dict[str, str]):
+    values = yaml.safe_load((ROOT / "configs" / "studies" / "tiny.yaml").read_text())
+    values |= {"output": str(tmp_path), "algorithms": ["ppo"], "seeds": [1], "noises": {"clean": {}}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({**values, "tasks": {"math": task}}))
+    study = load_study(tmp_path / "own.yaml")
+    if not task:  # it knows no truth, as steps without a true reward show
+        metrics = write_run(study.cells[0].folder, "ppo", {}, seed=1) / "metrics.jsonl"
+        metrics.write_text(metrics.read_text().replace("reward/true", "reward/another"))
+    page = study_page(study, [a_row(task="math", algorithm="ppo", seed=1)], "ppo")
+    charts = [page[name][0].charts[0].title for name in ("learning", "robustness")]
+    texts = [page["places"][0]["sentences"][0].text, page["tables"][0].note, page["notes"][0], *charts]
+    assert all("ccuracy by your reward (no truth was named)" in text for text in texts), texts
 
 
 def test_the_noise_axis_is_the_rate_where_one_kind_is_varied_and_names_otherwise(tmp_path: Path):

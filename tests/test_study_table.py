@@ -131,6 +131,19 @@ def test_a_place_without_a_row_has_no_highest_and_a_score_of_0_is_higher_than_no
     assert ends.lines[-1] == ("ppo", "50.0*", *(("0.0*", "2 of 2") if scores else ("-", "1 of 2")))
 
 
+def test_the_tables_say_by_whom_accuracy_was_judged(place: Path):
+    def said(**tasks: dict[str, str]) -> str:
+        study = load_study(write(place, algorithms=["ppo"], seeds=[1], noises={"clean": {}}, tasks=tasks))
+        rows = [a_row(task=task, algorithm="ppo", seed=1) for task in tasks]
+        return make_report(study, rows).notes[0].partition(" on held-out prompts")[0]
+
+    parity, own = {"name": "own:make_task"}, {"name": "files", "path": "prompts.jsonl"}
+    by_reward = "by your reward (no truth was named)"
+    assert said(parity=parity) == said(mine={**own, "truth": "own:truth"}) == "True greedy accuracy"
+    assert said(mine=own) == f"Greedy accuracy {by_reward}"
+    assert said(parity=parity, mine=own) == f"True greedy accuracy, that of mine {by_reward},"
+
+
 def test_one_seed_has_no_interval(place: Path):
     study = load_study(write(place, algorithms=["dvpo", "ppo"], seeds=[1], noises={"clean": {}}))
     ((line, _),) = [sheet.lines for sheet in make_report(study, CLEAN).sheets]

@@ -23,7 +23,7 @@ from dvpo.report_panels import POLICY, critic_panel, fault_lines, learning_panel
 from dvpo.report_study import robustness_panels
 from dvpo.report_summary import summary_table
 from dvpo.report_texts import page_data, script_json
-from dvpo.report_words import overall, sentences
+from dvpo.report_words import knows_truth, overall, sentences
 from dvpo.study import Study, load_study
 from dvpo.study_results import Row, read_results
 from dvpo.study_table import make_report
@@ -93,9 +93,10 @@ def study_page(study: Study, rows: Sequence[Row], baseline: str) -> dict[str, An
     """What the template needs for a study."""
     places = places_of_study(study, rows)
     algorithms = study.names("algorithm")
-    tables = make_report(study, rows, baseline if baseline in algorithms else algorithms[0])
+    blind = {place.task for place in places if not knows_truth(place.runs)}
+    tables = make_report(study, rows, baseline if baseline in algorithms else algorithms[0], blind=blind)
     return _page(places, baseline) | {
-        "robustness": robustness_panels(study, rows),
+        "robustness": robustness_panels(study, rows, blind),
         "sheets": tables.sheets,
         "notes": tables.notes,
         "series": algorithms,

@@ -12,9 +12,10 @@ from typing import Any
 
 import yaml
 
+from dvpo.config import Config, to_plain
 from dvpo.errors import InputError
 from dvpo.runlog import TIME_PREFIX, is_evaluation, read_rows
-from dvpo.study import Study
+from dvpo.study import Cell, Study
 from dvpo.study_results import Row, split_accuracy
 
 NO_SAY = ("seed", "output", "device", "log.", "checkpoint.", "evaluation.")
@@ -84,6 +85,8 @@ class Place:
 
     title: str
     series: Sequence[Series]
+    task: str = ""
+    """By the name that a study gives it."""
 
     @property
     def runs(self) -> list[Run]:
@@ -157,26 +160,26 @@ def places_of_study(study: Study, rows: Sequence[Row]) -> list[Place]:
         series: dict[str, list[Run]] = {}
         for cell in study.cells:
             if (cell.task, cell.noise) == (task, noise) and cell.key in found:
-                run = _of_cell(cell.folder, found[cell.key], title)
+                run = _of_cell(cell, found[cell.key], title)
                 series.setdefault(cell.algorithm, []).append(run)
         if series:
             there = [(colour, name) for colour, name in enumerate(study.names("algorithm")) if name in series]
-            places.append(Place(title, [Series(name, series[name], colour) for colour, name in there]))
+            places.append(Place(title, [Series(name, series[name], colour) for colour, name in there], task))
     if not places:
         raise InputError("the results file holds no row of this study's cells: run the study first")
     return places
 
 
-def _of_cell(folder: Path, row: Row, place: str) -> Run:
+def _of_cell(cell: Cell, row: Row, place: str) -> Run:
     """The run of a cell from its folder, or what its row says of it."""
-    if (folder / "manifest.json").exists():
-        return read_run(folder, row["algorithm"], place)
+    if (cell.folder / "manifest.json").exists():
+        return read_run(cell.folder, cell.algorithm, place)
     evaluations = [
         {"step": step, "eval/id/accuracy": at_id, "eval/ood/accuracy": at_ood} for step, at_id, at_ood in row["curve"]
     ]
-    settings = {"algorithm": row["algorithm"], "seed": row["seed"], "task.name": row["task"]}
     manifest = {"commit": row["commit"], "config_hash": row["config_hash"], "machine": {"cpu": row["machine"]}}
-    return Run(row["algorithm"], row["seed"], None, settings, evaluations=evaluations, manifest=manifest, place=place)
+    settings = settings_of(cell.config)
+    return Run(cell.algorithm, cell.seed, None, settings, evaluations=evaluations, manifest=manifest, place=place)
 
 
 def _rows(folder: Path, name: str) -> list[Row]:
@@ -212,6 +215,11 @@ def _telling(keys: Collection[str], runs: Sequence[Run]) -> list[str]:
     """Of the keys in which a run differs from others three, those with the most values first."""
     values = {key: len({str(_identity(run).get(key)) for run in runs}) for key in keys}
     return sorted(sorted(keys, key=lambda key: (-values[key], key))[:3])
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """Dotted key -> value, as a run's folder has them."""
+    return _flat(to_plain(config))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

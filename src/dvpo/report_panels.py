@@ -11,7 +11,7 @@ from typing import Any
 from dvpo.charts import Chart, Line, Point
 from dvpo.plain_text import clipped, visible
 from dvpo.report_data import Place, Run, Series
-from dvpo.report_words import BY_REWARD, knows_truth
+from dvpo.report_words import judged, knows_truth
 from dvpo.stats import student_quantile
 
 SMOOTHED_OVER = 25
@@ -94,7 +94,7 @@ def learning_panel(place: Place) -> Panel:
     ]
     figures = [*LEARNING, *extra]
     if not knows_truth(place.runs):
-        figures = [replace(f, title=f.title.replace("True accuracy", f"Accuracy {BY_REWARD}")) for f in figures]
+        figures = [replace(f, title=f.title.replace("True accuracy", judged("Accuracy", False))) for f in figures]
     return panel(place, figures)
 
 

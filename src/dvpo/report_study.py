@@ -1,25 +1,29 @@
 """What a study's report has besides the curves: how the end depends on the noise, and the study's tables."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from statistics import fmean
 
 from dvpo.charts import COLOURS, Chart, Line
 from dvpo.report_panels import Panel
-from dvpo.report_words import SPLITS
+from dvpo.report_words import SPLITS, judged
 from dvpo.stats import bootstrap_interval, iqm
 from dvpo.study import Study
 from dvpo.study_results import Row, row_key
 
 
-def robustness_panels(study: Study, rows: Sequence[Row]) -> list[Panel]:
-    """For each task: true accuracy at the end over the study's noises, a line an algorithm, interquartile means."""
+def robustness_panels(study: Study, rows: Sequence[Row], blind: Collection[str] = ()) -> list[Panel]:
+    """For each task: accuracy at the end over the study's noises, a line an algorithm, interquartile means.
+
+    `blind` are the tasks that the reward judged, since no truth was known.
+    """
     wanted, panels = {cell.key for cell in study.cells}, []
     rows = [row for row in rows if row_key(row) in wanted]
     for task in study.names("task"):
         # A noise may be another for another task, and so may its rate.
         of_task = replace(study, cells=tuple(cell for cell in study.cells if cell.task == task))
-        charts = [_chart(of_task, [row for row in rows if row["task"] == task], *split) for split in SPLITS]
+        mine, accuracy = [row for row in rows if row["task"] == task], judged("Accuracy", task not in blind)
+        charts = [_chart(of_task, mine, split, f"{accuracy}, {where}") for split, where in SPLITS]
         panels.append(Panel(task, [chart for chart in charts if not chart.empty]))
     return [panel for panel in panels if panel.charts]
 
@@ -39,7 +43,7 @@ def noise_axis(study: Study) -> tuple[list[str], list[tuple[float, str]]]:
     return names, [(float(place), name) for place, name in enumerate(names)]
 
 
-def _chart(study: Study, rows: Sequence[Row], split: str, where: str) -> Chart:
+def _chart(study: Study, rows: Sequence[Row], split: str, title: str) -> Chart:
     categories, places = noise_axis(study)
     lines = []
     for colour, algorithm in enumerate(study.names("algorithm")):
@@ -51,7 +55,7 @@ def _chart(study: Study, rows: Sequence[Row], split: str, where: str) -> Chart:
         lines.append(Line("before training", COLOURS - 1, start, dashed=True))
     note = "at the end: interquartile mean and bootstrap interval over seeds; dashed: before training"
     label = "noise" if categories else "rate of the noise"
-    return Chart(f"True accuracy, {where}", lines, note, label, percent=True, categories=categories)
+    return Chart(title, lines, note, label, percent=True, categories=categories)
 
 
 def _line(name: str, colour: int, places: Sequence[tuple[float, str]], rows: Sequence[Row], field: str) -> Line:

@@ -7,7 +7,7 @@ from statistics import fmean
 from dvpo.plain_text import interval
 from dvpo.report_data import Place, Run, Series
 from dvpo.report_panels import over_seeds
-from dvpo.report_words import BY_REWARD, SPLITS, ends, knows_truth
+from dvpo.report_words import SPLITS, ends, judged, knows_truth
 
 NONE = "-"
 
@@ -26,7 +26,7 @@ def summary_table(place: Place) -> SummaryTable:
     """Accuracy (true where the truth is known) before and after, worth of the rewards, faults and time, by series."""
     columns = ["", "seeds", "ID before", "ID after", "OOD before", "OOD after", "reward accuracy", "faults", "seconds"]
     several = any(len(series.runs) > 1 for series in place.series)
-    greedy = "True greedy accuracy" if knows_truth(place.runs) else f"Greedy accuracy {BY_REWARD}"
+    greedy = judged("Greedy accuracy", knows_truth(place.runs))
     note = (
         f"{greedy} on held-out prompts in %; in brackets 95% intervals, over seeds (Student) "
         "where there are several, else over the prompts of the one run (Wilson), which says nothing about seeds."

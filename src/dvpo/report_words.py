@@ -1,8 +1,9 @@
 """The summary of a report in words: what was reached, what may be concluded from it, and what looks wrong."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from dvpo.metrics import MANY_CUT
 from dvpo.plain_text import percent
@@ -50,18 +51,20 @@ def ends(run: Run, split: str) -> tuple[float, float] | None:
     return (curve[0][1], curve[-1][1]) if len(curve) > 1 else None
 
 
+def judged(what: str, by_truth: bool) -> str:
+    """`Accuracy` as `True accuracy`; where no truth judged, as accuracy by the reward."""
+    return f"True {what.lower()}" if by_truth else f"{what} {BY_REWARD}"
+
+
+def names_truth(settings: Mapping[str, Any]) -> bool:
+    """Whether the settings of a run, by dotted keys, name a truth: own files have none but `task.truth`."""
+    tasks = settings.get("task.mix") or [{"name": settings.get("task.name"), "truth": settings.get("task.truth")}]
+    return not any(task.get("name") == "files" and task.get("truth") is None for task in tasks)
+
+
 def knows_truth(runs: Sequence[Run]) -> bool:
     """Whether evaluations were judged by the truth; where a run knows none, they were by its reward."""
-
-    def knows(run: Run) -> bool:
-        tasks = run.settings.get("task.mix") or [
-            {"name": run.settings.get("task.name"), "truth": run.settings.get("task.truth")}
-        ]
-        if any(task.get("name") == "files" and task.get("truth") is None for task in tasks):
-            return False
-        return not run.steps or bool(run.curve("reward/true"))
-
-    return all(map(knows, runs))
+    return all(names_truth(run.settings) and (not run.steps or bool(run.curve("reward/true"))) for run in runs)
 
 
 def _reached(series: Series) -> str:
@@ -80,7 +83,7 @@ def _reached(series: Series) -> str:
     if not parts:
         return ""
     seeds = f" (mean of {len(series.runs)} seeds)" if len(series.runs) > 1 else ""
-    what = "true accuracy" if knows_truth(series.runs) else f"accuracy {BY_REWARD}"
+    what = judged("Accuracy", knows_truth(series.runs)).lower()
     return f"{series.name}: {what} on held-out prompts {' and '.join(parts)}{seeds}."
 
 

@@ -5,7 +5,7 @@ where some are missing it is marked, for its figures are then not those that the
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dvpo.errors import InputError
+from dvpo.report_data import settings_of
+from dvpo.report_words import BY_REWARD, judged, names_truth
 from dvpo.stats import (
     Interval,
     PairedDifference,
@@ -53,7 +55,13 @@ class Report:
     notes: tuple[str, ...]
 
 
-def make_report(study: Study, rows: Sequence[Row], baseline: str = "ppo", averaged: bool = False) -> Report:
+def make_report(
+    study: Study,
+    rows: Sequence[Row],
+    baseline: str = "ppo",
+    averaged: bool = False,
+    blind: Collection[str] | None = None,
+) -> Report:
     """The tables of the study's cells.
 
     Args:
@@ -61,6 +69,7 @@ def make_report(study: Study, rows: Sequence[Row], baseline: str = "ppo", averag
         rows: of the results file; those of other cells are counted and left out.
         baseline: the algorithm that the others are compared with.
         averaged: the ends are means over the last quarter's evaluations (`last_quarter`), and are called so.
+        blind: the tasks that the reward judged, since no truth was known; None: those for which none was named.
 
     Raises:
         InputError: the baseline is no algorithm of the study, or none of the cells has a row.
@@ -74,7 +83,10 @@ def make_report(study: Study, rows: Sequence[Row], baseline: str = "ppo", averag
     sheets = _family(data, [[place] for place in study.places])
     if len(study.places) > 1:
         sheets += [*_family(data, [study.places]), *overviews(study, rows)]
-    return Report(tuple(sheets), _notes(data, len(rows) - len(data.rows), averaged))
+    if blind is None:
+        blind = {cell.task for cell in study.cells if not names_truth(settings_of(cell.config))}
+    accuracy = _accuracy(study.names("task"), blind)
+    return Report(tuple(sheets), _notes(data, accuracy, len(rows) - len(data.rows), averaged))
 
 
 def compare(study: Study, rows: Sequence[Row], x: str, y: str, split: str) -> PairedDifference | None:
@@ -280,10 +292,18 @@ def _title(data: _Data, places: Sequence[Place]) -> str:
     return f"{where}; {', '.join(sorted(starts))}"
 
 
-def _notes(data: _Data, foreign: int, averaged: bool) -> tuple[str, ...]:
+def _accuracy(tasks: Sequence[str], blind: Collection[str]) -> str:
+    """What the tables hold, and by whom it is judged."""
+    by_reward = [task for task in tasks if task in blind]
+    if by_reward and len(by_reward) < len(tasks):
+        return f"True greedy accuracy, that of {', '.join(by_reward)} {BY_REWARD},"
+    return judged("Greedy accuracy", not by_reward)
+
+
+def _notes(data: _Data, accuracy: str, foreign: int, averaged: bool) -> tuple[str, ...]:
     end = "mean over the evaluations of the last quarter" if averaged else "last evaluation"
     notes = [
-        "True greedy accuracy on held-out prompts in %; over all places a seed's mean. before: mean over runs. end: "
+        f"{accuracy} on held-out prompts in %; over all places a seed's mean. before: mean over runs. end: "
         f"the {end}; interquartile mean over seeds with its bootstrap interval. beats: chance that a seed beats one of "
         f"{data.baseline}.",
         "paired: mean difference by seed with Student's interval, not corrected for many comparisons. p: sign-flip "
