@@ -152,6 +152,30 @@ def test_a_reward_that_fails_on_every_answer_is_all_that_is_said():
     assert not only.settings
 
 
+def test_where_nothing_has_a_score_nothing_else_is_said():
+    observed, right = np.full((2, 10, 4), np.nan), np.tile([0.0, 1.0], (10, 2))
+    [only] = advise(find(sheet(observed, right)), CONFIG)
+    assert "since 100.0% have none by the reward's own word: nothing is left to learn from." in only.sentence
+    faulty = np.zeros(observed.shape, dtype=bool)
+    faulty[:, :2] = True
+    lost, unsaid = advise(find(sheet(observed, right, faulty_RPK=faulty, fault="timeout: x")), CONFIG)
+    assert "20.0% of scores were lost to faults" in lost.sentence
+    assert "since 80.0% have none" in unsaid.sentence
+
+
+def test_signal_is_said_to_be_the_truths_or_the_rewards_as_it_was_measured():
+    observed = np.tile([0.0, 1.0, 1.0], (2, 10, 1))
+    observed[0, :, 0] = np.nan
+    said = [one.sentence for one in advise(find(sheet(observed, np.tile([0.0, 1.0, 1.0], (10, 1)))), CONFIG)]
+    assert any("because no scored answer was truly wrong and 20 scored answers were truly right" in s for s in said)
+    assert any("of the prompts differ by the truth" in s for s in said)
+    assert not any("differ in their reward" in s for s in said)
+    observed[0, :, 0] = 0.0
+    unknown, same = (find(sheet(observed, np.full((10, 3), truth))) for truth in (np.nan, 1.0))
+    assert "of the prompts differ in their reward" in advise(unknown, CONFIG)[-1].sentence
+    assert "no prompt's answers differ by the truth" in advise(same, CONFIG)[-1].sentence
+
+
 @pytest.mark.parametrize(
     ("lost", "fault", "retries"),
     [

@@ -49,10 +49,14 @@ def advise(findings: Findings, config: Config) -> list[Advice]:
     """
     if findings.faults == 1:  # nothing else was seen
         return [Advice(f"Your function fails on every answer: {findings.fault}; fix it first.")]
+    missing = _missing(findings, config)
+    if findings.missing == 1:
+        return missing
     noise = _about_noise(findings, config)
     corrected = any("correction" in one.settings.get("reward", {}) for one in noise)
     advice = [
-        *_troubles(findings, config),
+        *missing,
+        *_cuts(findings, config),
         *noise,
         *_kappa(findings.spread / kept(findings) if corrected else findings.spread),
         *_samples(findings, config),
@@ -103,7 +107,7 @@ def _certain(p: ErrorRate, q: ErrorRate) -> bool:
     return p.low + q.low > 0
 
 
-def _troubles(findings: Findings, config: Config) -> list[Advice]:
+def _missing(findings: Findings, config: Config) -> list[Advice]:
     found = []
     if findings.faults:
         kind = (findings.fault or "").partition(":")[0]
@@ -117,23 +121,29 @@ def _troubles(findings: Findings, config: Config) -> list[Advice]:
                 {} if stay or config.reward.retries else {"reward": {"retries": 2}},
             )
         )
-    if findings.missing - findings.faults > OFTEN:
+    if (unsaid := findings.missing - findings.faults) > OFTEN:
+        nothing = findings.missing == 1
+        left = "nothing is left to learn from" if nothing else "if it is the bad ones, what is left flatters"
         found.append(
             Advice(
-                f"Find out which answers have no reward, since {percent(findings.missing - findings.faults)} have "
-                "none by the reward's own word: if it is the bad ones, what is left flatters."
-            )
-        )
-    if findings.truncated > OFTEN:
-        length = 2 * config.sampling.max_completion_length
-        found.append(
-            Advice(
-                f"Allow {length} tokens if the model's context does, because {percent(findings.truncated)} of the "
-                "answers were cut and a reward judges their length instead of their content.",
-                {"sampling": {"max_completion_length": length}},
+                f"Find out which answers have no reward, since {percent(unsaid)} have none by the reward's own word: "
+                f"{left}."
             )
         )
     return found
+
+
+def _cuts(findings: Findings, config: Config) -> list[Advice]:
+    if findings.truncated <= OFTEN:
+        return []
+    length = 2 * config.sampling.max_completion_length
+    return [
+        Advice(
+            f"Allow {length} tokens if the model's context does, because {percent(findings.truncated)} of the "
+            "answers were cut and a reward judges their length instead of their content.",
+            {"sampling": {"max_completion_length": length}},
+        )
+    ]
 
 
 def _about_noise(findings: Findings, config: Config) -> list[Advice]:
@@ -182,7 +192,7 @@ def _about_truth(findings: Findings) -> Advice:
     p, q = findings.false_positive, findings.false_negative
     if p and q:
         return Advice(
-            f"Diagnose with more --prompts, because {p.seen} truly wrong and {q.seen} truly right answers were seen, "
+            f"Diagnose with more --prompts, because {_scored(p.seen)} truly wrong and {_scored(q.seen)} truly right, "
             f"and a rate from fewer than {ENOUGH} is a guess."
         )
     if findings.silent_truth is not None:
@@ -194,6 +204,11 @@ def _about_truth(findings: Findings) -> Advice:
         "Name a verified reward for some prompts (task.truth with your own files), because false verdicts that repeat "
         "themselves show against the truth only, and no correction or tail can be set without their rates."
     )
+
+
+def _scored(count: int) -> str:
+    """Of answers with a score and a truth, how many were."""
+    return f"{count or 'no'} scored answer{'s were' if count > 1 else ' was'}"
 
 
 def _about_false_verdicts(findings: Findings, config: Config, p: ErrorRate, q: ErrorRate) -> list[Advice]:
@@ -247,11 +262,12 @@ def _kappa(spread: float) -> list[Advice]:
 
 def _samples(findings: Findings, config: Config) -> list[Advice]:
     """The least number that gives nearly all prompts signal, more of them as noise and missing scores take theirs."""
+    differ = "differ in their reward" if findings.silent_truth is None else "differ by the truth"
     if not findings.signal or not findings.signal[-1]:
         return [
             Advice(
-                "Take other prompts, a stronger model or a higher temperature, because no prompt's answers differ in "
-                "their reward and nothing can be learnt from them."
+                "Take other prompts, a stronger model or a higher temperature, because no prompt's answers "
+                f"{differ} and nothing can be learnt from them."
             )
         ]
     enough = next(k for k, share in enumerate(findings.signal, 2) if share >= NEARLY_ALL * findings.signal[-1])
@@ -260,7 +276,7 @@ def _samples(findings: Findings, config: Config) -> list[Advice]:
     count = min(MOST_SAMPLES, math.ceil(enough / left**2 / max(1 - findings.missing, 0.1)))
     more = "; noise wants 1 / (1 - p - q)^2 times as many for the same precision" if left < 1 else ""
     shares = findings.signal[enough - 2], findings.signal[-1]
-    least = f"with {enough} the answers to {percent(shares[0])} of the prompts differ in their reward"
+    least = f"with {enough} the answers to {percent(shares[0])} of the prompts {differ}"
     most = f", with {most_known} {percent(shares[1])}" if enough < most_known else ""
     if most and count == enough:
         fewer, points = 1 - enough / most_known, 100 * (shares[1] - shares[0])
