@@ -11,7 +11,7 @@ from dvpo.diagnosis import Findings, Sheet, find
 from dvpo.loading import load_config
 from dvpo.nested import merge
 
-CONFIG = load_config()
+CONFIG = load_config({"sampling": {"samples_per_prompt": 2}})  # no more than any sheet here has
 
 
 def sheet(observed_RPK: np.ndarray, true_PK: np.ndarray, **more) -> Sheet:
@@ -42,11 +42,11 @@ def chosen(findings: Findings, config: Config = CONFIG) -> dict:
     return found
 
 
-def test_false_verdicts_set_the_baseline_correction_kappa_and_samples():
+def test_false_verdicts_set_the_baseline_correction_and_samples():
     found = chosen(verdicts(10, 30))
-    # Jeffreys' means 10.5/101 and 30.5/101 leave f = 1 - 41/101 = .594. kappa = .1 / f, samples = ceil(2 / f^2) = 6.
+    # Jeffreys' means 10.5/101 and 30.5/101 leave f = 1 - 41/101 = .594, samples = ceil(2 / f^2) = 6.
     assert found["algorithm"] == "ppo"
-    assert found["critic"] == {"kappa": 0.168}
+    assert "critic" not in found  # ppo has no quantiles
     assert found["reward"]["correction"] == "backward"
     assert found["reward"]["rates"] == {"false_positive": 0.104, "false_negative": 0.302}
     assert found["sampling"]["samples_per_prompt"] == 6
@@ -57,9 +57,7 @@ def test_a_run_that_estimates_its_rates_goes_on_to_and_a_mix_is_not_corrected():
     found = settings(advise(verdicts(10, 30), trusted))
     assert found["reward"] == {"correction": "backward"}
     mix = load_config({"reward": {"mix": [{"function": "task"}]}})
-    found = chosen(verdicts(10, 30), mix)
-    assert "reward" not in found
-    assert found["critic"]["kappa"] == 0.1  # what is not corrected keeps its scale
+    assert "reward" not in chosen(verdicts(10, 30), mix)
 
 
 @pytest.mark.parametrize("algorithm", ["ppo_corrected", "grpo_corrected"])
@@ -69,6 +67,7 @@ def test_what_a_row_trusts_by_default_is_replaced_by_rates_and_a_norm_is_switche
     assert found["reward"]["rates"] == {"false_positive": 0.104, "false_negative": 0.302}
     merged = load_config(merge(own, found))
     assert (merged.algorithm, merged.reward.trusted, merged.reward.norm) == ("ppo", 0, "none")
+    assert merged.reward.correction == "backward"  # held already, but by the row that goes
 
 
 def test_settings_that_the_users_config_does_not_go_with_are_said():
@@ -77,6 +76,29 @@ def test_settings_that_the_users_config_does_not_go_with_are_said():
     assert "dvpo train would refuse it with these settings: " in last
     assert "advantage.law.functional = tv_worst_case reads a law of returns" in last
     assert not any("refuse" in one.sentence for one in advise(verdicts(0, 0), CONFIG))
+
+
+def test_what_the_config_has_already_is_no_setting():
+    assert chosen(verdicts(0, 0)) == {"algorithm": "ppo"}
+    assert chosen(verdicts(0, 0), load_config({"algorithm": "ppo", "sampling": {"samples_per_prompt": 2}})) == {}
+
+
+def test_kappa_is_for_rows_with_quantiles_and_rewards_of_another_spread():
+    scores = np.tile(np.linspace(0, 4, 40), (1, 8, 1))  # scored once: no row is advised
+    unknown = np.full((8, 40), np.nan)
+    # Spread from 5% to 95%: 3.6 of 4.
+    assert chosen(find(sheet(scores, unknown)))["critic"] == {"kappa": 0.36}
+    assert "critic" not in chosen(find(sheet(scores, unknown)), load_config({"algorithm": "ppo"}))
+    assert not any("kappa" in one.sentence for one in advise(find(sheet(scores.round() % 2, unknown)), CONFIG))
+
+
+@pytest.mark.parametrize(("own", "asked"), [(2, ""), (4, "--samples 8,"), (16, "--samples 16,")])
+def test_few_samples_do_not_show_that_fewer_than_the_configs_would_do(own: int, asked: str):
+    config = load_config({"algorithm": "ppo", "sampling": {"samples_per_prompt": own}})
+    last = advise(verdicts(0, 0), config)[-1]
+    assert not last.settings
+    said = f"Ask again with {asked} because only 2 answers a prompt were sampled" if asked else "Sample 2 answers"
+    assert last.sentence.startswith(said)
 
 
 def test_no_certain_false_verdict_means_no_correction_and_the_plain_baseline():
@@ -120,7 +142,7 @@ def test_without_the_truth_scores_that_scatter_want_a_critic_and_outliers_a_rank
     assert any("task.truth" in one.sentence for one in advise(scattered, CONFIG))
     heavy = rng.normal(size=(2, 32, 4))
     heavy[0, 0, 0] = 1000.0
-    found = chosen(find(sheet(heavy, unknown)))
+    found = chosen(find(sheet(heavy, unknown)), load_config({"algorithm": "ppo"}))
     assert (found["algorithm"], found["advantage"]) == ("dvpo", {"lam": 1.0})
 
 
@@ -211,7 +233,7 @@ def test_prompts_without_signal_are_replaced_unless_they_are_already():
     true[:5, 0] = 1
     findings = replace(find(sheet(np.stack([true, true]), true)), false_positive=None, false_negative=None)
     assert chosen(findings)["sampling"]["resample_rounds"] == 3
-    done = load_config({"sampling": {"resample_rounds": 1}})
+    done = load_config({"sampling": {"resample_rounds": 1, "samples_per_prompt": 2}})
     assert "resample_rounds" not in settings(advise(findings, done))["sampling"]
 
 

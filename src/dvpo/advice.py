@@ -6,7 +6,7 @@ training is not shown by any of it: an advice says where to begin, with its base
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import getitem
 from typing import Any
@@ -29,7 +29,7 @@ OFTEN = 0.05
 """Share of missing scores or of cut answers from which on something is said."""
 FAR = 10.0
 """An outlier, in scaled median deviations: a normal law has none in any sample that fits on a disk."""
-MOST_SAMPLES = 64
+MOST_SAMPLES, USUAL_SAMPLES = 64, 8
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def advise(findings: Findings, config: Config) -> list[Advice]:
 
     Args:
         findings: of a diagnosis.
-        config: that it was made with; what it has already is not contradicted.
+        config: that it was made with; what it has already is neither contradicted nor said again.
     """
     if findings.faults == 1:  # nothing else was seen
         return [Advice(f"Your function fails on every answer: {findings.fault}; fix it first.")]
@@ -53,14 +53,18 @@ def advise(findings: Findings, config: Config) -> list[Advice]:
     if findings.missing == 1:
         return missing
     noise = _about_noise(findings, config)
-    corrected = any("correction" in one.settings.get("reward", {}) for one in noise)
+    chosen = settings(noise).get("algorithm", config.algorithm)
+    has_quantiles = find_algorithm(chosen).uses_critic_terms
     advice = [
         *missing,
         *_cuts(findings, config),
         *noise,
-        *_kappa(findings.spread / kept(findings) if corrected else findings.spread),
+        *(_kappa(findings.spread, config) if has_quantiles else []),
         *_samples(findings, config),
     ]
+    # What the config's own row sets goes with it where another row is advised.
+    going = {} if chosen == config.algorithm else find_algorithm(config.algorithm).defaults
+    advice = [replace(one, settings=_changes(one.settings, config, going)) for one in advice]
     if refusal := _refusal(settings(advice), config):
         advice.append(
             Advice(f"Change your config first, because dvpo train would refuse it with these settings: {refusal}.")
@@ -71,6 +75,18 @@ def advise(findings: Findings, config: Config) -> list[Advice]:
 def settings(advice: list[Advice]) -> dict[str, Any]:
     """The settings of all, nested as a config is."""
     return reduce(merge, (one.settings for one in advice), {})
+
+
+def _changes(advised: Mapping[str, Any], section: Any, going: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the advised settings those that a section of the config does not hold already, or whose default is going."""
+    found: dict[str, Any] = {}
+    for name, value in advised.items():
+        if isinstance(value, Mapping):
+            if inner := _changes(value, getattr(section, name), going.get(name, {})):
+                found[name] = inner
+        elif value != getattr(section, name) or name in going:
+            found[name] = value
+    return found
 
 
 def _refusal(advised: Mapping[str, Any], config: Config) -> str:
@@ -164,7 +180,7 @@ def _about_noise(findings: Findings, config: Config) -> list[Advice]:
                 f"Take a bounded advantage, because one reward lies {findings.outlier:.0f} scaled median deviations "
                 "from the median and would rule a mean: the rank of a return in its predicted law cannot exceed 1/2. "
                 "It was measured at lambda 1, against PPO with one sample a prompt (docs/results.md).",
-                {"algorithm": "dvpo", **({} if config.advantage.lam == 1 else {"advantage": {"lam": 1.0}})},
+                {"algorithm": "dvpo", "advantage": {"lam": 1.0}},
             )
         )
     elif findings.repeat_equal is not None and findings.repeat_equal < 1 and not findings.binary:
@@ -235,22 +251,21 @@ def _about_false_verdicts(findings: Findings, config: Config, p: ErrorRate, q: E
         rates: dict[str, Any] = {}
         if config.reward.trusted == by_default:
             rates = {"rates": given, **({"trusted": 0.0} if by_default else {})}
-        norm = {} if config.reward.norm == "none" else {"norm": "none"}
         found.append(
             Advice(
                 f"Correct the reward for these rates, because they leave {left:.2f} of the gap, and what is logged and "
                 "predicted then means the truth; expect no gain in accuracy. Rows that divide by a group's deviation, "
                 "and any reward.norm, undo it.",
-                {"reward": {"correction": "backward", **rates, **norm}},
+                {"reward": {"correction": "backward", **rates, "norm": "none"}},
             )
         )
     return found
 
 
-def _kappa(spread: float) -> list[Advice]:
-    if not spread:
-        return []
+def _kappa(spread: float, config: Config) -> list[Advice]:
     kappa = _rounded(0.1 * spread)
+    if kappa in (0, config.critic.kappa):
+        return []
     return [
         Advice(
             f"Set kappa to {kappa:g}, a tenth of the rewards' spread of {spread:.3g}, because a Huber zone as wide as "
@@ -281,12 +296,17 @@ def _samples(findings: Findings, config: Config) -> list[Advice]:
     if most and count == enough:
         fewer, points = 1 - enough / most_known, 100 * (shares[1] - shares[0])
         most += f": {100 * fewer:.0f}% fewer samples for {points:.1f} points less signal"
-    found = [
-        Advice(
-            f"Sample {count} answers a prompt, because {least}{most}{more}.",
-            {"sampling": {"samples_per_prompt": count}},
+    chosen = Advice(
+        f"Sample {count} answers a prompt, because {least}{most}{more}.",
+        {"sampling": {"samples_per_prompt": count}},
+    )
+    own = config.sampling.samples_per_prompt
+    if max(count, findings.samples) < own:
+        chosen = Advice(
+            f"Ask again with --samples {max(own, USUAL_SAMPLES)}, because only {findings.samples} answers a prompt "
+            f"were sampled, which cannot show that fewer than the {own} of your config would do."
         )
-    ]
+    found = [chosen]
     if findings.silent >= SILENT and not config.sampling.resample_rounds:
         found.append(
             Advice(
