@@ -211,6 +211,17 @@ def test_bad_input_is_one_sentence(tmp_path: Path):
         write_report([run], results="rows.jsonl")
 
 
+def test_a_baseline_that_is_not_there_is_refused_and_only_the_usual_one_replaced(tmp_path: Path):
+    runs = [str(write_run(tmp_path / name, name, {})) for name in ("grpo", "dvpo")]
+    with pytest.raises(InputError, match="--baseline = grop is no algorithm of these runs: take one of grpo; dvpo"):
+        write_report(runs, baseline="grop")
+    study, rows = str(ROOT / "configs/studies/tiny.yaml"), str(study_rows(tmp_path / "rows.jsonl"))
+    with pytest.raises(InputError, match="--baseline = grop is no algorithm of these cells: take one of "):
+        write_report([study], results=rows, baseline="grop")
+    assert "dvpo against grpo" in write_report(runs).read_text()
+    assert "grpo against dvpo" in write_report(runs, baseline="dvpo").read_text()
+
+
 # Lines
 
 

@@ -29,11 +29,13 @@ from dvpo.study_results import Row, read_results
 from dvpo.study_table import make_report
 
 NAME = "report.html"
+USUAL_BASELINE = "ppo"
+"""Compared with where nobody is named; the first algorithm stands in for it where it is not there."""
 SCRIPTS = ("page.js", "charts.js", "law.js", "tokens.js", "completions.js", "start.js")
 
 
 def write_report(
-    sources: Sequence[str], output: str | None = None, results: str | None = None, baseline: str = "ppo"
+    sources: Sequence[str], output: str | None = None, results: str | None = None, baseline: str = USUAL_BASELINE
 ) -> Path:
     """Write the report of some runs or of a study, and return its path, from the working directory if it lies in there.
 
@@ -41,10 +43,10 @@ def write_report(
         sources: run folders, folders of runs, or the YAML file of one study.
         output: the file; None: `report.html` in the run's folder, in the folder that holds the runs, or in the study's.
         results: the results file of a study, if it is not in the study's output.
-        baseline: whom the others are compared with, where it is there.
+        baseline: whom the others are compared with.
 
     Raises:
-        InputError: no run, no results, a damaged log, a file that cannot be written.
+        InputError: no run, no results, a damaged log, a baseline that is not there, a file that cannot be written.
     """
     if any(Path(source).suffix in (".yaml", ".yml") for source in sources):
         if len(sources) > 1:
@@ -57,7 +59,8 @@ def write_report(
         if results:
             raise InputError(f"--results = {results} belongs to a study: name its YAML file instead of run folders")
         folders = run_folders(sources)
-        page, home = _page([place_of_runs(folders)], baseline), common_folder(folders)
+        place, home = place_of_runs(folders), common_folder(folders)
+        page = _page([place], _baseline(baseline, [series.name for series in place.series], "runs"))
         title = f"Run {home.absolute().name}" if len(folders) == 1 else f"{len(folders)} runs of {home.name}"
     file = write_page(Path(output) if output else home / NAME, "report.html", {"title": title, **page}).absolute()
     here = Path.cwd()
@@ -89,12 +92,22 @@ def common_folder(folders: Sequence[Path]) -> Path:
     return shared[0]
 
 
+def _baseline(named: str, algorithms: Sequence[str], of: str) -> str:
+    """Whom the others are compared with."""
+    if named in algorithms:
+        return named
+    if named == USUAL_BASELINE:
+        return algorithms[0]
+    raise InputError(f"--baseline = {named} is no algorithm of these {of}: take one of {'; '.join(algorithms)}")
+
+
 def study_page(study: Study, rows: Sequence[Row], baseline: str) -> dict[str, Any]:
     """What the template needs for a study."""
-    places = places_of_study(study, rows)
     algorithms = study.names("algorithm")
+    baseline = _baseline(baseline, algorithms, "cells")
+    places = places_of_study(study, rows)
     blind = {place.task for place in places if not knows_truth(place.runs)}
-    tables = make_report(study, rows, baseline if baseline in algorithms else algorithms[0], blind=blind)
+    tables = make_report(study, rows, baseline, blind=blind)
     return _page(places, baseline) | {
         "robustness": robustness_panels(study, rows, blind),
         "sheets": tables.sheets,

@@ -27,10 +27,9 @@ class Sentence:
 
 
 def overall(places: Sequence[Place], baseline: str) -> list[Sentence]:
-    """The comparison over all places of a study: a seed's score is its mean over them."""
-    names = list(dict.fromkeys(series.name for place in places for series in place.series))
-    reference = baseline if baseline in names else names[0]
-    texts = [_compared(places, name, reference) for name in names if name != reference]
+    """The comparison over all places of a study, where the baseline is: a seed's score is its mean over them."""
+    names = dict.fromkeys(series.name for place in places for series in place.series)
+    texts = [_compared(places, name, baseline) for name in names if name != baseline]
     return [Sentence("verdict", text) for text in texts if text]
 
 
