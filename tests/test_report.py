@@ -26,7 +26,7 @@ from dvpo.report_words import ends, sentences
 from dvpo.study import load_study
 from dvpo.study_results import read_results, row_key
 from report_runs import HOSTILE, write_run
-from runs import Parity, run_config
+from runs import Parity, Talk, run_config
 from study_files import a_row
 
 ROOT = Path(__file__).parents[1]
@@ -356,6 +356,15 @@ def test_the_samples_of_a_step_share_their_prompt(tmp_path: Path):
         (2, -1, "x"),
         (3, -1, "x"),
     ]
+
+
+def test_a_response_whose_tokens_alone_were_logged_has_the_text_that_it_would_have_had(tmp_path: Path):
+    settings = ["steps=1", "log.tokens=6", "log.completions=6", "sampling.max_completion_length=24"]
+    Trainer(run_config(tmp_path / "run", *settings), task=Talk()).train()
+    run = read_run(tmp_path / "run")
+    texts = [row["text"] for row in page_data([replace(run, completions=[])])["completions"]]
+    assert sorted(texts) == sorted(visible(row["completion"]) for row in run.completions)
+    assert len(texts) == 6
 
 
 def test_long_texts_are_shown_from_all_over_the_run_and_those_whose_tokens_do_not_fit_as_plain_ones(

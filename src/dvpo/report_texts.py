@@ -41,7 +41,8 @@ def page_data(runs: Sequence[Run]) -> dict[str, Any]:
     for index, row, has_tokens in sorted([*kept_rows, *kept_plain], key=lambda e: (e[1]["step"], e[0])):
         if has_tokens:
             views.append(view_of(row))
-        text = texts[_key(index, row)] if _key(index, row) in texts else "".join(row["tokens"])
+        # The tokens of older runs came without their text, and do not say which of them are end tokens.
+        text = row["completion"] if "completion" in row else texts.get(_key(index, row), "".join(row["tokens"]))
         view = len(views) - 1 if has_tokens else -1
         completions.append(_completion(index, row, str(text), prompts.place(row["prompt"]), view))
     return {

@@ -2,6 +2,7 @@
 
 One row of `tokens.jsonl` is one response. Lists with one entry a token hold null where the policy did not write it:
 
+    completion                  the policy's own words, as in `completions.jsonl`: without end tokens
     tokens                      texts of the response's tokens; "" where a character needs the next token as well
     turns                       the policy's turn, -1 for tokens of the environment
     advantages                  the actor's weight, as the update used it; 0 where the response left the step
@@ -75,6 +76,7 @@ def token_row(
         "visit": episode.visit,
         "sample": episode.sample,
         "prompt": episode.example.prompt,
+        "completion": episode.text,
         "observed": _known(rollout.observed_B[index]),
         "true": _known(rollout.true_B[index]),
         "tokens": token_texts(encoder, episode.tokens, episode.turns),
