@@ -259,6 +259,18 @@ def test_faults_are_counted_by_kind_with_the_first_message(tmp_path: Path):
     assert line.kinds == [("timeout", 3, "m0")]
 
 
+def test_faults_of_evaluations_are_counted_apart_from_those_of_steps(tmp_path: Path):
+    folder = write_run(tmp_path / "run", texts={})
+    rows = [{"step": 4, "split": "id", "kind": "timeout", "message": "m"}] * 8
+    (folder / "faults.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics = (folder / "metrics.jsonl").read_text().replace('"reward/faults": 0.0', '"reward/faults": 1.0')
+    (folder / "metrics.jsonl").write_text(metrics)
+    (line,) = fault_lines(place_of_runs([folder]).runs)
+    assert (line.rewards, line.evaluated) == (4, 8)  # one in each of four steps; eight rows of a split
+    text = write_report([str(folder)]).read_text()
+    assert "failed rewards in steps" in text
+
+
 def test_an_alarm_is_no_fault_and_is_named(tmp_path: Path):
     folder = write_run(tmp_path / "run", texts={"a": "x"})
     rows = [{"step": 3, "kind": "timeout", "message": "m"}] + [
@@ -325,6 +337,23 @@ def test_without_a_truth_accuracy_is_said_to_be_by_the_reward_and_what_did_not_m
         texts = [sentences(place, "ppo")[0].text, summary_table(place).note, learning_panel(place).charts[0].title]
         titles.append(["by your reward (no truth was named)" in text for text in texts])
     assert titles == [[True] * 3, [False] * 3, [True] * 3, [True] * 3]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "missing", "said"),
+    [
+        ((0.0, 0.0), 0.0, "The observed rewards were the true ones."),
+        ((0.0, 0.0), 0.292, "The observed rewards were the true ones where there was one."),
+        ((0.18, 0.19), 0.292, "18.5% of the observed rewards were not the true ones."),
+        ((0.0, 0.375), 0.0, "Observed rewards that were not the true ones: 0.0% in one; 37.5% in other."),
+    ],
+)
+def test_untrue_rewards_are_told_run_by_run_where_they_differ_and_missing_ones_are_not_called_true(
+    wrong: tuple[float, float], missing: float, said: str
+):
+    steps = [[{"step": 1, "reward/accuracy": 1 - share, "reward/missing": missing}] for share in wrong]
+    series = [Series(name, [Run(name, 0, None, {}, steps=s)]) for name, s in zip(("one", "other"), steps, strict=True)]
+    assert said in [sentence.text for sentence in sentences(Place("", series), "ppo")]
 
 
 def test_an_end_far_below_the_peak_is_warned_of():

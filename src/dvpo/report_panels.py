@@ -204,7 +204,9 @@ class FaultLine:
 
     run: str
     rewards: int
-    """Reward calls that failed."""
+    """Reward calls that failed in steps."""
+    evaluated: int
+    """In evaluations."""
     missing: float
     """Share of responses without an observed reward."""
     skipped: int
@@ -232,4 +234,5 @@ def _fault_line(run: Run) -> FaultLine:
     kinds = [(kind, count, clipped(visible(str(first[kind])), LONGEST_MESSAGE)) for kind, count in counts.most_common()]
     missing = total("reward/missing") / max(len(run.curve("reward/missing")), 1)
     resumes = len(run.manifest.get("resumes", []))
-    return FaultLine(run.label, round(total("reward/faults")), missing, skipped, resumes, kinds)
+    evaluated = sum("split" in row for row in run.reward_faults)
+    return FaultLine(run.label, round(total("reward/faults")), evaluated, missing, skipped, resumes, kinds)

@@ -14,6 +14,8 @@ SPLITS = (("id", "in distribution"), ("ood", "out of distribution"))
 LATE = 5
 """The last fifth of a run stands for its end, where a single step would be noise."""
 BY_REWARD = "by your reward (no truth was named)"
+APART = 0.02
+"""Series whose shares of untrue rewards lie further apart are told one by one; less may be the draw of the noise."""
 LOST = 0.03
 """An end this far below the highest evaluation is worth a warning."""
 
@@ -120,13 +122,21 @@ def _scores(places: Sequence[Place], name: str, split: str) -> dict[int, float]:
 
 
 def _noise(place: Place) -> str:
-    shares = [value for run in place.runs for _, value in run.curve("reward/accuracy")]
-    if not shares:
+    wrong = {
+        series.name: 1 - fmean(shares)
+        for series in place.series
+        if (shares := [value for run in series.runs for _, value in run.curve("reward/accuracy")])
+    }
+    if not wrong:
         return ""
-    wrong = 1 - fmean(shares)
-    if wrong < 1e-3:
-        return "The observed rewards were the true ones."
-    return f"{percent(wrong)} of the observed rewards were not the true ones."
+    if max(wrong.values()) - min(wrong.values()) > APART:
+        each = "; ".join(f"{percent(share)} in {name}" for name, share in wrong.items())
+        return f"Observed rewards that were not the true ones: {each}."
+    share = fmean(wrong.values())
+    if share < 1e-3:
+        missing = any(value > 0 for run in place.runs for _, value in run.curve("reward/missing"))
+        return f"The observed rewards were the true ones{' where there was one' if missing else ''}."
+    return f"{percent(share)} of the observed rewards were not the true ones."
 
 
 def _critic(series: Series) -> str:
