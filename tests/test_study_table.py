@@ -123,12 +123,13 @@ def test_all_places_stand_side_by_side_with_the_highest_of_each_marked(place: Pa
     assert known.lines == (("dvpo", "+0.30", "+0.30"), ("ppo", "+0.20", "+0.20"))  # grpo has no critic
 
 
-@pytest.mark.parametrize(("algorithms", "scores"), [(["ppo"], []), (["dvpo", "ppo"], [0, 0, 0, 0])])
-def test_a_place_without_a_row_has_no_highest_and_a_score_of_0_is_higher_than_none(place: Path, algorithms, scores):
-    study = load_study(write(place, algorithms=algorithms, seeds=[1, 2, 3, 4]))
-    rows = [*scored("clean", "ppo", [50, 50, 40, 60]), *scored("flip", "ppo", scores)]
-    (ends,) = overviews(study, rows)
-    assert ends.lines[-1] == ("ppo", "50.0*", *(("0.0*", "2 of 2") if scores else ("-", "1 of 2")))
+def test_a_row_that_stands_alone_in_a_place_is_not_its_highest(place: Path):
+    study = load_study(write(place, algorithms=["dvpo", "ppo"], seeds=[1, 2, 3, 4]))
+    alone = [*scored("clean", "ppo", [50, 50, 40, 60]), *scored("flip", "ppo", [0, 0, 0, 0])]
+    (ends,) = overviews(study, alone)
+    assert ends.lines == (("dvpo", "-", "-", "-"), ("ppo", "50.0", "0.0", "-"))
+    (ends,) = overviews(study, [*alone, *scored("clean", "dvpo", [60, 70, 50, 80])])
+    assert ends.lines == (("dvpo", "65.0*", "-", "1 of 1"), ("ppo", "50.0", "0.0", "0 of 1"))
 
 
 def test_the_tables_say_by_whom_accuracy_was_judged(place: Path):

@@ -99,7 +99,7 @@ def overviews(study: Study, rows: Sequence[Row]) -> list[Sheet]:
     """All places of a study side by side: a table for each split, and one of what the critics knew.
 
     Of the ends the interquartile means, `*` beside the highest of a place and a count of them at the line's end; a tie
-    marks nobody. Rows of other cells are left out.
+    marks nobody, and a place where one algorithm stands alone counts for nobody. Rows of other cells are left out.
     """
     data = _Data(study, rows)
     ends = [_ends(data, there, split) for split in SPLITS if (there := data.with_split(study.places, split))]
@@ -251,9 +251,11 @@ def _ends(data: _Data, places: Sequence[Place], split: str) -> Sheet:
     algorithms, planned = data.study.names("algorithm"), len(data.study.names("seed"))
     scores = {name: data.scores(places, name, split) for name in algorithms}
     middles = {name: [iqm([*row.values()]) if row else -math.inf for row in scores[name]] for name in algorithms}
+    columns_of = list(zip(*middles.values(), strict=True))
+    contested = [sum(map(math.isfinite, column)) > 1 for column in columns_of]
     highest = [
-        max(column) if column.count(max(column)) == 1 and math.isfinite(max(column)) else None
-        for column in zip(*middles.values(), strict=True)
+        max(column) if contest and column.count(max(column)) == 1 else None
+        for column, contest in zip(columns_of, contested, strict=True)
     ]
     lines = []
     for name in algorithms:
@@ -262,7 +264,7 @@ def _ends(data: _Data, places: Sequence[Place], split: str) -> Sheet:
             NONE if not row else f"{middle:.1f}{'*' * is_best}{SHORT * (len(row) < planned)}"
             for row, middle, is_best in zip(scores[name], middles[name], best, strict=True)
         ]
-        lines.append((name, *cells, f"{sum(best)} of {len(places)}"))
+        lines.append((name, *cells, f"{sum(best)} of {sum(contested)}" if any(contested) else NONE))
     columns = ("algorithm", *map(", ".join, places), "highest")
     return Sheet(f"end, IQM in %: {split.upper()}", columns, tuple(lines))
 
