@@ -76,3 +76,12 @@ def test_a_run_whose_responses_all_lack_a_reward_is_said_to_have_learned_nothing
     run = replace(ended("ppo", 0, 0.5, 0.5), steps=[{"step": step, "reward/missing": missing} for step in range(1, 9)])
     warnings = [s.text for s in sentences(Place("", [Series("ppo", [run])]), "ppo") if s.kind == "warning"]
     assert any("nothing was learned" in text for text in warnings) is said
+
+
+def test_held_out_answers_without_a_reward_at_the_end_are_counted_in_a_warning():
+    rows = [{"step": step, "eval/id/accuracy": 1.0, "eval/id/unknown": float(5 - step)} for step in (0, 3)]
+    run = Run("dvpo", 0, None, {}, evaluations=rows)
+    warnings = [s.text for s in sentences(Place("", [Series("dvpo", [run])]), "ppo") if s.kind == "warning"]
+    assert [text.partition(" and count")[0] for text in warnings] == [
+        f"{run.label}: 2 held-out answers in distribution had no reward at the end"
+    ]

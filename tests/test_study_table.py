@@ -150,6 +150,9 @@ def test_one_seed_has_no_interval(place: Path):
     ((line, _),) = [sheet.lines for sheet in make_report(study, CLEAN).sheets]
     assert line[4:8] == ("60.0 [-]", "1.00 [-]", "+10.0 [-]", "1.000")
     assert any("10 rows of cells that are not chosen" in note for note in make_report(study, CLEAN).notes)
+    assert not any("had no reward" in note for note in make_report(study, CLEAN).notes)
+    shy = [row | {"unknown": 3} for row in CLEAN]
+    assert any(note.startswith("6 held-out answers of 2 runs had no reward") for note in make_report(study, shy).notes)
 
 
 def test_the_checker_dial_is_named_and_markdown_holds_the_same_cells(place: Path):

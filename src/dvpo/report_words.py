@@ -161,6 +161,12 @@ def _warnings(series: Series) -> list[str]:
         curve = run.curve("eval/id/accuracy")
         if len(curve) > 1 and (lost := max(value for _, value in curve) - curve[-1][1]) > LOST:
             found.append(f"{run.label}: it ends {100 * lost:.0f} points below its highest accuracy in distribution.")
+        for split, where in SPLITS:
+            if (unknown := run.curve(f"eval/{split}/unknown")) and unknown[-1][1]:
+                found.append(
+                    f"{run.label}: {unknown[-1][1]:.0f} held-out answers {where} had no reward at the end and count in "
+                    "no accuracy; if it is the wrong ones, the accuracy flatters."
+                )
         if (cut := _late_of(run, "rollout/truncated")) is not None and cut > MANY_CUT:
             found.append(f"{run.label}: {percent(cut)} of the last responses were cut by the length limit.")
         if (mismatch := _late_of(run, "actor/sampler_mismatch")) is not None and mismatch > 0.01:

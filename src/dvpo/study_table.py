@@ -326,6 +326,11 @@ def _notes(data: _Data, accuracy: str, foreign: int, averaged: bool) -> tuple[st
             f"{SHORT.strip()} {len(missing)} of {len(data.study.cells)} cells have no row; lines marked so are not "
             f"the planned ones: {', '.join(missing[:LISTED])}{more}."
         )
+    if unknown := [row["unknown"] for row in data.rows.values() if "unknown" in row]:
+        notes.append(
+            f"{sum(unknown):,} held-out answers of {len(unknown)} runs had no reward at the end and count in no "
+            "accuracy; if it is the wrong ones, the accuracy flatters."
+        )
     if foreign:
         notes.append(f"{foreign} rows of cells that are not chosen here are left out.")
     return tuple(notes)
