@@ -297,6 +297,14 @@ def test_a_file_that_is_no_config_is_refused_with_its_name_and_reason(tmp_path: 
     assert words in refusal(tmp_path / "config.yaml")
 
 
+def test_a_study_is_no_config_and_a_config_with_a_misspelt_key_is_no_study(tmp_path: Path):
+    study = "output: runs/x\nconfig: {steps: 3}\ntasks: {math: {}}\nalgorithms: [ppo]\nsteps: 3\n"
+    assert refusal(written(tmp_path, study)).endswith(
+        "config.yaml is a study, no run's config: dvpo study " + str(tmp_path / "config.yaml")
+    )
+    assert "unknown config key seeds: did you mean seed?" in refusal(written(tmp_path, "seeds: 3\nsteps: 5\n"))
+
+
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path):
     assert refusal(tmp_path / "no.yaml").endswith("no.yaml cannot be read (No such file or directory): check the path")
     assert "cannot be read (Is a directory)" in refusal(tmp_path)

@@ -245,6 +245,15 @@ def test_a_faulty_study_is_refused_in_one_sentence(place: Path, changes: dict[st
     assert not (place / "out").exists()
 
 
+def test_a_runs_config_is_no_study(place: Path):
+    (place / "own.yaml").write_text("output: runs/mine\nalgorithm: ppo\nstepps: 3\n")
+    said = "own.yaml is a run's config, no study: dvpo train own.yaml, then its report: dvpo report runs/mine"
+    with pytest.raises(InputError, match=f"^{said}$"):
+        load_study("own.yaml")
+    with pytest.raises(InputError, match=r"own\.yaml is a run's config, no study"):
+        load_study(write(place, like="own.yaml"))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from dvpo.algorithms import Algorithm, find_algorithm
 from dvpo.config import Config
 from dvpo.errors import InputError
+from dvpo.kinds import refuse_study
 from dvpo.nested import checked, deep_copy, merge, one_sentence, read_yaml, set_dotted
 from dvpo.settings import SamplingConfig
 
@@ -35,10 +36,14 @@ def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides:
         overrides: `key.sub=value` strings, values read as YAML; the last one wins.
 
     Raises:
-        InputError: unreadable file, unknown key (with the nearest known one), value out of range, or one that the
-            algorithm has no use for.
+        InputError: unreadable file, a study, unknown key (with the nearest known one), value out of range, or one that
+            the algorithm has no use for.
     """
-    values = read_yaml(source) if isinstance(source, str | Path) else deep_copy(source or {})
+    if isinstance(source, str | Path):
+        values = read_yaml(source)
+        refuse_study(source, values)
+    else:
+        values = deep_copy(source or {})
     for override in overrides:
         set_dotted(values, override)
     values = checked(values, Config, Config)

@@ -24,6 +24,7 @@ from typing import Any
 
 from dvpo.config import Config, to_plain
 from dvpo.errors import InputError
+from dvpo.kinds import refuse_config
 from dvpo.loading import load_config
 from dvpo.nested import merge, read_yaml
 from dvpo.provenance import config_hash
@@ -187,9 +188,9 @@ def read_study(path: str | Path) -> dict[str, Any]:
     """What stands in a study's file, each `like` in it replaced by what it names.
 
     Raises:
-        InputError: no readable study, a key that is missing or unknown, or a `like` that names nothing.
+        InputError: no readable study, a run's config, a key that is missing or unknown, or a `like` that names nothing.
     """
-    values, where = read_yaml(path, "study"), f"study {path}"
+    values, where = _read(path), f"study {path}"
     _check_keys(values, (*KEYS, "like"), where)
     named: dict[str, dict[str, Any]] = {}
     if "like" in values:
@@ -204,12 +205,18 @@ def read_study(path: str | Path) -> dict[str, Any]:
     return {**values, "algorithms": _entries(values["algorithms"], named, f"{where}: algorithms")}
 
 
+def _read(path: str | Path) -> dict[str, Any]:
+    values = read_yaml(path, "study")
+    refuse_config(path, values)
+    return values
+
+
 def _other(name: Any, path: str | Path) -> dict[str, Any]:
     """The study that `path` is like."""
     if not isinstance(name, str):
         raise InputError(f"study {path}: like = {name!r} is no file's name: write for example like: noise.yaml")
     other = Path(path).parent / name
-    values = read_yaml(other, "study")
+    values = _read(other)
     if "like" in values:
         raise InputError(f"study {path}: like = {name!r}, which is like {values['like']!r}: name that one")
     _check_keys(values, KEYS, f"study {other}")
