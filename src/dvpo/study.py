@@ -16,7 +16,7 @@ that entry, here or there, and its own are on top. Every cell's config is made a
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 
 from dvpo.config import Config, to_plain
 from dvpo.errors import InputError
-from dvpo.kinds import refuse_config
+from dvpo.kinds import RUN_KEYS, refuse_config
 from dvpo.loading import load_config
 from dvpo.nested import merge, read_yaml
 from dvpo.provenance import config_hash
@@ -191,7 +191,7 @@ def read_study(path: str | Path) -> dict[str, Any]:
         InputError: no readable study, a run's config, a key that is missing or unknown, or a `like` that names nothing.
     """
     values, where = _read(path), f"study {path}"
-    _check_keys(values, (*KEYS, "like"), where)
+    _check_keys(values, (*KEYS, "like"), where, "config")
     named: dict[str, dict[str, Any]] = {}
     if "like" in values:
         other = _other(values.pop("like"), path)
@@ -219,7 +219,7 @@ def _other(name: Any, path: str | Path) -> dict[str, Any]:
     values = _read(other)
     if "like" in values:
         raise InputError(f"study {path}: like = {name!r}, which is like {values['like']!r}: name that one")
-    _check_keys(values, KEYS, f"study {other}")
+    _check_keys(values, KEYS, f"study {other}", "config")
     return values
 
 
@@ -234,7 +234,7 @@ def _entries(values: Any, named: Mapping[str, dict[str, Any]], where: str) -> li
             entry = dict(value)
         elif isinstance(value, str):
             entry = dict(found.get(value, entry))
-        _check_keys(entry, ENTRY_KEYS, where)
+        _check_keys(entry, ENTRY_KEYS, where, "overrides")
         name = _checked_name(entry.get("name"), where)
         own = _settings(entry.get("overrides"), f"{where}: {name}: overrides")
         if "like" in entry:
@@ -279,7 +279,8 @@ def _settings(values: Any, where: str) -> dict[str, Any]:
 def _sections(values: Any, section: str, where: str) -> dict[str, dict[str, Any]]:
     """Name -> settings, from name -> that section of a config with `overrides` in it."""
     if not isinstance(values, Mapping) or not values:
-        raise InputError(f"{where} = {values!r} must name at least one: write `name: {{...}}` lines below it")
+        such = "tasks: {math: {}}" if where.endswith("tasks") else "noises: {clean: {}}"
+        raise InputError(f"{where} = {values!r} must be a mapping of at least one name, such as {such}")
     found = {}
     for name, entry in values.items():
         here = f"{where}: {_checked_name(name, where)}"
@@ -334,10 +335,13 @@ def _checked_name(name: Any, where: str) -> str:
     return name
 
 
-def _check_keys(values: Mapping[Any, Any], known: Iterable[str], where: str) -> None:
+def _check_keys(values: Mapping[Any, Any], known: Collection[str], where: str, below: str = "") -> None:
+    """`below`: the key under which a run's settings stand here; what is an axis of the grid is none of them."""
     for key in values:
         if key not in known:
-            raise InputError(f"{where}: unknown key {key}: {_nearest(str(key), known)}")
+            setting = below and key in RUN_KEYS and key not in SET_BY_GRID and f"{key}s" not in known
+            remedy = f"put it under `{below}:`" if setting else _nearest(str(key), known)
+            raise InputError(f"{where}: unknown key {key}: {remedy}")
 
 
 def _nearest(word: str, known: Iterable[Any]) -> str:
