@@ -1,5 +1,6 @@
 """The policy: log-probs are those of transformers' own forward, whatever chunks, padding and neighbours."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from dvpo import policy as policy_module
+from dvpo.checkpoint import Checkpointer
 from dvpo.embedded import make_tokenizer
 from dvpo.errors import InputError
 from dvpo.policy import Policy, check_head, choose_device, open_policy
@@ -233,6 +235,15 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
     for path in (tmp_path / "nowhere", "./nowhere", "nowhere"):
         with pytest.raises(InputError, match="nowhere is no folder"):
             open_policy(path, CPU)
+
+
+def test_of_a_run_and_of_its_checkpoint_the_model_is_named(tmp_path):
+    checkpoint = Checkpointer(tmp_path).save(5, {"policy": save}, {})
+    for path in (tmp_path, checkpoint):
+        said = f"model.path = {path} is a run or a checkpoint of one: name its model, {checkpoint / 'policy'}"
+        with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
+            open_policy(path, CPU)
+    assert open_policy(checkpoint / "policy", CPU)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "llama"])

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from dvpo.batch import Rollout
+from dvpo.checkpoint import latest_checkpoint
 from dvpo.core.masks import rows_where
 from dvpo.errors import InputError
 from dvpo.lora import merged, without_adapters
@@ -253,6 +254,11 @@ def open_policy(
             )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except UNREADABLE as error:
+        trained = (latest_checkpoint(local) or local) / "policy"
+        if trained.is_dir():
+            raise InputError(
+                f"model.path = {path} is a run or a checkpoint of one: name its model, {trained}"
+            ) from None
         fetch = "" if local.is_dir() else f"fetch it where there is a network (hf download {path}), or "
         raise InputError(
             f"model.path = {path} cannot be loaded as a causal language model with its tokenizer "
