@@ -15,8 +15,10 @@ BOMB = "a: &a [1]\n" + "".join(f"{key}: &{key} [{', '.join([f'*{before}'] * 9)}]
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("seed: 1\nseed: 2\n", "at line 1 (the key 'seed' stands there twice)"),
-        ("critic:\n  alpha: 0.1\n  alpha: 0.2\n", "(the key 'alpha' stands there twice)"),
+        ("seed: 1\nseed: 2\n", "at line 2 (the key 'seed' stands there twice)"),
+        ("critic:\n  alpha: 0.1\n  alpha: 0.2\n", "at line 3 (the key 'alpha' stands there twice)"),
+        ("output: x\nalgorithm dvpo\n\n\n", "at line 2 (could not find expected ':')"),
+        ("output: 'x\nseed: 1\n", "at line 1 (found unexpected end of stream)"),
         (BOMB, "more than 100,000 values, those that aliases repeat included"),
         ("a: &a [*a]", "more than 100,000 values"),
         ("[" * 5000, "nested too deeply"),

@@ -16,11 +16,12 @@ class _Loader(yaml.SafeLoader):
     """The safe loader, without its habit of taking the last of two equal keys."""
 
     def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        nodes = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in nodes]
         for i, key in enumerate(keys):
             if key in keys[:i]:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands there twice", node.start_mark
+                    None, None, f"the key {key!r} stands there twice", nodes[i].start_mark
                 )
         return super().construct_mapping(node, deep)
 
@@ -62,5 +63,7 @@ def _refuse_what_no_file_takes(value: Any) -> None:
 def problem(error: yaml.YAMLError) -> str:
     """What is wrong, in a few words: ` at line 3 (the key 'seed' stands there twice)`."""
     mark, said = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+    if isinstance(error, yaml.scanner.ScannerError):  # which sees what is missing lines behind where it should stand
+        mark = error.context_mark or mark
     line = f" at line {mark.line + 1}" if mark else ""
     return f"{line} ({' '.join(said.split())[:LONGEST_REASON]})" if said else line
