@@ -375,6 +375,20 @@ def test_eval_refuses_what_it_cannot_do_in_one_sentence(here: Path, capsys: pyte
     assert "--output = x.json is the name of its summary" in refusal(capsys, "eval", "run", "--output", "x.json")
 
 
+def test_a_run_that_has_no_checkpoint_yet_is_not_called_none(here: Path, capsys: pytest.CaptureFixture[str]):
+    (here / "run").mkdir()
+    (here / "run" / "config.yaml").write_text((here / "good.yaml").read_text().replace("every: 0", "every: 50"))
+    said = (
+        "run has no checkpoint yet (checkpoint.every = 50): wait for it, or go on with dvpo train run/config.yaml --r"
+    )
+    for words in (["eval", "run"], ["inspect", "run"]):
+        assert said in refusal(capsys, *words)
+    (here / "run" / "checkpoint-1").mkdir()  # damaged
+    with pytest.warns(UserWarning, match="checkpoint-1 is skipped"):
+        assert "run holds no sound checkpoint" in refusal(capsys, "eval", "run")
+    assert "good.yaml is a file: give a run's folder (`output` in its config)" in refusal(capsys, "eval", "good.yaml")
+
+
 def test_doctor_says_what_is_installed_and_what_a_config_needs(here: Path, capsys, monkeypatch):
     monkeypatch.setattr(doctor, "TRIAL_STEPS", 1)
     assert main(["doctor"]) == 0

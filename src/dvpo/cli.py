@@ -304,7 +304,9 @@ def _settings(arguments: argparse.Namespace) -> None:
 
 def _eval(arguments: argparse.Namespace) -> None:
     from dvpo.evaluate import evaluate_checkpoint
+    from dvpo.resume import refuse_unsaved
 
+    refuse_unsaved(arguments.checkpoint)
     evaluate_checkpoint(
         arguments.checkpoint, arguments.overrides, arguments.splits, arguments.samples, arguments.output
     )
@@ -358,7 +360,10 @@ def _report(arguments: argparse.Namespace) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     from dvpo.inspection import Question, inspect_checkpoint
     from dvpo.plain_text import plain_console
+    from dvpo.resume import refuse_unsaved
 
+    for source in filter(None, (arguments.checkpoint, arguments.compare)):
+        refuse_unsaved(source)
     question = Question(
         prompt=arguments.prompt,
         split=arguments.split,
