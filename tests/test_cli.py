@@ -283,6 +283,25 @@ def test_unknown_words_end_with_exit_code_2_and_the_usage(here: Path, capsys: py
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train"], "required: CONFIG.yaml\n"),
+        (["train", "good.yaml", "--steps", "3"], "unrecognised argument --steps: write steps=3\n"),
+        (["train", "good.yaml", "--critic.alpha=0.2", "seed=1"], "write critic.alpha=0.2\n"),
+        (["eval", "run", "--seed", "--output", "x.jsonl"], "unrecognised argument --seed: write seed=VALUE\n"),
+        (["train", "good.yaml", "--stepps", "3"], "unrecognised argument --stepps: see dvpo COMMAND --help\n"),
+        (["report", "run", "--steps", "3"], "unrecognised argument --steps: see dvpo COMMAND --help\n"),
+    ],
+)
+def test_words_that_make_no_sense_are_answered_with_what_does(
+    capsys: pytest.CaptureFixture[str], words: list[str], said: str
+):
+    with pytest.raises(SystemExit):
+        main(words)
+    assert capsys.readouterr().err.endswith(said)
+
+
+@pytest.mark.parametrize(
     "command", [[], ["demo"], ["train"], ["eval"], ["report"], ["inspect"], ["diagnose"], ["doctor"]]
 )
 def test_help_explains_every_command(capsys: pytest.CaptureFixture[str], command: list[str]):

@@ -207,6 +207,7 @@ def test_every_rows_defaults_are_settings_that_exist():
         ("critic.cvar=0.1", "did you mean critic.weights.cvar?"),
         ("actor.warmup_step=3", "did you mean"),
         ("zzz=1", "the keys here are actor, advantage, alarms, algorithm"),
+        ("sampling={prompts_per_step:4}", "per_step:4: write a space behind the colon, prompts_per_step: 4"),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_near_one_of_its_section_or_of_another(override: str, suggestion: str):
@@ -236,7 +237,9 @@ def test_an_unknown_key_in_a_file_is_refused_like_one_in_an_override(tmp_path: P
         ("critic.alpha=[0.1]", "critic.alpha = [0.1] is not valid"),
         ("sampling.stop=Q", "sampling.stop = 'Q' is not valid: input should be a valid list"),
         ("noise.kind=flop", "noise.kind = 'flop' is not valid: did you mean flip?"),
-        ("critic=3", "config key critic = 3 is a section: write critic.key=value"),
+        ("critic=3", "config key critic = 3 is a section: write critic.key=value, in a file critic: {key: value}"),
+        ("task=files", "is a section: write task.name='files', in a file task: {name: 'files'}"),
+        ("actor.kl=0.1", "is a section: write actor.kl.key=value, in a file kl: {key: value}"),
         ("update.minibatches=129", "update.minibatches = 129 exceeds the 128 responses of a step"),
         ("task.name=files", "task.path is empty"),
         (

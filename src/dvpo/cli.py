@@ -53,12 +53,25 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # argparse takes no further positionals behind an option: `train a.yaml --resume steps=200` leaves steps=200 over.
     unknown = [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in arguments]
     if unknown:
-        parser.error(f"unrecognised argument {unknown[0]}: see dvpo COMMAND --help")
+        remedy = _as_override(unknown[0], rest) if "overrides" in arguments else None
+        parser.error(f"unrecognised argument {unknown[0]}: {remedy or 'see dvpo COMMAND --help'}")
     if rest:
         arguments.overrides += rest
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and arguments.run is not _train:
         parser.error("only `dvpo train` takes several processes: start this command without torchrun")
     return arguments
+
+
+def _as_override(word: str, words: Sequence[str]) -> str | None:
+    """How to write an option that is a setting: `--steps 3` is `steps=3`."""
+    from dvpo.config import Config
+    from dvpo.nested import all_keys
+
+    name, _, value = word.lstrip("-").partition("=")
+    if name not in all_keys(Config):
+        return None
+    behind = [*words[words.index(word) + 1 :], "-"][0]
+    return f"write {name}={value or ('VALUE' if behind.startswith('-') else behind)}"
 
 
 def _say(sentence: str) -> None:
@@ -95,6 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, what: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
 
+    def overrides(of: argparse.ArgumentParser, what: str = OVERRIDES) -> None:
+        # Without a default argparse calls them required.
+        of.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help=what)
+
     demo = command("demo", "train a tiny model by dvpo and ppo under a noisy reward (minutes, CPU)")
     demo.add_argument("--algorithms", nargs="+", default=["dvpo", "ppo"], metavar="NAME", help="default: dvpo ppo")
     demo.add_argument("--steps", type=int, metavar="N", default=100, help="training steps of each (default: 100)")
@@ -106,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", "train as a YAML config says")
     train.add_argument("config", metavar="CONFIG.yaml", help="settings of the run; configs/ has some to start from")
-    train.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
+    overrides(train)
     train.add_argument("--resume", action="store_true", help="go on from the newest sound checkpoint in `output`")
     train.add_argument(
         "--allow", metavar="KEY,KEY", help="settings or sections in which a resumed run may differ from before"
@@ -121,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = command("eval", "evaluate a checkpoint on its task, one JSONL row an item")
     evaluate.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run folder (newest checkpoint) or one")
-    evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
+    overrides(evaluate)
     evaluate.add_argument("--splits", nargs="+", help="default: id and ood, if the task has them")
     evaluate.add_argument(
         "--samples",
@@ -134,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
 
     study = command("study", "a grid of task x noise x algorithm x seed; the same command resumes it")
     study.add_argument("study", metavar="STUDY.yaml", help="the grid; configs/studies/ has some to start from")
-    study.add_argument("overrides", nargs="*", metavar="key.sub=value", help=f"{OVERRIDES}; of every run")
+    overrides(study, f"{OVERRIDES}; of every run")
     study.add_argument(
         "--processes", type=int, metavar="N", help="runs at a time (default: cores; 1 where runs take a GPU)"
     )
@@ -188,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
 
     label = command("label", "majority-vote pseudo-labels of the training prompts, by any model")
     label.add_argument("config", metavar="CONFIG.yaml", help="of a run; nothing is trained")
-    label.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
+    overrides(label)
     label.add_argument("--samples", type=int, metavar="N", default=8, help="answers a prompt (default: 8)")
     label.add_argument("--prompts", type=int, metavar="N", help="only so many of the first prompts (default: all)")
     label.add_argument("--output", default="labels.jsonl", metavar="FILE.jsonl", help="default: labels.jsonl")
@@ -224,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
 
     diagnose = command("diagnose", "how noisy a reward is on a model's answers, and what follows")
     diagnose.add_argument("config", metavar="CONFIG.yaml", help="of a run; nothing is trained")
-    diagnose.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
+    overrides(diagnose)
     diagnose.add_argument("--prompts", type=int, metavar="N", default=64, help="training prompts to try (default: 64)")
     diagnose.add_argument("--samples", type=int, metavar="N", default=8, help="answers a prompt (default: 8)")
     diagnose.add_argument("--repeats", type=int, metavar="N", default=2, help="scorings of each answer (default: 2)")
@@ -238,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "config", nargs="?", metavar="CONFIG.yaml", help="of a run to be measured; none: what is installed"
     )
-    doctor.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
+    overrides(doctor)
     doctor.set_defaults(run=_doctor)
     return parser
 

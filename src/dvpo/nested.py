@@ -79,7 +79,11 @@ def checked(values: Mapping[Any, Any], kind: type, root: type, prefix: str = "")
             raise InputError(f"unknown config key {name[:LONGEST_SHOWN]}: {remedy}")
         if dataclasses.is_dataclass(known[key]):
             if not isinstance(value, Mapping | None):
-                raise InputError(f"config key {name} = {shown(value)} is a section: write {name}.key=value")
+                leaf, text = _leaf(known[key], value)
+                raise InputError(
+                    f"config key {name} = {shown(value)} is a section: write {name}.{leaf}={text}, in a file {key}: "
+                    f"{{{leaf}: {text}}}"
+                )
             result[key] = checked(value or {}, known[key], root, f"{name}.")  # type: ignore[arg-type]
         elif isinstance(value, list | tuple) and (entry := _listed_section(known[key])):
             result[key] = [
@@ -93,6 +97,12 @@ def checked(values: Mapping[Any, Any], kind: type, root: type, prefix: str = "")
     return result
 
 
+def _leaf(kind: Any, value: Any) -> tuple[str, str]:
+    """What was meant by a value in a section's place: a text is the first setting, where that is one (`task.name`)."""
+    first, hint = next(iter(hints_of(kind).items()))
+    return (first, shown(value)) if isinstance(value, str) and hint is str else ("key", "value")
+
+
 def _listed_section(hint: Any) -> type | None:
     """The section that a list of sections holds; None for any other setting."""
     entry = next(iter(get_args(hint)), None)
@@ -101,6 +111,9 @@ def _listed_section(hint: Any) -> type | None:
 
 def _suggest(key: str, prefix: str, section_keys: list[str], root: type) -> str:
     """The nearest key of the same section, else the same key in another section, else the section's keys."""
+    head, colon, tail = key.partition(":")
+    if colon and head in section_keys:
+        return f"write a space behind the colon, {head}: {tail}"
     everywhere = list(all_keys(root))
     near = difflib.get_close_matches(key, section_keys, n=1, cutoff=0.7)
     if near:

@@ -210,6 +210,11 @@ def test_a_path_that_leads_nowhere_or_to_something_else(write: Write, tmp_path: 
     good = write(many(2))
     with pytest.raises(InputError, match=r"^task.path: there is no file .*trian.jsonl'; did you mean 'train.jsonl'\?$"):
         FilesTask(tmp_path / "trian.jsonl")
+    write(b"", "d.json")  # of which no `nope.jsonl` is a misspelling
+    write(b"", "notes.yaml")
+    for name in ("nope.jsonl", "note.jsonl"):
+        with pytest.raises(InputError, match=rf"^task.path: there is no file .*{name}'; check the path"):
+            FilesTask(tmp_path / name)
     with pytest.raises(InputError, match=r"^task.ood_path: there is no file .*zzz'; check the path"):
         FilesTask(good, ood_path=tmp_path / "zzz")
     with pytest.raises(InputError, match=r"^task.id_path: cannot tell the format of .*data.csv' by its ending; give"):

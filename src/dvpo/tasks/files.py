@@ -20,6 +20,7 @@ from dvpo.rewards import STANDARD_ARGUMENTS, GuardedReward, headline
 from dvpo.seeding import derive_uniform
 from dvpo.tasks import Answer, Example, Message, Prompt, Reward, SplitTask
 
+ENDINGS = (".jsonl", ".json", ".parquet")
 Row = tuple[str, Mapping[str, Any]]
 """Where the row stands (`train.jsonl, line 7`), and its columns."""
 
@@ -298,9 +299,12 @@ def _short(value: Any) -> str:
 def _rows(path: Path, field: str) -> Iterator[Row]:
     """The rows of a file or folder, as they stand there; InputError if there are none."""
     if not path.exists():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, siblings, n=1)
-        remedy = f"did you mean {near[0]!r}?" if near else "check the path, which starts at the working directory"
+        siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+        names = {p.stem: p.name for p in siblings if p.suffix in ENDINGS or p.is_dir()}
+        near = difflib.get_close_matches(path.stem, names, n=1)  # an ending that both have is no likeness
+        remedy = (
+            f"did you mean {names[near[0]]!r}?" if near else "check the path, which starts at the working directory"
+        )
         raise InputError(f"{field}: there is no file or folder {str(path)!r}; {remedy}")
     if path.is_dir():
         rows = _saved_rows(path, field)
