@@ -95,7 +95,7 @@ def find_algorithm(name: str) -> Algorithm:
     if name in ALGORITHMS:
         return ALGORITHMS[name]
     if ":" not in name:
-        near = difflib.get_close_matches(name, ALGORITHMS, n=1)
+        near = difflib.get_close_matches(name.lower(), ALGORITHMS, n=1)
         hint = f"did you mean {near[0]}?" if near else "the rows are " + ", ".join(ALGORITHMS)
         raise InputError(f"algorithm = {name} is unknown: {hint} (your own: my_module:my_row)")
     module, _, attribute = name.partition(":")

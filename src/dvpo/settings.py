@@ -6,18 +6,38 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 from pydantic.dataclasses import dataclass
 
 from dvpo.noise_models import OPTIONAL, PARAMETERS
 
-Share = Annotated[float, Field(ge=0, le=1)]
+
+def _counted(what: str) -> WrapValidator:
+    """Says what a number counts where one is refused."""
+
+    def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            raise ValueError(f"{error.errors()[0]['msg']} ({what})") from None
+
+    return WrapValidator(validate)
+
+
+Share = Annotated[float, Field(ge=0, le=1), _counted("a share: 20% is 0.2")]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Tail = Annotated[float, Field(gt=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Seconds = Annotated[float, Field(gt=0, le=1e7)]
+Seconds = Annotated[float, Field(gt=0, le=1e7), _counted("a number of seconds")]
 """A time limit, of 116 days at most: what the system's clocks and pipes take, several times over."""
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
@@ -32,7 +52,7 @@ def section(kind: type[T]) -> type[T]:
 
 def _noise_kind(kind: str) -> str:
     if kind not in PARAMETERS:
-        near = difflib.get_close_matches(kind, PARAMETERS, n=1)
+        near = difflib.get_close_matches(kind.lower(), PARAMETERS, n=1)
         raise ValueError(f"did you mean {near[0]}?" if near else f"take one of {', '.join(PARAMETERS)}")
     return kind
 
