@@ -117,6 +117,23 @@ def test_given_evaluation_files_are_the_splits_and_nothing_is_held_out(write: Wr
     assert task.split("train")[0].columns == {"level": None}, "the columns of one split are those of all"
 
 
+def test_held_out_prompts_of_a_form_that_training_never_has_are_refused(write: Write) -> None:
+    strings, lists = write(many(3)), write([{"prompt": CHAT}], "lists.jsonl")
+    mixed = write([*many(1), {"prompt": [{"role": "user", "content": "3+3?"}]}], "mixed.jsonl")
+    for train, held, said in (
+        (strings, lists, "message list"),
+        (strings, mixed, "message list"),
+        (lists, strings, "str"),
+    ):
+        with pytest.raises(
+            InputError, match=rf"^task.id_path = {re.escape(str(held))}: the prompt .* is a {said}"
+        ) as no:
+            FilesTask(train, id_path=held)
+        assert "\n" not in str(no.value)
+    assert FilesTask(mixed, id_path=lists, ood_path=strings).split("id")
+    assert FilesTask(strings, ood_path=lists).split("ood")  # of another kind: its reward may know it
+
+
 def test_held_out_prompts_that_are_trained_on_are_counted_in_a_warning(write: Write) -> None:
     train, ids = write(many(10)), write([*many(12)[7:], {"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}], "id.jsonl")
     said = rf"^task.id_path = {re.escape(str(ids))}: 3 of 8 held-out prompts \(37.5%\) stand word for word in task.path"

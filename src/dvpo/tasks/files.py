@@ -73,6 +73,8 @@ class FilesTask(SplitTask):
             for split, (field, source) in sources.items()
             if source is not None
         }
+        if id_path is not None:
+            _refuse_another_form(self._splits, f"task.id_path = {id_path}")
         self._splits = _with_the_same_columns(self._splits, sources)
         if id_path is None and held_out > 0:
             self._splits |= _hold_out(self._splits["train"], held_out, path)
@@ -160,6 +162,18 @@ def _hold_out(examples: list[Example], share: float, path: str | Path) -> dict[s
         is_held = level == lowest or (level < share and level < highest)  # neither side is ever empty
         (held if is_held else kept).append(example)
     return {"train": kept, "id": held}
+
+
+def _refuse_another_form(splits: Mapping[str, list[Example]], said: str) -> None:
+    """A reward function is given completions in the form of their prompts, and may know none but training's."""
+    trained = {isinstance(example.prompt, str) for example in splits["train"]}
+    for example in splits["id"]:
+        if (is_text := isinstance(example.prompt, str)) not in trained:
+            forms = ("string", "message list") if is_text else ("message list", "string")
+            raise InputError(
+                f"{said}: the prompt {_short(example.prompt)} is a {forms[0]}, those in task.path are each a "
+                f"{forms[1]}, and so are the completions that a reward function is given: write all in one form"
+            )
 
 
 def _warn_of_trained(held: list[Example], trained: set[str], said: str) -> None:
