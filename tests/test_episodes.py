@@ -10,20 +10,10 @@ import pytest
 import torch
 
 from dvpo.batch import Rollout
+from dvpo.encoding import ChatEncoder, fit_prompts, within_context
 from dvpo.errors import InputError
 from dvpo.policy import Policy
-from dvpo.sampling import (
-    ChatEncoder,
-    Episode,
-    HuggingFaceSampler,
-    Turn,
-    begin,
-    collate,
-    fit_prompts,
-    play,
-    step,
-    within_context,
-)
+from dvpo.sampling import Episode, HuggingFaceSampler, Turn, begin, collate, play, step
 from dvpo.scoring import place
 from dvpo.settings import SamplingConfig
 from dvpo.tasks import Example, Prompt, SingleTurn, Step

@@ -65,6 +65,7 @@ def test_a_reward_function_of_one_s_own_is_asked_with_the_pseudo_label(tmp_path:
     assert asked == [[5]]
     scorer.task = ChainArithmetic(train=1, id=1, ood=1)
     scorer.task.true_reward = lambda prompts, *_, **__: [None] * len(prompts)  # type: ignore[method-assign]
+    scorer.task.knows_truth = False  # type: ignore[attr-defined]
     scorer.judge([answered("a", "#4")])  # nobody knows the truth: evaluations ask too, with the answer of the data
     assert asked == [[5], [4]]
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from dvpo.encoding import ChatEncoder
 from dvpo.errors import InputError
 from dvpo.privilege import Privilege
-from dvpo.sampling import ChatEncoder
 from dvpo.tasks import Example
 from tiny_models import TOKENIZER
 

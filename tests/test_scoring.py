@@ -208,6 +208,12 @@ def test_an_evaluation_asks_the_reward_function_only_for_a_task_that_says_it_kno
     assert reward.arguments == ()
     assert Scorer(Known({}, knows_truth=False), reward, ALL_WRONG).judge(both).rewards == [7.0, 8.0]
     assert Scorer(Known({}, knows_truth=False), None, ALL_WRONG).judge([episode([0], "a")]).rewards == [None]
+    # A mix may know it of some of its tasks.
+    faulty = Asked([None], [Fault("timeout", 0, "late")])
+    judged = Scorer(Known({"b": 1.0}, knows_truth=False), faulty, ALL_WRONG).judge([*both[1:], both[0], both[1]])
+    assert judged.rewards == [1.0, None, 1.0]
+    assert faulty.arguments[0] == ["prompt of a"]
+    assert [fault.index for fault in judged.faults] == [1]
 
 
 @pytest.mark.parametrize(("reward", "kind"), [([], "wrong_length"), ([1.0] * 3, "wrong_length"), (1e39, "non_finite")])

@@ -10,7 +10,7 @@ import torch
 
 from dvpo import Trainer
 from dvpo.embedded import make_tokenizer
-from dvpo.sampling import ChatEncoder
+from dvpo.encoding import ChatEncoder
 from dvpo.settings_learning import CriticConfig
 from dvpo.token_view import KEPT_LEVELS, critic_columns, is_shown, token_texts
 from runs import Parity, Talk, run_config

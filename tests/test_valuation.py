@@ -8,8 +8,9 @@ import torch
 
 from dvpo import load_critic
 from dvpo.core.risk import cvar
+from dvpo.encoding import ChatEncoder
 from dvpo.errors import InputError
-from dvpo.sampling import ChatEncoder, Episode, collate
+from dvpo.sampling import Episode, collate
 from dvpo.trainer import Trainer
 from dvpo.valuation import TrainedCritic
 from runs import Parity, trained

@@ -25,11 +25,11 @@ from outcome import ROOT, conclude
 
 from dvpo.config import Config, to_yaml
 from dvpo.embedded import make_tokenizer
+from dvpo.encoding import ChatEncoder, fit_prompts
 from dvpo.errors import InputError, RunStoppedError
 from dvpo.loading import load_config
 from dvpo.noise import read_labels
 from dvpo.preferences import read_pairs
-from dvpo.sampling import ChatEncoder, fit_prompts
 from dvpo.tasks.files import FilesTask
 from dvpo.trainer import Trainer
 from runs import SETTINGS, Parity, model_folder

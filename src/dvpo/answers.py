@@ -6,9 +6,10 @@ import torch
 from transformers import set_seed
 
 from dvpo.config import Config
+from dvpo.encoding import ChatEncoder, fit_prompts, within_context
 from dvpo.errors import InputError
 from dvpo.policy import choose_device, open_policy
-from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, fit_prompts, play_draws, within_context
+from dvpo.sampling import Episode, HuggingFaceSampler, play_draws
 from dvpo.scoring import Scorer
 from dvpo.seeding import derive_seed
 from dvpo.tasks import Example, Task, total

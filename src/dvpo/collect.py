@@ -14,11 +14,12 @@ import torch
 
 from dvpo.config import Config
 from dvpo.distributed import gather_objects, gather_rows, share
+from dvpo.encoding import ChatEncoder
 from dvpo.faults import fault_rows
 from dvpo.metrics import has_signal
 from dvpo.prompts import MixedPrompts, PromptStream
 from dvpo.rewards import Fault
-from dvpo.sampling import ChatEncoder, Episode, Sampler, play_draws
+from dvpo.sampling import Episode, Sampler, play_draws
 from dvpo.scoring import Scored, Scorer, join
 from dvpo.seeding import derive_seed
 from dvpo.tasks import Example, Task

@@ -18,6 +18,7 @@ from dvpo.checkpoint import checkpoint_step, find_fault, latest_checkpoint
 from dvpo.config import Config
 from dvpo.distributed import gather_rows, is_main, share
 from dvpo.durable import output_file, write_atomically
+from dvpo.encoding import ChatEncoder, fit_prompts, within_context
 from dvpo.environments import environment_at
 from dvpo.errors import InputError
 from dvpo.faults import fault_rows, lost_in_evaluation
@@ -26,7 +27,7 @@ from dvpo.plain_text import interval, table_console
 from dvpo.policy import Policy, choose_device, open_policy
 from dvpo.rewards import Scores
 from dvpo.runlog import json_line, unused
-from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, Sampler, fit_prompts, play_draws, within_context
+from dvpo.sampling import Episode, HuggingFaceSampler, Sampler, play_draws
 from dvpo.scoring import Scorer, open_reward
 from dvpo.seeding import derive_seed
 from dvpo.settings import SamplingConfig

@@ -14,6 +14,7 @@ from dvpo.checkpoint import checkpoint_step
 from dvpo.config import Config
 from dvpo.core.masks import identity
 from dvpo.critic import Critic, load_critic
+from dvpo.encoding import ChatEncoder
 from dvpo.environments import EnvironmentFaultError, environment_at, step
 from dvpo.errors import InputError
 from dvpo.evaluate import open_trained, refuse_what_python_gave, sound_checkpoint
@@ -23,7 +24,7 @@ from dvpo.privilege import Privilege
 from dvpo.report import write_page
 from dvpo.report_data import Run
 from dvpo.report_texts import page_data, script_json
-from dvpo.sampling import ChatEncoder, Episode, HuggingFaceSampler, collate, play
+from dvpo.sampling import Episode, HuggingFaceSampler, collate, play
 from dvpo.scoring import Scorer
 from dvpo.seeding import derive_seed
 from dvpo.shaping import Rates, step_signals

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from dvpo.config import Config
+from dvpo.encoding import ChatEncoder
 from dvpo.errors import InputError
-from dvpo.sampling import ChatEncoder
 from dvpo.tasks import Example
 
 NO_TOKEN = -1

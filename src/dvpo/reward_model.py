@@ -26,10 +26,11 @@ from transformers import (
 from transformers.utils import logging
 
 from dvpo.durable import disk_full_named, flush_file, flush_folder
+from dvpo.encoding import string_ids
 from dvpo.errors import InputError
 from dvpo.policy import UNREADABLE, compute_type, context_of, first_line, without_dropout
 from dvpo.rewards import Fault, Scores
-from dvpo.sampling import pad_right, string_ids
+from dvpo.sampling import pad_right
 from dvpo.tasks import Completion, Message, Prompt
 
 SCORING_BATCH, SCORING_TOKENS = 64, 1 << 14

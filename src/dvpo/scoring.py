@@ -112,19 +112,31 @@ class Scorer:
         """Rewards for an evaluation: the truth; of a task that knows none, the reward function without noise.
 
         A task that knows the truth (`knows_truth`, true unless it says otherwise) is never judged by anything else,
-        even if all of it is missing. What training could not place is unknown here too, with the same fault.
+        even if all of it is missing; of a mix that knows it in part, the reward judges the responses without. What
+        training could not place is unknown here too, with the same fault.
         """
-        columns = self._columns(episodes)
-        truth = self.true_rewards(episodes, columns)
-        if getattr(self.task, "knows_truth", True) or self.reward is None:
-            scores = Scores(truth, [])
-        elif isinstance(self.reward, RewardMix):
-            scores = self.reward(self._parts(self.reward, episodes, truth, columns))
-        else:
-            scores = self._ask(self.reward, episodes, columns)
+        truth = self.true_rewards(episodes, self._columns(episodes))
+        scores = Scores(truth, [])
+        if self.reward is not None and not getattr(self.task, "knows_truth", True):
+            unknown = [i for i, reward in enumerate(truth) if math.isnan(total(reward))]
+            asked = self._judged_by_reward(self.reward, [episodes[i] for i in unknown])
+            given = dict(zip(unknown, asked.rewards, strict=True))
+            faults = [
+                fault if fault.index is None else replace(fault, index=unknown[fault.index]) for fault in asked.faults
+            ]
+            scores = Scores([given.get(i, reward) for i, reward in enumerate(truth)], faults)
         placed, unplaced = _placed(scores.rewards, episodes)
         rewards = [None if p is None else reward for p, reward in zip(placed, scores.rewards, strict=True)]
         return Scores(rewards, [*_broken_off(episodes), *scores.faults, *unplaced])
+
+    def _judged_by_reward(self, reward: RewardSource | RewardMix, episodes: Sequence[Episode]) -> Scores:
+        """By the reward without noise, of episodes whose truth is unknown."""
+        if not episodes:
+            return Scores([], [])
+        columns = self._columns(episodes)
+        if isinstance(reward, RewardMix):
+            return reward(self._parts(reward, episodes, [None] * len(episodes), columns))
+        return self._ask(reward, episodes, columns)
 
     def _columns(self, episodes: Sequence[Episode]) -> dict[str, list[Any]]:
         """The data set's further columns, as one list each; None where an example lacks one."""

@@ -25,7 +25,8 @@ from dvpo.batch import Estimates, Rollout
 from dvpo.config import Config
 from dvpo.core.quantiles import quantile_levels
 from dvpo.core.risk import cvar, upper_mean
-from dvpo.sampling import ChatEncoder, Episode
+from dvpo.encoding import ChatEncoder
+from dvpo.sampling import Episode
 from dvpo.settings_learning import CriticConfig
 
 KEPT_LEVELS = 32

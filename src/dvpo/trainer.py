@@ -42,6 +42,7 @@ from dvpo.distributed import (
     together,
     world_size,
 )
+from dvpo.encoding import ChatEncoder, fit_prompts, within_context
 from dvpo.errors import RunStoppedError
 from dvpo.estimates import recentred
 from dvpo.evaluate import Evaluation, evaluate, fitting_examples
@@ -74,7 +75,7 @@ from dvpo.resume import find_checkpoint
 from dvpo.rewards import Fault
 from dvpo.risk_control import risk_figures
 from dvpo.runlog import RunLog, refuse_used_folder
-from dvpo.sampling import ChatEncoder, collate, fit_prompts, within_context
+from dvpo.sampling import collate
 from dvpo.scoring import Scorer, longest_scoring, open_reward
 from dvpo.seeding import derive_seed
 from dvpo.shaping import NO_RATES, going_on, response_penalties, step_signals

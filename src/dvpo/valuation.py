@@ -24,11 +24,12 @@ from dvpo.config import Config
 from dvpo.core.risk import cvar, upper_mean
 from dvpo.critic import Critic
 from dvpo.critic import load_critic as load_bare_critic
+from dvpo.encoding import ChatEncoder
 from dvpo.errors import InputError
 from dvpo.evaluate import open_trained, sound_checkpoint
 from dvpo.loading import load_config
 from dvpo.policy import Policy
-from dvpo.sampling import ChatEncoder, Episode, collate
+from dvpo.sampling import Episode, collate
 from dvpo.tasks import Example, Prompt
 from dvpo.token_view import token_texts
 

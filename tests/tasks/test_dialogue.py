@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from dialogues import random_agent, replay, silent, turns_of
 from dvpo.embedded import make_tokenizer
+from dvpo.encoding import ChatEncoder
 from dvpo.errors import InputError
 from dvpo.loading import TASK_DEFAULTS
-from dvpo.sampling import ChatEncoder
 from dvpo.tasks import Task
 from dvpo.tasks.dialogue import MOST_TURNS, Conversation, SlotFilling, parse_turn
 from dvpo.tasks.dialogue_agents import (
