@@ -352,7 +352,7 @@ def test_progress_says_how_many_held_out_answers_have_a_reward_and_when_no_answe
         progress.on_rewards(1, [], 16)
         progress.on_step(1, {"reward/missing": 1.0})
         progress.on_evaluation(1, {f"eval/id/{name}": value for name, value in figures.items()})
-    assert "held-out accuracy (%) ID 100.0 [70, 100] of the 12 of 20 with a reward\n" in out.getvalue()
+    assert "held-out accuracy (%) ID 100.0 [70, 100] (8 of 20 had no reward)\n" in out.getvalue()
     assert out.getvalue().endswith("reward: none of 16 answers had one, so nothing was learnt from them\n")
 
 

@@ -268,7 +268,7 @@ def test_faults_of_evaluations_are_counted_apart_from_those_of_steps(tmp_path: P
     (line,) = fault_lines(place_of_runs([folder]).runs)
     assert (line.rewards, line.evaluated) == (4, 8)  # one in each of four steps; eight rows of a split
     text = write_report([str(folder)]).read_text()
-    assert "failed rewards in steps" in text
+    assert "rewards failed in steps" in text
 
 
 def test_an_alarm_is_no_fault_and_is_named(tmp_path: Path):

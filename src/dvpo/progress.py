@@ -107,8 +107,8 @@ def _result(split: str, figures: dict[str, float]) -> str:
     accuracy, reward = (figures[f"eval/{split}/{name}"] for name in ("accuracy", "reward"))
     graded = f" reward {_short(reward)}" if abs(reward - accuracy) > 1e-6 else ""
     items, unknown = (int(figures[f"eval/{split}/{name}"]) for name in ("items", "unknown"))
-    known = f" of the {items} of {items + unknown} with a reward" if unknown else ""
-    return f"{split.upper()} {interval_text(figures, f'eval/{split}/accuracy')}{graded}{known}"
+    lacking = f" ({unknown} of {items + unknown} had no reward)" if unknown else ""
+    return f"{split.upper()} {interval_text(figures, f'eval/{split}/accuracy')}{graded}{lacking}"
 
 
 def _figure(key: str, value: float) -> str:
