@@ -37,6 +37,14 @@ def read_yaml(path: str | Path, what: str = "config file") -> dict[str, Any]:
     return values
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
 def set_dotted(values: dict[str, Any], override: str) -> None:
     """Put one `key.sub=value` override into the values; InputError if it is none."""
     key, equals, text = override.partition("=")

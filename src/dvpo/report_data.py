@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from dvpo.config import Config, to_plain
+from dvpo.config import to_plain
 from dvpo.errors import InputError
+from dvpo.nested import flat
 from dvpo.runlog import TIME_PREFIX, is_evaluation, read_rows
 from dvpo.study import Cell, Study
 from dvpo.study_results import Row, split_accuracy
@@ -100,7 +101,7 @@ def read_run(folder: Path, name: str = "", place: str = "") -> Run:
         InputError: it holds no run, or a damaged one.
     """
     try:
-        settings = _flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+        settings = flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
         manifest = json.loads((folder / "manifest.json").read_bytes())
     except (OSError, ValueError, yaml.YAMLError, AttributeError):
         raise InputError(
@@ -178,7 +179,7 @@ def _of_cell(cell: Cell, row: Row, place: str) -> Run:
         {"step": step, "eval/id/accuracy": at_id, "eval/ood/accuracy": at_ood} for step, at_id, at_ood in row["curve"]
     ]
     manifest = {"commit": row["commit"], "config_hash": row["config_hash"], "machine": {"cpu": row["machine"]}}
-    settings = settings_of(cell.config)
+    settings = flat(to_plain(cell.config))
     return Run(cell.algorithm, cell.seed, None, settings, evaluations=evaluations, manifest=manifest, place=place)
 
 
@@ -215,15 +216,3 @@ def _telling(keys: Collection[str], runs: Sequence[Run]) -> list[str]:
     """Of the keys in which a run differs from others three, those with the most values first."""
     values = {key: len({str(_identity(run).get(key)) for run in runs}) for key in keys}
     return sorted(sorted(keys, key=lambda key: (-values[key], key))[:3])
-
-
-def settings_of(config: Config) -> dict[str, Any]:
-    """Dotted key -> value, as a run's folder has them."""
-    return _flat(to_plain(config))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat

@@ -9,9 +9,10 @@ from statistics import fmean, stdev
 from typing import Any
 
 from dvpo.charts import Chart, Line, Point
+from dvpo.judgement import judged
 from dvpo.plain_text import clipped, visible
 from dvpo.report_data import Place, Run, Series
-from dvpo.report_words import judged, knows_truth
+from dvpo.report_words import knows_truth
 from dvpo.stats import student_quantile
 
 SMOOTHED_OVER = 25

@@ -5,8 +5,9 @@ from dataclasses import replace
 from statistics import fmean
 
 from dvpo.charts import COLOURS, Chart, Line
+from dvpo.judgement import judged
 from dvpo.report_panels import Panel
-from dvpo.report_words import SPLITS, judged
+from dvpo.report_words import SPLITS
 from dvpo.stats import bootstrap_interval, iqm
 from dvpo.study import Study
 from dvpo.study_results import Row, row_key

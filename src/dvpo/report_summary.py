@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from dvpo.judgement import judged
 from dvpo.plain_text import interval
 from dvpo.report_data import Place, Run, Series
 from dvpo.report_panels import over_seeds
-from dvpo.report_words import SPLITS, ends, judged, knows_truth
+from dvpo.report_words import SPLITS, ends, knows_truth
 
 NONE = "-"
 

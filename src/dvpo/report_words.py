@@ -1,10 +1,10 @@
 """The summary of a report in words: what was reached, what may be concluded from it, and what looks wrong."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
+from dvpo.judgement import judged, names_truth
 from dvpo.metrics import MANY_CUT
 from dvpo.plain_text import percent
 from dvpo.report_data import Place, Run, Series
@@ -13,7 +13,6 @@ from dvpo.stats import paired_difference
 SPLITS = (("id", "in distribution"), ("ood", "out of distribution"))
 LATE = 5
 """The last fifth of a run stands for its end, where a single step would be noise."""
-BY_REWARD = "by your reward (no truth was named)"
 APART = 0.02
 """Series whose shares of untrue rewards lie further apart are told one by one; less may be the draw of the noise."""
 LOST = 0.03
@@ -50,17 +49,6 @@ def ends(run: Run, split: str) -> tuple[float, float] | None:
     """True accuracy at the first and at the last evaluation; None where there are not two."""
     curve = run.curve(f"eval/{split}/accuracy")
     return (curve[0][1], curve[-1][1]) if len(curve) > 1 else None
-
-
-def judged(what: str, by_truth: bool) -> str:
-    """`Accuracy` as `True accuracy`; where no truth judged, as accuracy by the reward."""
-    return f"True {what.lower()}" if by_truth else f"{what} {BY_REWARD}"
-
-
-def names_truth(settings: Mapping[str, Any]) -> bool:
-    """Whether the settings of a run, by dotted keys, name a truth: own files have none but `task.truth`."""
-    tasks = settings.get("task.mix") or [{"name": settings.get("task.name"), "truth": settings.get("task.truth")}]
-    return not any(task.get("name") == "files" and task.get("truth") is None for task in tasks)
 
 
 def knows_truth(runs: Sequence[Run]) -> bool:

@@ -12,9 +12,10 @@ from statistics import fmean
 from rich.console import Console
 from rich.table import Table
 
+from dvpo.config import to_plain
 from dvpo.errors import InputError
-from dvpo.report_data import settings_of
-from dvpo.report_words import BY_REWARD, judged, names_truth
+from dvpo.judgement import BY_REWARD, judged, names_truth
+from dvpo.nested import flat
 from dvpo.stats import (
     Interval,
     PairedDifference,
@@ -84,7 +85,7 @@ def make_report(
     if len(study.places) > 1:
         sheets += [*_family(data, [study.places]), *overviews(study, rows)]
     if blind is None:
-        blind = {cell.task for cell in study.cells if not names_truth(settings_of(cell.config))}
+        blind = {cell.task for cell in study.cells if not names_truth(flat(to_plain(cell.config)))}
     accuracy = _accuracy(study.names("task"), blind)
     return Report(tuple(sheets), _notes(data, accuracy, len(rows) - len(data.rows), averaged))
 
