@@ -7,18 +7,13 @@ responses of one frozen policy, the embedded model with the checker's dial at 1.
 seed shows what a lever does; it ranks nothing.
 """
 
-import argparse
-import json
-import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
+from records import Row, record
 from rich.console import Console
 from rich.table import Table
-
-from dvpo import provenance
 
 SEED = 201
 STEPS = 12
@@ -35,8 +30,6 @@ SETTINGS: dict[str, list[str]] = {
     "verdict, first alone": ["critic.start=verdict", "critic.verdict_only_steps=6"],
     "verdict, frozen": ["critic.start=verdict", "critic.trunk=frozen"],
 }
-
-Row = dict[str, Any]
 
 
 def run(setting: str) -> Row:
@@ -68,23 +61,11 @@ def show(rows: list[Row]) -> None:
     Console(width=110).print(table)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULT, help="the JSON file")
-    output = parser.parse_args().output
-    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is first imported
-    facts = {
-        "commit": provenance.source().commit,
-        "machine": provenance.machine("cpu") | {"threads": 1},
-        "versions": provenance.versions(),
-        "seed": SEED,
-        "steps": STEPS,
-    }
-    rows = [run(setting) for setting in SETTINGS]
-    show(rows)
-    output.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-    print(f"written: {output}")
-
-
 if __name__ == "__main__":
-    main()
+    record(
+        __doc__,
+        RESULT,
+        {"seed": SEED, "steps": STEPS},
+        lambda: [run(setting) for setting in SETTINGS],
+        show,
+    )

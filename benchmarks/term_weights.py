@@ -9,18 +9,14 @@ with smaller and larger tails, and without any term. One seed shows sizes; it ra
 results/term_weights.json.
 """
 
-import argparse
-import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from records import Row, record
 from rich.console import Console
 from rich.table import Table
-
-from dvpo import provenance
 
 SEED = 1
 SHOWN = (1, 10, 50)
@@ -50,8 +46,6 @@ VARIANTS: dict[str, list[str]] = {
     "no terms": ["algorithm=dvpo_plain"],
 }
 FIGURES = ("qr", "value_mean", "return_mean", "spread", "true_correlation")
-
-Row = dict[str, Any]
 
 
 def run(setting: str, variant: str) -> list[Row]:
@@ -100,22 +94,11 @@ def show(rows: list[Row]) -> None:
     Console(width=180).print(table)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULT, help="the JSON file")
-    output = parser.parse_args().output
-    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is first imported
-    facts = {
-        "commit": provenance.source().commit,
-        "machine": provenance.machine("cpu") | {"threads": 1},
-        "versions": provenance.versions(),
-        "seed": SEED,
-    }
-    rows = [row for setting in SETTINGS for variant in VARIANTS for row in run(setting, variant)]
-    show(rows)
-    output.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-    print(f"written: {output}")
-
-
 if __name__ == "__main__":
-    main()
+    record(
+        __doc__,
+        RESULT,
+        {"seed": SEED},
+        lambda: [row for setting in SETTINGS for variant in VARIANTS for row in run(setting, variant)],
+        show,
+    )
