@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from dvpo import load_critic
-from dvpo.evaluate import refuse_what_python_gave, take
+from dvpo.evaluate import take
 from dvpo.scoring import Scorer
 from dvpo.stats import bootstrap_interval
 from dvpo.tasks import total
 from dvpo.tasks.named import make_task
+from dvpo.trained import refuse_what_python_gave
 
 
 def main(run: str, prompts: int = 200, most: int = 8, split: str = "id") -> None:

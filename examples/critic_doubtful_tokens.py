@@ -12,10 +12,11 @@ import sys
 import numpy as np
 
 from dvpo import load_critic
-from dvpo.evaluate import refuse_what_python_gave, take
+from dvpo.evaluate import take
 from dvpo.policy import open_policy
 from dvpo.stats import paired_difference
 from dvpo.tasks.named import make_task
+from dvpo.trained import refuse_what_python_gave
 from dvpo.warmstart import starting_model
 
 SHOWN = 5

@@ -13,12 +13,13 @@ from itertools import product
 import numpy as np
 
 from dvpo import load_critic
-from dvpo.evaluate import refuse_what_python_gave, take
+from dvpo.evaluate import take
 from dvpo.policy import open_policy
 from dvpo.scoring import Scorer
 from dvpo.stats import bootstrap_interval, paired_difference
 from dvpo.tasks import total
 from dvpo.tasks.named import make_task
+from dvpo.trained import refuse_what_python_gave
 from dvpo.warmstart import starting_model
 
 

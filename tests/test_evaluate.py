@@ -15,6 +15,7 @@ from rich.console import Console
 from scipy.stats import binomtest
 
 from dvpo import evaluate as evaluate_module
+from dvpo import trained as trained_module
 from dvpo.errors import InputError
 from dvpo.evaluate import Evaluation, Judge, evaluate, evaluate_checkpoint, fitting_examples, interval_text
 from dvpo.faults import lost_in_evaluation
@@ -177,13 +178,13 @@ def test_the_first_examples_of_a_split_are_the_ones_that_count(tmp_path):
 
 
 def test_the_policy_is_that_of_the_newest_checkpoint_or_of_the_one_named(tmp_path, monkeypatch):
-    opened, open_policy = [], evaluate_module.open_policy
+    opened, open_policy = [], trained_module.open_policy
 
     def opening(source, *given, **named):
         opened.append(source)
         return open_policy(source, *given, **named)
 
-    monkeypatch.setattr(evaluate_module, "open_policy", opening)
+    monkeypatch.setattr(trained_module, "open_policy", opening)
     config = run_config(tmp_path, "task.name=test_evaluate:make_task", "checkpoint.every=1", "evaluation.every=0")
     Trainer(config).train()
     files = [evaluate_checkpoint(source, [], ["id"], 0, None) for source in (tmp_path, tmp_path / "checkpoint-1")]

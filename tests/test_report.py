@@ -218,6 +218,8 @@ def test_a_baseline_that_is_not_there_is_refused_and_only_the_usual_one_replaced
     study, rows = str(ROOT / "configs/studies/tiny.yaml"), str(study_rows(tmp_path / "rows.jsonl"))
     with pytest.raises(InputError, match="--baseline = grop is no algorithm of these cells: take one of "):
         write_report([study], results=rows, baseline="grop")
+    with pytest.raises(InputError, match="--baseline = ppo is no algorithm of these runs"):
+        write_report(runs, baseline="ppo")
     assert "dvpo against grpo" in write_report(runs).read_text()
     assert "grpo against dvpo" in write_report(runs, baseline="dvpo").read_text()
 

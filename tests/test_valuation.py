@@ -137,3 +137,7 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(tmp_path: Path, critic: 
     told = trained(tmp_path / "told", "steps=1", "critic.privileged=answer").folder
     with pytest.raises(InputError, match="reads the column answer beside the text"):
         load_critic(told)
+    (tmp_path / "unsaved").mkdir()
+    (tmp_path / "unsaved" / "config.yaml").write_bytes((grpo / "config.yaml").read_bytes())
+    with pytest.raises(InputError, match=r"unsaved has no checkpoint yet \(checkpoint.every = \d+\): wait for it"):
+        load_critic(tmp_path / "unsaved")

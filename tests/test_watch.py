@@ -215,6 +215,7 @@ def test_names_and_keys_do_nothing_to_the_terminal(tmp_path: Path) -> None:
     [
         (["nowhere", "--once"], "nowhere holds no run yet: give a run folder, or leave out --once"),
         (["file.txt"], "file.txt is no folder: give run folders"),
+        (["typo.yaml"], "typo.yaml is no folder: give run folders"),
         (["run", "--metric", "reward/treu"], "run logs no figure reward/treu; did you mean reward/true?"),
         (["run", "--metric", ","], "logs no figure without a name"),
         (["run", "--every", "0"], "--every = 0 is no time to wait"),

@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument(
         "--last-quarter", action="store_true", help="tables of the mean over the last quarter's evaluations"
     )
-    study.add_argument("--baseline", help="whom the tables compare with (default: ppo)")
+    study.add_argument("--baseline", help="whom the tables compare with (default: ppo, else the first)")
     study.set_defaults(run=_study, go_on="the same command goes on with the study")
 
     report = command("report", "one HTML page of runs side by side, or of a study")
@@ -171,9 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--output", metavar="FILE.html", help="default: report.html where the runs are")
     report.add_argument("--results", metavar="FILE", help="of a study: default results.jsonl in the study's output")
-    report.add_argument(
-        "--baseline", default="ppo", help="whom the others are compared with (default: ppo, else the first)"
-    )
+    report.add_argument("--baseline", help="whom the others are compared with (default: ppo, else the first)")
     report.set_defaults(run=_report)
 
     inspect = command("inspect", "a response token by token, as a checkpoint's critic sees it")
@@ -321,9 +319,7 @@ def _settings(arguments: argparse.Namespace) -> None:
 
 def _eval(arguments: argparse.Namespace) -> None:
     from dvpo.evaluate import evaluate_checkpoint
-    from dvpo.resume import refuse_unsaved
 
-    refuse_unsaved(arguments.checkpoint)
     evaluate_checkpoint(
         arguments.checkpoint, arguments.overrides, arguments.splits, arguments.samples, arguments.output
     )
@@ -347,7 +343,7 @@ def _study(arguments: argparse.Namespace) -> int:
 
         rows = read_results(results)
         rows = [last_quarter(row) for row in rows] if arguments.last_quarter else rows
-        report = make_report(study, rows, arguments.baseline or "ppo", arguments.last_quarter)
+        report = make_report(study, rows, arguments.baseline, arguments.last_quarter)
         if arguments.markdown:
             sys.stdout.write(to_markdown(report))
         else:
@@ -377,10 +373,7 @@ def _report(arguments: argparse.Namespace) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     from dvpo.inspection import Question, inspect_checkpoint
     from dvpo.plain_text import plain_console
-    from dvpo.resume import refuse_unsaved
 
-    for source in filter(None, (arguments.checkpoint, arguments.compare)):
-        refuse_unsaved(source)
     question = Question(
         prompt=arguments.prompt,
         split=arguments.split,

@@ -1,6 +1,5 @@
 """Evaluation: a policy and a task's split -> one row an item, and a summary with intervals."""
 
-import json
 import math
 import re
 import warnings
@@ -8,13 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
 from rich.table import Table
 
-from dvpo.checkpoint import checkpoint_step, find_fault, latest_checkpoint
+from dvpo.checkpoint import checkpoint_step
 from dvpo.config import Config
 from dvpo.distributed import gather_rows, is_main, share
 from dvpo.durable import output_file, write_atomically
@@ -24,7 +22,7 @@ from dvpo.errors import InputError
 from dvpo.faults import fault_rows, lost_in_evaluation
 from dvpo.loading import load_config
 from dvpo.plain_text import interval, table_console
-from dvpo.policy import Policy, choose_device, open_policy
+from dvpo.policy import Policy
 from dvpo.rewards import Scores
 from dvpo.runlog import json_line, unused
 from dvpo.sampling import Episode, HuggingFaceSampler, Sampler, play_draws
@@ -35,6 +33,7 @@ from dvpo.stats import bootstrap_interval, wilson_interval
 from dvpo.tasks import Environment, Example, Message, Task, total
 from dvpo.tasks.mixture import each_of_its_tasks, held_out
 from dvpo.tasks.named import make_task
+from dvpo.trained import open_trained, refuse_what_python_gave, sound_checkpoint
 
 Judge = Callable[[Sequence[Episode]], Scores]
 CORRECT = 1 - 1e-6
@@ -259,52 +258,6 @@ def _with_intervals(scores: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 def _known(reward: float) -> float | None:
     return float(reward) if np.isfinite(reward) else None
-
-
-def sound_checkpoint(source: str | Path) -> Path:
-    """The checkpoint that is named, or the newest sound one of the run that is.
-
-    Raises:
-        InputError: there is none, or it is damaged.
-    """
-    folder = Path(source)
-    named = folder.name.startswith("checkpoint-")
-    checkpoint = folder if named else latest_checkpoint(folder)
-    if checkpoint is None or not (checkpoint / "policy").is_dir():
-        raise InputError(f"{source} holds no sound checkpoint: give a run folder or a checkpoint-N folder in one")
-    if named and (fault := find_fault(checkpoint)):
-        raise InputError(f"{checkpoint} is damaged ({fault}): take another checkpoint")
-    return checkpoint
-
-
-def open_trained(checkpoint: Path, config: Config, device: str | None = None) -> Policy:
-    """The policy of a checkpoint, as its run's config opens it; `device` wins over the config's."""
-    place, model = torch.device(choose_device(device or config.device)), config.model
-    return open_policy(checkpoint / "policy", place, model.dtype, template=model.template)
-
-
-def refuse_what_python_gave(source: str | Path, config: Config, part: Literal["task", "reward"]) -> None:
-    """Check that the config names the task, or the reward, that the run really had.
-
-    Args:
-        source: the run's folder, or a checkpoint in it.
-        config: the run's, or one that names what had been given in Python.
-        part: of the config.
-
-    Raises:
-        InputError: it was given in Python.
-    """
-    run = Path(source).parent if Path(source).name.startswith("checkpoint-") else Path(source)
-    try:
-        manifest = json.loads((run / "manifest.json").read_bytes())
-    except (OSError, ValueError):  # a checkpoint by itself
-        return
-    key, name = {"task": ("name", config.task.name), "reward": ("function", config.reward.function)}[part]
-    if any(session.get("in_python", {}).get(part) == name for session in (manifest, *manifest["resumes"])):
-        raise InputError(
-            f"{run} was given its {part} in Python, and its config says {part}.{key} = {name}: set {part}.{key} to "
-            f"my_module:its_name, as an override of `dvpo eval` or in config.yaml, or ask in Python"
-        )
 
 
 def evaluate_checkpoint(

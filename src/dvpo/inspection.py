@@ -17,7 +17,6 @@ from dvpo.critic import Critic, load_critic
 from dvpo.encoding import ChatEncoder
 from dvpo.environments import EnvironmentFaultError, environment_at, step
 from dvpo.errors import InputError
-from dvpo.evaluate import open_trained, refuse_what_python_gave, sound_checkpoint
 from dvpo.loading import load_config
 from dvpo.policy import Policy
 from dvpo.privilege import Privilege
@@ -32,6 +31,7 @@ from dvpo.tasks import Example, SingleTurn, Task
 from dvpo.tasks.named import make_task
 from dvpo.token_terminal import print_view
 from dvpo.token_view import token_row
+from dvpo.trained import open_trained, refuse_what_python_gave, sound_checkpoint
 from dvpo.valuation import with_features
 
 
@@ -88,7 +88,8 @@ def inspect_checkpoint(
         InputError: no checkpoint, no such example, a prompt or response that does not fit, two tokenizers, a task that
             was given in Python.
     """
-    subjects = [open_subject(source), *([open_subject(compare)] if compare else [])]
+    folders = [sound_checkpoint(each) for each in (source, compare) if each]  # before any model is opened
+    subjects = [open_subject(folder) for folder in folders]
     for subject in subjects if question.prompt is None else ():
         refuse_what_python_gave(subject.folder, subject.config, "task")
     if html and Path(html).suffix != ".html":  # now, not after the model has spoken
@@ -109,7 +110,7 @@ def inspect_checkpoint(
         console.print(f"page: {write_page(Path(html), 'inspect.html', page)}", soft_wrap=True)
 
 
-def open_subject(source: str) -> Subject:
+def open_subject(source: str | Path) -> Subject:
     """Open a checkpoint with its run's config, its policy, its critic if it has one, and its task."""
     folder = sound_checkpoint(source)
     config = load_config(folder.parent / "config.yaml")

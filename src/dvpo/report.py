@@ -26,16 +26,14 @@ from dvpo.report_texts import page_data, script_json
 from dvpo.report_words import knows_truth, overall, sentences
 from dvpo.study import Study, load_study
 from dvpo.study_results import Row, read_results
-from dvpo.study_table import make_report
+from dvpo.study_table import find_baseline, make_report
 
 NAME = "report.html"
-USUAL_BASELINE = "ppo"
-"""Compared with where nobody is named; the first algorithm stands in for it where it is not there."""
 SCRIPTS = ("page.js", "charts.js", "law.js", "tokens.js", "completions.js", "start.js")
 
 
 def write_report(
-    sources: Sequence[str], output: str | None = None, results: str | None = None, baseline: str = USUAL_BASELINE
+    sources: Sequence[str], output: str | None = None, results: str | None = None, baseline: str | None = None
 ) -> Path:
     """Write the report of some runs or of a study, and return its path, from the working directory if it lies in there.
 
@@ -43,7 +41,7 @@ def write_report(
         sources: run folders, folders of runs, or the YAML file of one study.
         output: the file; None: `report.html` in the run's folder, in the folder that holds the runs, or in the study's.
         results: the results file of a study, if it is not in the study's output.
-        baseline: whom the others are compared with.
+        baseline: whom the others are compared with; None: `ppo`, or the first where it is not there.
 
     Raises:
         InputError: no run, no results, a damaged log, a baseline that is not there, a file that cannot be written.
@@ -60,7 +58,7 @@ def write_report(
             raise InputError(f"--results = {results} belongs to a study: name its YAML file instead of run folders")
         folders = run_folders(sources)
         place, home = place_of_runs(folders), common_folder(folders)
-        page = _page([place], _baseline(baseline, [series.name for series in place.series], "runs"))
+        page = _page([place], find_baseline(baseline, [series.name for series in place.series], "runs"))
         title = f"Run {home.absolute().name}" if len(folders) == 1 else f"{len(folders)} runs of {home.name}"
     file = write_page(Path(output) if output else home / NAME, "report.html", {"title": title, **page}).absolute()
     here = Path.cwd()
@@ -92,19 +90,10 @@ def common_folder(folders: Sequence[Path]) -> Path:
     return shared[0]
 
 
-def _baseline(named: str, algorithms: Sequence[str], of: str) -> str:
-    """Whom the others are compared with."""
-    if named in algorithms:
-        return named
-    if named == USUAL_BASELINE:
-        return algorithms[0]
-    raise InputError(f"--baseline = {named} is no algorithm of these {of}: take one of {'; '.join(algorithms)}")
-
-
-def study_page(study: Study, rows: Sequence[Row], baseline: str) -> dict[str, Any]:
+def study_page(study: Study, rows: Sequence[Row], baseline: str | None) -> dict[str, Any]:
     """What the template needs for a study."""
     algorithms = study.names("algorithm")
-    baseline = _baseline(baseline, algorithms, "cells")
+    baseline = find_baseline(baseline, algorithms)
     places = places_of_study(study, rows)
     blind = {place.task for place in places if not knows_truth(place.runs)}
     tables = make_report(study, rows, baseline, blind=blind)

@@ -50,23 +50,6 @@ def find_checkpoint(config: Config, allow: Iterable[str] = ()) -> Path | None:
     return checkpoint
 
 
-def refuse_unsaved(source: str | Path) -> None:
-    """Check that what a checkpoint is to be read from is a folder, and if a run's, that it has begun to write some.
-
-    Raises:
-        InputError: a file, or a run without any checkpoint yet.
-    """
-    folder, written = Path(source), Path(source) / "config.yaml"
-    if folder.is_file():
-        raise InputError(f"{source} is a file: give a run's folder (`output` in its config) or a checkpoint-N in one")
-    if written.exists() and not any(folder.glob("checkpoint-*")):
-        every = load_config(written).checkpoint.every
-        raise InputError(
-            f"{source} has no checkpoint yet (checkpoint.every = {every}): wait for it, or go on with dvpo train "
-            f"{written} --resume"
-        )
-
-
 def _refuse_another_run(written: Path, config: Config, allow: list[str]) -> Differences:
     """Key -> its value in the run and now, of all that may differ."""
     known = tuple(all_keys(Config))

@@ -59,7 +59,7 @@ class Report:
 def make_report(
     study: Study,
     rows: Sequence[Row],
-    baseline: str = "ppo",
+    baseline: str | None = None,
     averaged: bool = False,
     blind: Collection[str] | None = None,
 ) -> Report:
@@ -68,17 +68,14 @@ def make_report(
     Args:
         study: which cells there should be.
         rows: of the results file; those of other cells are counted and left out.
-        baseline: the algorithm that the others are compared with.
+        baseline: the algorithm that the others are compared with; None: as `find_baseline` finds it.
         averaged: the ends are means over the last quarter's evaluations (`last_quarter`), and are called so.
         blind: the tasks that the reward judged, since no truth was known; None: those for which none was named.
 
     Raises:
         InputError: the baseline is no algorithm of the study, or none of the cells has a row.
     """
-    algorithms = study.names("algorithm")
-    if baseline not in algorithms:
-        raise InputError(f"--baseline = {baseline} is no algorithm of these cells: take one of {', '.join(algorithms)}")
-    data = _Data(study, rows, baseline)
+    data = _Data(study, rows, find_baseline(baseline, study.names("algorithm")))
     if not data.rows:
         raise InputError("the results file holds no row of these cells: run the study first")
     sheets = _family(data, [[place] for place in study.places])
@@ -88,6 +85,19 @@ def make_report(
         blind = {cell.task for cell in study.cells if not names_truth(flat(to_plain(cell.config)))}
     accuracy = _accuracy(study.names("task"), blind)
     return Report(tuple(sheets), _notes(data, accuracy, len(rows) - len(data.rows), averaged))
+
+
+def find_baseline(named: str | None, algorithms: Sequence[str], of: str = "cells") -> str:
+    """Whom the others are compared with: who is named, else `ppo`, else, where that is not there, the first of them.
+
+    Raises:
+        InputError: the named one is none of them.
+    """
+    if named is None:
+        return "ppo" if "ppo" in algorithms else algorithms[0]
+    if named not in algorithms:
+        raise InputError(f"--baseline = {named} is no algorithm of these {of}: take one of {'; '.join(algorithms)}")
+    return named
 
 
 def compare(study: Study, rows: Sequence[Row], x: str, y: str, split: str) -> PairedDifference | None:

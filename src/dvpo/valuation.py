@@ -26,12 +26,12 @@ from dvpo.critic import Critic
 from dvpo.critic import load_critic as load_bare_critic
 from dvpo.encoding import ChatEncoder
 from dvpo.errors import InputError
-from dvpo.evaluate import open_trained, sound_checkpoint
 from dvpo.loading import load_config
 from dvpo.policy import Policy
 from dvpo.sampling import Episode, collate
 from dvpo.tasks import Example, Prompt
 from dvpo.token_view import token_texts
+from dvpo.trained import open_trained, sound_checkpoint
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,8 @@ def watch(sources: Sequence[str], metrics: Sequence[str], once: bool, every: flo
     """
     if every <= 0:
         raise InputError(f"--every = {every:g} is no time to wait: give seconds above 0")
-    wrong = next((source for source in sources if Path(source).exists() and not Path(source).is_dir()), None)
+    paths = map(Path, sources)
+    wrong = next((path for path in paths if path.is_file() or path.suffix in (".yaml", ".yml")), None)
     if wrong is not None:
         raise InputError(f"{wrong} is no folder: give run folders, or folders of runs")
     followers: dict[Path, Follower] = {}
