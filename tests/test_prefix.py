@@ -1,8 +1,11 @@
-"""A prompt that rows share is computed once: the same states, the same gradients, fewer columns."""
+"""A prompt that rows share is computed once, and padding needs no mask: the same states and gradients, less work."""
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dvpo import prefix
 from dvpo.policy import Policy
@@ -81,3 +84,29 @@ def test_one_plain_forward_where_nothing_can_be_shared(case: str):
     states_BUD = hidden_states(policy.trunk, tokens_BS, attention_BS, WIDTH - 1)
     assert len(calls) == 1
     assert states_BUD.shape[1] == tokens_BS.shape[1] - WIDTH + 1
+
+
+def test_rows_that_share_nothing_meet_attention_without_a_mask_whatever_their_padding(monkeypatch: pytest.MonkeyPatch):
+    policy = tiny_policy()
+    tokens_BS, attention_BS = batch()
+    tokens_BS = torch.cat([tokens_BS, tokens_BS[:, :2]], dim=1)  # padding of the whole batch, before and behind
+    attention_BS = torch.cat([attention_BS, torch.zeros_like(attention_BS[:, :2])], dim=1)
+    masks, widths, plain = [], [], functional.scaled_dot_product_attention
+
+    def attention(
+        query: Tensor, *given: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **named: Any
+    ):
+        masks.append(attn_mask)
+        widths.append(query.shape[-2])
+        assert is_causal
+        return plain(query, *given, attn_mask=attn_mask, is_causal=is_causal, **named)
+
+    monkeypatch.setattr(prefix, "WORTHWHILE", 2.0)
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", attention)
+    states_BSD = hidden_states(policy.trunk, tokens_BS, attention_BS)
+    assert set(masks) == {None}
+    assert set(widths) == {11}  # the longest row: 5 of prompt and 6 of response, of 13 columns
+    monkeypatch.undo()
+    for row, real in zip(range(len(tokens_BS)), attention_BS, strict=True):
+        alone_1SD = policy.trunk(input_ids=tokens_BS[row : row + 1, real], use_cache=False).last_hidden_state
+        torch.testing.assert_close(states_BSD[row, real], alone_1SD[0], rtol=1e-4, atol=1e-5)

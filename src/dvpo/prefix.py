@@ -2,7 +2,8 @@
 
 A group of responses has one prompt. Plain batches compute it once a response, forwards and backwards; here its keys and
 values are computed once and read by all of them. The sum of the responses' gradients flows back through the one copy,
-so that results and gradients are those of the plain batch up to rounding.
+so that results and gradients are those of the plain batch up to rounding. Where too little would be spared, rows are
+moved to the left, which spares the padding in front and the mask.
 """
 
 from typing import Any
@@ -33,13 +34,7 @@ def hidden_states(trunk: nn.Module, tokens_BS: Tensor, attention_BS: Tensor, fir
         prompts_GP, attention_GP, group_B = distinct_rows(tokens_BS[:, :common], attention_BS[:, :common])
         if (len(tokens_BS) - len(prompts_GP)) * common >= WORTHWHILE * tokens_BS.numel():
             return _shared(trunk, tokens_BS, attention_BS, prompts_GP, attention_GP, group_B)
-    out = trunk(
-        input_ids=tokens_BS,
-        attention_mask=attention_BS.long(),
-        position_ids=positions(attention_BS),
-        use_cache=False,
-    )
-    return out.last_hidden_state[:, first:]
+    return _unshared(trunk, tokens_BS, attention_BS, first)
 
 
 def distinct_rows(tokens_BP: Tensor, attention_BP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,6 +52,17 @@ def keeps_keys_and_values(config: Any) -> bool:
     """Whether all that a model of that config remembers of a text are keys and values, of rows that stand alone."""
     layers = DynamicCache(config=config).layers
     return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def _unshared(trunk: Any, tokens_BS: Tensor, attention_BS: Tensor, first: int) -> Tensor:
+    """One forward of rows moved to the left: with padding behind them alone a causal model needs no mask, and without
+    one attention takes its fastest kernel and holds no [S, S] matrix."""
+    place_BS = positions(attention_BS)
+    width = int(place_BS[:, -1].max()) + 1
+    order_BS = (~attention_BS).byte().argsort(dim=1, stable=True)
+    out = trunk(input_ids=tokens_BS.gather(1, order_BS[:, :width]), use_cache=False).last_hidden_state
+    place_BUD = place_BS[:, first:, None].expand(-1, -1, out.shape[-1])
+    return out.gather(1, place_BUD)  # at padding the state of some token of the row
 
 
 def _can_share(trunk: Any) -> bool:
