@@ -30,6 +30,10 @@ def predicted(folder: Path, *overrides: str) -> Prediction:
         ["model.lora.rank=4", "critic.lora.rank=0", "algorithm=ppo"],
         ["model.lora.rank=4", "critic.trunk=frozen"],
         ["model.lora.rank=4", "algorithm=grpo"],
+        ["model.dtype=bfloat16", "actor.kl.coef=0.1", "algorithm=dvpo"],
+        ["model.dtype=bfloat16", "actor.kl.coef=0.1", "algorithm=dvpo", "critic.trunk=frozen"],
+        ["model.dtype=bfloat16", "model.lora.rank=4", "actor.kl.coef=0.1"],
+        ["model.dtype=bfloat16", "model.lora.rank=4", "critic.lora.rank=0", "algorithm=ppo"],
     ],
 )
 def test_weights_and_moments_are_those_of_the_models_that_a_run_holds(tmp_path: Path, overrides: list[str]):
@@ -41,7 +45,7 @@ def test_weights_and_moments_are_those_of_the_models_that_a_run_holds(tmp_path: 
     held = {id(p): p for module in modules for p in module.parameters()}.values()  # what is shared is held once
     learning = [p for o in (trainer.policy_optimiser, trainer.critic_optimiser) if o for p in o.parameters]
     need = predict(config, SHAPE)
-    assert need.weights == 4 * sum(p.numel() for p in held)
+    assert need.weights == sum(p.nbytes for p in held)
     assert need.moments == 8 * sum(p.numel() for p in learning)
     if not config.model.lora.rank:
         assert parameters_of(SHAPE).model == sum(p.numel() for p in trainer.policy.model.parameters())

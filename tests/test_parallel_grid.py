@@ -204,6 +204,23 @@ def test_shares_in_host_memory_change_nothing_and_shares_gathered_in_bfloat16_li
         assert exported.dtype is exported.config.dtype is torch.float32
 
 
+def test_frozen_weights_in_bfloat16_may_be_sharded_beside_adapters_in_float32(tmp_path: Path):
+    held = [*PLAIN, "sampling.correction.kind=truncated", "alarms.mismatch=0"]
+    held += ["model.lora.rank=4", "model.dtype=bfloat16"]
+    one = Trainer(run_config(tmp_path / "one", *held), task=Parity())
+    one.collector.sampler = Unread()
+    one.train()
+    overrides = [*held, "distributed.strategy=fsdp"]
+    launch(
+        tmp_path / "2", 2, [{"output": str(tmp_path / "fsdp"), "overrides": overrides, "unread": True}], timeout=1000
+    )
+    ours, theirs = ([row for row in metrics_of(tmp_path / name) if "actor/loss" in row] for name in ("fsdp", "one"))
+    for own, other in zip(ours, theirs, strict=True):
+        assert own["critic/loss"] == pytest.approx(other["critic/loss"], rel=0.005)
+        assert own["critic/grad_norm"] == pytest.approx(other["critic/grad_norm"], rel=0.02)
+    assert {str(tensor.dtype) for tensor in final_weights(tmp_path / "fsdp").values()} == {"torch.float32"}
+
+
 def test_adapters_of_two_processes_go_on_with_one_and_whole_ones_sharded(tmp_path: Path):
     lora = [*PLAIN, "model.lora.rank=4"]
     trained(tmp_path / "one", *lora)

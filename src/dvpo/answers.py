@@ -36,7 +36,7 @@ class Answerer:
         device = torch.device(choose_device(config.device))
         model = config.model
         policy = open_policy(
-            starting_model(config), device, model.dtype, weights=model.weights, template=model.template
+            starting_model(config), device, model.dtype, weights=model.weights, template=model.template, learns=False
         )
         self.task, self.settings = task, within_context(config.sampling, policy.context_length)
         self.encoder = ChatEncoder(policy.tokenizer, policy.template)

@@ -22,6 +22,7 @@ from dvpo.config import Config
 from dvpo.core.categorical import histogram_centres
 from dvpo.core.quantiles import quantile_levels
 from dvpo.errors import InputError
+from dvpo.frozen import hold_frozen
 from dvpo.heads import CategoricalHeads, ImplicitHeads, QuantileHeads, Verdict, VocabularyHead
 from dvpo.lora import learning, merged, shares_base
 from dvpo.parallel import inside, whole_state
@@ -217,8 +218,12 @@ def open_critic(kind: Kind | Literal["none"], config: Config, policy: Policy, ch
     if checkpoint is not None:
         _refuse_another_form(checkpoint / "critic", kind, config.critic)
     if checkpoint is None or config.model.lora.rank:
-        return make_critic(kind, config.critic, policy, shares_base(config))
-    return load_critic(checkpoint / "critic", policy.device, policy.dtype, config.model.gradient_checkpointing)
+        critic = make_critic(kind, config.critic, policy, shares_base(config))
+    else:
+        critic = load_critic(checkpoint / "critic", policy.device, policy.dtype, config.model.gradient_checkpointing)
+    if critic.trunk is not None and (config.critic.trunk == "frozen" or config.critic_lora.rank):
+        hold_frozen(critic.trunk, policy.dtype)
+    return critic
 
 
 def _refuse_another_form(
@@ -290,6 +295,7 @@ def make_critic(kind: Kind, config: CriticConfig, policy: Policy, share_base: bo
     shape = _shape(kind, config, width, policy.vocabulary)
     if trunk is None and config.trunk != "shared":
         trunk = copy.deepcopy(policy.trunk, {id(p): p for p in policy.trunk.parameters()} if share_base else {})
+        trunk = trunk if share_base else trunk.float().requires_grad_(True)  # the policy's may be held frozen
     critic = Critic(shape, trunk, policy.dtype)
     if isinstance(critic.heads, CategoricalHeads):
         critic.heads.centres_R.copy_(histogram_centres(**asdict(config.histogram)))
@@ -321,7 +327,7 @@ def _trunk_of_reward_model(folder: str, config: CriticConfig, policy: Policy) ->
             f"critic.path = {folder} is a reward model, and critic.start = verdict reads the policy's trunk: drop one "
             "of them"
         )
-    model = open_reward_model(folder, policy.device, field="critic.path")
+    model = open_reward_model(folder, policy.device, field="critic.path", learns=True)
     if model.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise InputError(
             f"critic.path = {folder}: the reward model's tokenizer is not the policy's, whose tokens a critic reads: "

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dvpo.config import Config
 from dvpo.errors import InputError
+from dvpo.frozen import LINEAR
 from dvpo.parallel import shared_like, whole_state
 from dvpo.settings import LoraConfig
 
@@ -96,13 +97,14 @@ def add_adapters(module: nn.Module, settings: LoraConfig, field: str, base: str 
         fan_in_fan_out=any(isinstance(part, Conv1D) for part in module.modules()),
     )
     inject_adapter_in_model(wanted, module, NAME)
+    for parameter in learning(module):  # peft makes them in the type of the layer that they stand beside
+        parameter.data = parameter.data.float()
 
 
 def _linear_layers(module: Any) -> list[str]:
     """Names of the linear layers of a model but for its head."""
     head = module.get_output_embeddings()
-    linear = (nn.Linear, Conv1D)
-    return [name for name, part in module.named_modules() if isinstance(part, linear) and part is not head]
+    return [name for name, part in module.named_modules() if isinstance(part, LINEAR) and part is not head]
 
 
 def adapted_layers(module: nn.Module) -> dict[str, Any]:
@@ -153,7 +155,7 @@ def merged(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
         added_OI = layer.scaling[NAME] * (b_OR @ a_RI)
         weight = plain[f"{name}.weight"]
         plain[f"{name}.weight"] = (weight + (added_OI.T if layer.fan_in_fan_out else added_OI)).cpu()
-    return plain
+    return {name: tensor.float() for name, tensor in plain.items()}  # frozen layers without adapters may be bfloat16
 
 
 def adapter_writer(module: Any) -> Callable[[Path], None]:
@@ -220,7 +222,8 @@ class Adapters:
                     f"{field}.lora: the shape of {name} was {old.get(name)} and is {form.get(name)}, and what was "
                     "trained keeps its form: take the run's rank and targets, or start another output folder"
                 )
-            if not torch.equal(probe, state["base"][key]):
+            # In the type of weights that are held frozen: of an older checkpoint all were float32.
+            if not torch.equal(probe.bfloat16(), state["base"][key].bfloat16()):
                 raise InputError(
                     f"the {key}'s frozen weights are not those that the run began with: bring back the model folders "
                     "that its config names, or start anew from checkpoint-N/policy"
@@ -237,4 +240,4 @@ def _probe(module: nn.Module) -> Tensor:
     """A few numbers of each frozen weight, [weights, PROBES]."""
     frozen = [p.detach().flatten() for p in module.parameters() if not p.requires_grad]
     rows = [flat[torch.arange(PROBES, device=flat.device) * (len(flat) - 1) // (PROBES - 1)].cpu() for flat in frozen]
-    return torch.stack(rows) if rows else torch.empty(0, PROBES)
+    return torch.stack([row.float() for row in rows]) if rows else torch.empty(0, PROBES)

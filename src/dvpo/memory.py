@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from dvpo.algorithms import find_algorithm
 from dvpo.config import Config
+from dvpo.frozen import hold_frozen
 from dvpo.lora import add_adapters, shares_base
 from dvpo.policy import logit_budget
 from dvpo.settings import LoraConfig
@@ -33,7 +34,7 @@ stays, and malloc keeps their places (measured at three sizes)."""
 
 
 class Parameters(NamedTuple):
-    """Weights of a causal language model, and of its trunk."""
+    """Weights of a causal language model, and of its trunk: how many, or how many bytes."""
 
     model: int
     trunk: int
@@ -68,6 +69,14 @@ def parameters_of(model_config: Any) -> Parameters:
     return Parameters(*(sum(p.numel() for p in part.parameters()) for part in (model, model.base_model)))
 
 
+def frozen_bytes(model_config: Any, dtype: torch.dtype) -> Parameters:
+    """What they take where they never learn."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    hold_frozen(model, dtype)
+    return Parameters(*(sum(p.nbytes for p in part.parameters()) for part in (model, model.base_model)))
+
+
 def adapter_parameters(model_config: Any, settings: LoraConfig) -> int:
     """Count the weights of the adapters that a model of that config would have."""
     if not settings.rank:
@@ -97,8 +106,11 @@ def predict(config: Config, model_config: Any, base: int = 0, on_gpu: bool = Fal
     adapter = adapter_parameters(model_config, config.model.lora)
     critic_adapter = adapter_parameters(model_config, config.critic_lora) if own_trunk else 0
     learning = head + (critic_adapter or (trunk if own_trunk and config.critic.trunk == "own" else 0))
-    critic = head + critic_adapter + (trunk if own_trunk and not shares_base(config) else 0)
-    reference = model if config.actor.kl.coef and not adapter else 0
+    frozen = frozen_bytes(model_config, getattr(torch, config.model.dtype))
+    of_trunk = frozen.trunk if config.critic.trunk == "frozen" or critic_adapter else FLOAT * trunk
+    policy = (frozen.model if adapter else FLOAT * model) + FLOAT * adapter
+    critic = FLOAT * (head + critic_adapter) + (of_trunk if own_trunk and not shares_base(config) else 0)
+    reference = frozen.model if config.actor.kl.coef and not adapter else 0
 
     batch = ceil(config.sampling.responses_per_step / config.update.minibatches)
     rows = min(config.update.microbatch_size, batch)
@@ -107,17 +119,17 @@ def predict(config: Config, model_config: Any, base: int = 0, on_gpu: bool = Fal
     if config.update.max_tokens_per_microbatch:
         rows = max(1, min(rows, config.update.max_tokens_per_microbatch // length))
     tokens = rows * length
-    plain, beside = (_activations(config, shape, tokens, frozen, on_gpu) for frozen in (False, True))
+    plain, beside = (_activations(config, shape, tokens, fixed, on_gpu) for fixed in (False, True))
     logits = LOGIT_COPIES * FLOAT * min(rows * response * shape.vocab_size, logit_budget(on_gpu))
     terms = LOSS_COPIES * FLOAT * rows * response * outputs if row.critic != "vocabulary" else logits
     of_policy = (FLOAT * (adapter or model), beside if adapter else plain, logits)
-    of_trunk = 0 if learning == head else beside if critic_adapter else plain
-    of_critic = (FLOAT * learning, of_trunk, terms if row.has_critic else 0)
+    kept = 0 if learning == head else beside if critic_adapter else plain
+    of_critic = (FLOAT * learning, kept, terms if row.has_critic else 0)
     gradients, activations, heads = max(of_policy, of_critic, key=sum)
     values = config.sampling.responses_per_step * response * (config.critic.num_heads * VALUE_COPIES + 1) * quantiles
     return Prediction(
         base=base,
-        weights=FLOAT * (model + adapter + critic + reference),
+        weights=policy + critic + reference,
         moments=2 * FLOAT * ((adapter or model) + learning),
         gradients=gradients,
         activations=activations,
@@ -126,8 +138,8 @@ def predict(config: Config, model_config: Any, base: int = 0, on_gpu: bool = Fal
     )
 
 
-def _activations(config: Config, shape: Any, tokens: int, frozen: bool, on_gpu: bool) -> int:
-    """What a trunk keeps for its backward pass, and what that makes on the way, in bytes; frozen: beside adapters."""
+def _activations(config: Config, shape: Any, tokens: int, fixed: bool, on_gpu: bool) -> int:
+    """What a trunk keeps for its backward pass, and what that makes on the way, in bytes; fixed: beside adapters."""
     hidden, inner = shape.hidden_size, getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
     head_size = getattr(shape, "head_dim", None) or hidden // shape.num_attention_heads
     queries = shape.num_attention_heads * head_size
@@ -135,11 +147,11 @@ def _activations(config: Config, shape: Any, tokens: int, frozen: bool, on_gpu: 
     # Two norms (input, normalised, scaled); query, key and value with their norms and rotations, repeated for the
     # queries of a group; attention's result, twice; gate, its activation, up, their product.
     kept = 6 * hidden + 7 * queries + 4 * keys + 4 * inner
-    if frozen:  # norms whose weights do not learn keep less
+    if fixed:  # norms whose weights do not learn keep less
         kept = 4 * hidden + 3 * queries + 3 * keys + 4 * inner
     layers = shape.num_hidden_layers
     passing = 4 * hidden + 3 * inner
     size = 2 if config.model.dtype == "bfloat16" else FLOAT
     floats = layers * hidden + kept if config.model.gradient_checkpointing else layers * kept
-    holes = HOLES if frozen and not on_gpu else 1.0
+    holes = HOLES if fixed and not on_gpu else 1.0
     return round(holes * tokens * (floats * size + passing * FLOAT))

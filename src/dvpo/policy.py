@@ -26,6 +26,7 @@ from dvpo.batch import Rollout
 from dvpo.checkpoint import latest_checkpoint
 from dvpo.core.masks import rows_where
 from dvpo.errors import InputError
+from dvpo.frozen import hold_frozen
 from dvpo.lora import merged, without_adapters
 from dvpo.parallel import inside, whole_state
 from dvpo.prefix import hidden_states
@@ -46,7 +47,7 @@ UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, Safetens
 
 @dataclass(frozen=True)
 class Policy:
-    """A causal language model in float32 master weights with its tokenizer."""
+    """A causal language model with its tokenizer; weights that learn are float32."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -212,7 +213,7 @@ def in_chunks(function: Callable[..., tuple[Tensor, ...]], vocabulary: int, *ten
 
 
 def compute_type(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast to `dtype`, or nothing for float32: master weights stay float32 either way."""
+    """Autocast to `dtype`, or nothing for float32: weights that learn stay float32 either way."""
     return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
@@ -223,16 +224,18 @@ def open_policy(
     gradient_checkpointing: bool = False,
     weights: Literal["pretrained", "random"] = "pretrained",
     template: Mapping[str, Any] = {},
+    learns: bool = True,
 ) -> Policy:
     """Load a Hugging Face folder (or hub name) as a `Policy`; dropout off, no remote code.
 
     Args:
         path: a folder written by `save_pretrained` (model and tokenizer), or a hub name.
         device: where it lives.
-        dtype: compute type of the trunk, `float32` or `bfloat16`; master weights are float32 either way.
+        dtype: compute type of the trunk, `float32` or `bfloat16`; weights that learn are float32 either way.
         gradient_checkpointing: recompute activations in the backward pass.
         weights: `random` makes the model from the folder's config.json, drawn from torch's global generator.
         template: what the chat template is told besides the messages.
+        learns: False where none of these weights will change, whatever is put beside them (`hold_frozen`).
 
     Raises:
         InputError: no such folder, no causal language model in it, no tokenizer, no end token, a chat template that
@@ -264,6 +267,8 @@ def open_policy(
             f"model.path = {path} cannot be loaded as a causal language model with its tokenizer "
             f"({first_line(error)}): {fetch}give a folder written by save_pretrained"
         ) from None
+    if not learns:  # before it is moved: whole, in float32, it may not fit the device
+        hold_frozen(model, getattr(torch, dtype))
     if gradient_checkpointing:
         recompute(model)
     # transformers checkpoints in training mode only; with every dropout at 0 the mode changes nothing else.
@@ -305,6 +310,7 @@ def check_head(policy: Policy) -> None:
     attention_BS = torch.ones_like(tokens_BS, dtype=torch.bool)
     with policy.autocast():
         out = policy.model(input_ids=tokens_BS, attention_mask=attention_BS.long(), use_cache=False)
+        remembers = hasattr(policy.trunk(input_ids=tokens_BS, use_cache=True), "past_key_values")
     expected = out.logits.float()
     ours = policy.logits(policy.hidden_states(tokens_BS, attention_BS)[0])
     # bf16 autocast of the same computation agrees closely; a missing scale or cap does not.
@@ -313,7 +319,7 @@ def check_head(policy: Policy) -> None:
         raise InputError(
             f"model.path: {kind} transforms its logits in a way dvpo does not know: open an issue naming {kind}"
         )
-    if not hasattr(policy.trunk(input_ids=tokens_BS, use_cache=True), "past_key_values"):
+    if not remembers:
         kind = type(policy.model).__name__
         raise InputError(f"model.path: {kind} does not hand on what it has read, so it cannot be sampled from here")
 

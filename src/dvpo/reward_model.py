@@ -28,6 +28,7 @@ from transformers.utils import logging
 from dvpo.durable import disk_full_named, flush_file, flush_folder
 from dvpo.encoding import string_ids
 from dvpo.errors import InputError
+from dvpo.frozen import hold_frozen
 from dvpo.policy import UNREADABLE, compute_type, context_of, first_line, without_dropout
 from dvpo.rewards import Fault, Scores
 from dvpo.sampling import pad_right
@@ -39,7 +40,7 @@ SCORING_BATCH, SCORING_TOKENS = 64, 1 << 14
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A transformer with a scalar head in float32 master weights, with its tokenizer."""
+    """A transformer with a scalar head, with its tokenizer; weights that learn are float32."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -127,13 +128,24 @@ def make_reward_model(source: str | Path, device: torch.device, dtype: str = "fl
         InputError: no folder or hub name of a model with a tokenizer.
     """
     set_seed(seed)
-    return _open(str(source), "--model", device, dtype)[0]
+    return _open(str(source), "--model", device, dtype, learns=True)[0]
 
 
 def open_reward_model(
-    folder: str | Path, device: torch.device, dtype: str = "float32", field: str = "reward.function"
+    folder: str | Path,
+    device: torch.device,
+    dtype: str = "float32",
+    field: str = "reward.function",
+    learns: bool = False,
 ) -> RewardModel:
     """A finished reward model from a folder.
+
+    Args:
+        folder: as `dvpo reward-model` or another tool wrote it.
+        device: where it lives.
+        dtype: compute type.
+        field: what an InputError names.
+        learns: whether its weights will be trained on.
 
     Raises:
         InputError: no such folder, or no sequence classifier with one label and a trained head in it.
@@ -141,7 +153,7 @@ def open_reward_model(
     local = Path(folder).expanduser()
     if not (local / "config.json").is_file():
         raise InputError(f"{field}: {str(folder)!r} holds no model: check the path, or make one by `dvpo reward-model`")
-    model, fresh = _open(str(local), field, device, dtype)
+    model, fresh = _open(str(local), field, device, dtype, learns)
     if fresh:
         raise InputError(
             f"{field}: {str(folder)!r} holds a {fresh}, no reward model: train one from it by `dvpo reward-model`"
@@ -149,7 +161,7 @@ def open_reward_model(
     return model
 
 
-def _open(source: str, field: str, device: torch.device, dtype: str) -> tuple[RewardModel, str]:
+def _open(source: str, field: str, device: torch.device, dtype: str, learns: bool) -> tuple[RewardModel, str]:
     """The model, and, if its head is a fresh one, what the folder holds instead of a reward model."""
     try:
         config = without_dropout(AutoConfig.from_pretrained(source, trust_remote_code=False))
@@ -176,6 +188,8 @@ def _open(source: str, field: str, device: torch.device, dtype: str) -> tuple[Re
     if pad is None:
         raise InputError(f"{field}: {source!r} has neither a pad nor an end token: set pad_token in its tokenizer")
     model.config.get_text_config().pad_token_id = pad
+    if not learns:
+        hold_frozen(model, getattr(torch, dtype))
     fresh = found if loading["missing_keys"] or loading["mismatched_keys"] else ""
     return RewardModel(model.to(device).eval(), tokenizer, getattr(torch, dtype), field), fresh
 

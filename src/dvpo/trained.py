@@ -40,7 +40,7 @@ def sound_checkpoint(source: str | Path) -> Path:
 def open_trained(checkpoint: Path, config: Config, device: str | None = None) -> Policy:
     """The policy of a checkpoint, as its run's config opens it; `device` wins over the config's."""
     place, model = torch.device(choose_device(device or config.device)), config.model
-    return open_policy(checkpoint / "policy", place, model.dtype, template=model.template)
+    return open_policy(checkpoint / "policy", place, model.dtype, template=model.template, learns=False)
 
 
 def refuse_what_python_gave(source: str | Path, config: Config, part: Literal["task", "reward"]) -> None:

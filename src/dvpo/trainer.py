@@ -154,7 +154,8 @@ class Trainer(Learner):
         source = starting_model(config)
         # A run with adapters goes on from the model that it began with: what it has trained is among its parts.
         trained = None if config.model.lora.rank else checkpoint
-        self.policy = self._open_start(source) if trained is None else self._open(trained / "policy")
+        learns = not config.model.lora.rank
+        self.policy = self._open_start(source, learns) if trained is None else self._open(trained / "policy")
         warn_of_rate(self.policy.model, config)
         encoder = ChatEncoder(self.policy.tokenizer, self.policy.template)
         prompt_tokens = fit_prompts(train, encoder, config.sampling, self.policy.context_length)
@@ -474,16 +475,18 @@ class Trainer(Learner):
         """The policy to sample from, where every process goes its own way."""
         return nullcontext(self.policy) if self.whole_copy is None else self.whole_copy.filled()
 
-    def _open_start(self, source: str | Path) -> Policy:
+    def _open_start(self, source: str | Path, learns: bool = True) -> Policy:
         """The policy before training; weights and heads, and whatever a task draws, follow the run's seed."""
         set_seed(self.config.seed)
-        return self._open(source, self.config.model.weights)
+        return self._open(source, self.config.model.weights, learns)
 
     def _open_reference(self, source: str | Path) -> Policy:
-        return replace(self.policy, adapted=False) if self.config.model.lora.rank else self._open_start(source)
+        return replace(self.policy, adapted=False) if self.config.model.lora.rank else self._open_start(source, False)
 
-    def _open(self, source: str | Path, weights: Literal["pretrained", "random"] = "pretrained") -> Policy:
+    def _open(
+        self, source: str | Path, weights: Literal["pretrained", "random"] = "pretrained", learns: bool = True
+    ) -> Policy:
         model = self.config.model
         # What is to be sharded is opened in host memory: whole, it may not fit the device.
         device = torch.device("cpu") if self.config.distributed.strategy == "fsdp" else self.device
-        return open_policy(source, device, model.dtype, model.gradient_checkpointing, weights, model.template)
+        return open_policy(source, device, model.dtype, model.gradient_checkpointing, weights, model.template, learns)
