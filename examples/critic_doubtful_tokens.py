@@ -26,7 +26,7 @@ def main(run: str, prompts: int = 200, split: str = "id") -> None:
     critic = load_critic(run)
     refuse_what_python_gave(run, critic.config, "task")
     task = make_task(critic.config.task)
-    writer = open_policy(starting_model(critic.config), critic.policy.device, critic.config.model.dtype)
+    writer = open_policy(starting_model(critic.config), critic.policy.device, critic.config.model.dtype, learns=False)
     episodes, _ = take(writer, task, task.split(split)[:prompts], critic.config.sampling, 1, seed=0)
     readings = critic.read([e.example.prompt for e in episodes], [e.text for e in episodes])
 

@@ -28,7 +28,7 @@ def main(run: str, prompts: int = 200, answers: int = 4, split: str = "id") -> N
     refuse_what_python_gave(run, critic.config, "task")
     task = make_task(critic.config.task)
     examples = task.split(split)[:prompts]
-    writer = open_policy(starting_model(critic.config), critic.policy.device, critic.config.model.dtype)
+    writer = open_policy(starting_model(critic.config), critic.policy.device, critic.config.model.dtype, learns=False)
     episodes, _ = take(writer, task, examples, critic.config.sampling, answers, seed=0)
     if any(len(episode.messages) > 1 for episode in episodes):
         sys.exit("a conversation is no single answer: take a run on a task of one turn")

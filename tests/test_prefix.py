@@ -110,3 +110,18 @@ def test_rows_that_share_nothing_meet_attention_without_a_mask_whatever_their_pa
     for row, real in zip(range(len(tokens_BS)), attention_BS, strict=True):
         alone_1SD = policy.trunk(input_ids=tokens_BS[row : row + 1, real], use_cache=False).last_hidden_state
         torch.testing.assert_close(states_BSD[row, real], alone_1SD[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_gap_within_a_prompt_is_none_to_a_sliding_window(monkeypatch: pytest.MonkeyPatch, shares: bool):
+    policy = tiny_policy("gemma2")  # a window of 8
+    draw = torch.Generator().manual_seed(2)
+    hint, gap, prompt, response = 5, 6, 3, 4
+    row = torch.randint(8, 200, (hint + prompt + response,), generator=draw)
+    tokens_BS = torch.cat([row[:hint], torch.zeros(gap, dtype=torch.long), row[hint:]]).repeat(4, 1)
+    attention_BS = torch.ones_like(tokens_BS, dtype=torch.bool)
+    attention_BS[:, hint : hint + gap] = False
+    monkeypatch.setattr(prefix, "WORTHWHILE", 0.0 if shares else 2.0)
+    states_BUD = hidden_states(policy.trunk, tokens_BS, attention_BS, hint + gap + prompt - 1)
+    alone_1SD = policy.trunk(input_ids=row[None], use_cache=False).last_hidden_state
+    torch.testing.assert_close(states_BUD[2], alone_1SD[0, hint + prompt - 1 :], rtol=1e-4, atol=1e-5)

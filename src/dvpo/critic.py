@@ -22,7 +22,7 @@ from dvpo.config import Config
 from dvpo.core.categorical import histogram_centres
 from dvpo.core.quantiles import quantile_levels
 from dvpo.errors import InputError
-from dvpo.frozen import hold_frozen
+from dvpo.frozen import hold_frozen, in_float32
 from dvpo.heads import CategoricalHeads, ImplicitHeads, QuantileHeads, Verdict, VocabularyHead
 from dvpo.lora import learning, merged, shares_base
 from dvpo.parallel import inside, whole_state
@@ -181,7 +181,7 @@ class Critic(nn.Module):
             tensors: the whole state, where this module holds a shard of it.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        state = merged(self, self.state_dict() if tensors is None else dict(tensors))
+        state = in_float32(merged(self, self.state_dict() if tensors is None else dict(tensors)))
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "critic.safetensors")
         (folder / "critic.json").write_text(json.dumps(asdict(self.shape), indent=2) + "\n")
         if self.trunk is not None:
@@ -327,7 +327,7 @@ def _trunk_of_reward_model(folder: str, config: CriticConfig, policy: Policy) ->
             f"critic.path = {folder} is a reward model, and critic.start = verdict reads the policy's trunk: drop one "
             "of them"
         )
-    model = open_reward_model(folder, policy.device, field="critic.path", learns=True)
+    model = open_reward_model(folder, policy.device, field="critic.path")
     if model.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise InputError(
             f"critic.path = {folder}: the reward model's tokenizer is not the policy's, whose tokens a critic reads: "

@@ -194,6 +194,6 @@ class Verdict(nn.Module):
                     f"critic.verdict_tokens: {text!r} is {len(pieces)} tokens of this model: take a text that is one"
                 )
         head, ((good,), (bad,)) = policy.model.get_output_embeddings(), ids
-        self.direction.copy_(policy.logit_scale * (head.weight[good] - head.weight[bad]))
+        self.direction.copy_(policy.logit_scale * (head.weight[good].float() - head.weight[bad].float()))
         if getattr(head, "bias", None) is not None:
-            self.offset.copy_(policy.logit_scale * (head.bias[good] - head.bias[bad]))
+            self.offset.copy_(policy.logit_scale * (head.bias[good].float() - head.bias[bad].float()))

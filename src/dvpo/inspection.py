@@ -13,7 +13,7 @@ from dvpo.batch import Estimates, Rollout
 from dvpo.checkpoint import checkpoint_step
 from dvpo.config import Config
 from dvpo.core.masks import identity
-from dvpo.critic import Critic, load_critic
+from dvpo.critic import Critic
 from dvpo.encoding import ChatEncoder
 from dvpo.environments import EnvironmentFaultError, environment_at, step
 from dvpo.errors import InputError
@@ -31,7 +31,7 @@ from dvpo.tasks import Example, SingleTurn, Task
 from dvpo.tasks.named import make_task
 from dvpo.token_terminal import print_view
 from dvpo.token_view import token_row
-from dvpo.trained import open_trained, refuse_what_python_gave, sound_checkpoint
+from dvpo.trained import open_trained, open_trained_critic, refuse_what_python_gave, sound_checkpoint
 from dvpo.valuation import with_features
 
 
@@ -116,7 +116,7 @@ def open_subject(source: str | Path) -> Subject:
     config = load_config(folder.parent / "config.yaml")
     policy = open_trained(folder, config)
     has_critic = find_algorithm(config.algorithm).has_critic
-    critic = load_critic(folder / "critic", policy.device, policy.dtype) if has_critic else None
+    critic = open_trained_critic(folder, policy) if has_critic else None
     return Subject(folder, config, policy, critic, make_task(config.task))
 
 

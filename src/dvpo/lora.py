@@ -97,7 +97,7 @@ def add_adapters(module: nn.Module, settings: LoraConfig, field: str, base: str 
         fan_in_fan_out=any(isinstance(part, Conv1D) for part in module.modules()),
     )
     inject_adapter_in_model(wanted, module, NAME)
-    for parameter in learning(module):  # peft makes them in the type of the layer that they stand beside
+    for parameter in learning(module):  # peft draws them in the type of the layer that they stand beside
         parameter.data = parameter.data.float()
 
 
@@ -144,7 +144,7 @@ def merged(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
         state: its whole state dict.
 
     Returns:
-        The same, with what was added on the CPU; `state` itself where there are no adapters.
+        The same, with what was added to float32 and on the CPU; `state` itself where there are no adapters.
     """
     layers = adapted_layers(module)
     if not layers:
@@ -155,7 +155,7 @@ def merged(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
         added_OI = layer.scaling[NAME] * (b_OR @ a_RI)
         weight = plain[f"{name}.weight"]
         plain[f"{name}.weight"] = (weight + (added_OI.T if layer.fan_in_fan_out else added_OI)).cpu()
-    return {name: tensor.float() for name, tensor in plain.items()}  # frozen layers without adapters may be bfloat16
+    return plain
 
 
 def adapter_writer(module: Any) -> Callable[[Path], None]:
@@ -201,6 +201,7 @@ class Adapters:
             key: [name for name, p in module.named_parameters() if p.requires_grad]
             for key, module in self._modules.items()
         }
+        self._held = getattr(torch, config.model.dtype)
         self._base = {key: _probe(module) for key, module in self._modules.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -222,8 +223,8 @@ class Adapters:
                     f"{field}.lora: the shape of {name} was {old.get(name)} and is {form.get(name)}, and what was "
                     "trained keeps its form: take the run's rank and targets, or start another output folder"
                 )
-            # In the type of weights that are held frozen: of an older checkpoint all were float32.
-            if not torch.equal(probe.bfloat16(), state["base"][key].bfloat16()):
+            # Older checkpoints were written when all of them were held in float32.
+            if not torch.equal(probe.to(self._held), state["base"][key].to(self._held)):
                 raise InputError(
                     f"the {key}'s frozen weights are not those that the run began with: bring back the model folders "
                     "that its config names, or start anew from checkpoint-N/policy"

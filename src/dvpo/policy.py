@@ -26,7 +26,7 @@ from dvpo.batch import Rollout
 from dvpo.checkpoint import latest_checkpoint
 from dvpo.core.masks import rows_where
 from dvpo.errors import InputError
-from dvpo.frozen import hold_frozen
+from dvpo.frozen import hold_frozen, in_float32
 from dvpo.lora import merged, without_adapters
 from dvpo.parallel import inside, whole_state
 from dvpo.prefix import hidden_states
@@ -177,7 +177,7 @@ class Policy:
         state = whole_state(self.model)
 
         def write(folder: Path) -> None:
-            self.model.save_pretrained(folder, state_dict=merged(self.model, state))
+            self.model.save_pretrained(folder, state_dict=in_float32(merged(self.model, state)))
             self.tokenizer.save_pretrained(folder)
 
         return write

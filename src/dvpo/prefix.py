@@ -30,6 +30,7 @@ def hidden_states(trunk: nn.Module, tokens_BS: Tensor, attention_BS: Tensor, fir
         first: the last column of what rows may have in common, their prompts.
     """
     common = first + 1
+    tokens_BS, attention_BS = _padding_in_front(tokens_BS, attention_BS, common)
     if 1 < common < tokens_BS.shape[1] and _can_share(trunk):
         prompts_GP, attention_GP, group_B = distinct_rows(tokens_BS[:, :common], attention_BS[:, :common])
         if (len(tokens_BS) - len(prompts_GP)) * common >= WORTHWHILE * tokens_BS.numel():
@@ -55,14 +56,24 @@ def keeps_keys_and_values(config: Any) -> bool:
 
 
 def _unshared(trunk: Any, tokens_BS: Tensor, attention_BS: Tensor, first: int) -> Tensor:
-    """One forward of rows moved to the left: with padding behind them alone a causal model needs no mask, and without
-    one attention takes its fastest kernel and holds no [S, S] matrix."""
-    place_BS = positions(attention_BS)
-    width = int(place_BS[:, -1].max()) + 1
+    """One forward of rows moved to the left: with padding behind them alone a causal model needs no mask for it, and
+    without one attention takes its fastest kernel and holds no [S, S] matrix. States at padding mean nothing."""
+    size, place_BS = len(tokens_BS), positions(attention_BS)
     order_BS = (~attention_BS).byte().argsort(dim=1, stable=True)
+    still = (order_BS == torch.arange(order_BS.shape[1], device=order_BS.device)).all()
+    width, stands = torch.stack([place_BS[:, -1].max() + 1, still]).tolist()
     out = trunk(input_ids=tokens_BS.gather(1, order_BS[:, :width]), use_cache=False).last_hidden_state
-    place_BUD = place_BS[:, first:, None].expand(-1, -1, out.shape[-1])
-    return out.gather(1, place_BUD)  # at padding the state of some token of the row
+    if stands and width == tokens_BS.shape[1]:
+        return out[:, first:]
+    rows_BU = width * torch.arange(size, device=out.device).unsqueeze(1) + place_BS[:, first:]
+    return out.flatten(0, 1).index_select(0, rows_BU.flatten()).unflatten(0, (size, -1))
+
+
+def _padding_in_front(tokens_BS: Tensor, attention_BS: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """The same with the padding among the first columns before all of their tokens: a sliding window counts columns."""
+    order_BP = attention_BS[:, :columns].byte().argsort(dim=1, stable=True)
+    front = [part[:, :columns].gather(1, order_BP) for part in (tokens_BS, attention_BS)]
+    return torch.cat([front[0], tokens_BS[:, columns:]], 1), torch.cat([front[1], attention_BS[:, columns:]], 1)
 
 
 def _can_share(trunk: Any) -> bool:

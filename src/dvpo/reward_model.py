@@ -136,7 +136,7 @@ def open_reward_model(
     device: torch.device,
     dtype: str = "float32",
     field: str = "reward.function",
-    learns: bool = False,
+    learns: bool = True,
 ) -> RewardModel:
     """A finished reward model from a folder.
 
@@ -145,7 +145,7 @@ def open_reward_model(
         device: where it lives.
         dtype: compute type.
         field: what an InputError names.
-        learns: whether its weights will be trained on.
+        learns: False where its weights will not be trained on (`hold_frozen`).
 
     Raises:
         InputError: no such folder, or no sequence classifier with one label and a trained head in it.

@@ -271,7 +271,7 @@ def open_source(
         name = MATH_VERIFY
     if isinstance(name, str) and name.startswith(MODEL_PREFIX):
         where = torch.device(choose_device(config.device)) if device is None else device
-        model = open_reward_model(name.removeprefix(MODEL_PREFIX), where, config.model.dtype)
+        model = open_reward_model(name.removeprefix(MODEL_PREFIX), where, config.model.dtype, learns=False)
         model.encode(examples[0].prompt, "")  # a chat template that is missing shows now
         return ModelReward(model)
     if name != "task":

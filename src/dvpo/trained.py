@@ -8,7 +8,9 @@ import torch
 
 from dvpo.checkpoint import find_fault, latest_checkpoint
 from dvpo.config import Config
+from dvpo.critic import Critic, load_critic
 from dvpo.errors import InputError
+from dvpo.frozen import hold_frozen
 from dvpo.loading import load_config
 from dvpo.policy import Policy, choose_device, open_policy
 
@@ -41,6 +43,18 @@ def open_trained(checkpoint: Path, config: Config, device: str | None = None) ->
     """The policy of a checkpoint, as its run's config opens it; `device` wins over the config's."""
     place, model = torch.device(choose_device(device or config.device)), config.model
     return open_policy(checkpoint / "policy", place, model.dtype, template=model.template, learns=False)
+
+
+def open_trained_critic(checkpoint: Path, policy: Policy) -> Critic:
+    """The critic of a checkpoint, to be asked and not to be trained further.
+
+    Raises:
+        InputError: files missing, or weights that do not fit.
+    """
+    critic = load_critic(checkpoint / "critic", policy.device, policy.dtype)
+    if critic.trunk is not None:
+        hold_frozen(critic.trunk, policy.dtype)
+    return critic
 
 
 def refuse_what_python_gave(source: str | Path, config: Config, part: Literal["task", "reward"]) -> None:

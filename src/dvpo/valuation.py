@@ -23,7 +23,6 @@ from dvpo.batch import Rollout
 from dvpo.config import Config
 from dvpo.core.risk import cvar, upper_mean
 from dvpo.critic import Critic
-from dvpo.critic import load_critic as load_bare_critic
 from dvpo.encoding import ChatEncoder
 from dvpo.errors import InputError
 from dvpo.loading import load_config
@@ -31,7 +30,7 @@ from dvpo.policy import Policy
 from dvpo.sampling import Episode, collate
 from dvpo.tasks import Example, Prompt
 from dvpo.token_view import token_texts
-from dvpo.trained import open_trained, sound_checkpoint
+from dvpo.trained import open_trained, open_trained_critic, sound_checkpoint
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ def load_critic(source: str | Path, device: str | None = None) -> TrainedCritic:
             "which texts alone do not have: take a run without it"
         )
     policy = open_trained(folder, config, device)
-    return TrainedCritic(load_bare_critic(folder / "critic", policy.device, policy.dtype), policy, config)
+    return TrainedCritic(open_trained_critic(folder, policy), policy, config)
 
 
 @torch.no_grad()
