@@ -96,7 +96,8 @@ def find_baseline(named: str | None, algorithms: Sequence[str], of: str = "cells
     if named is None:
         return "ppo" if "ppo" in algorithms else algorithms[0]
     if named not in algorithms:
-        raise InputError(f"--baseline = {named} is no algorithm of these {of}: take one of {'; '.join(algorithms)}")
+        known = (", " if of == "cells" else "; ").join(algorithms)  # names of runs may hold commas
+        raise InputError(f"--baseline = {named} is no algorithm of these {of}: take one of {known}")
     return named
 
 
