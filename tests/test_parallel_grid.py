@@ -191,9 +191,10 @@ def test_shares_in_host_memory_change_nothing_and_shares_gathered_in_bfloat16_li
     assert_same_weights(tmp_path / "both", tmp_path / "bfloat16", tolerance=1e-5)
     ours, theirs = ([row for row in metrics_of(tmp_path / name) if "actor/loss" in row] for name in ("bfloat16", "one"))
     for own, other in zip(ours, theirs, strict=True):
-        # The actor's gradient is of whitened advantages: 5% off in the fifth step here, on one process and other seeds
-        # up to 13%, whichever kernel attention takes.
-        for key, relative in (("critic/loss", 0.005), ("critic/grad_norm", 0.02), ("actor/grad_norm", 0.1)):
+        # The actor's gradient is of whitened advantages, in which rounding grows: .2% off in the first step, 2% to the
+        # fourth, 5.2% in the fifth (on one process and other seeds up to 13%, whichever kernel attention takes).
+        actor = 0.005 if own["step"] == 1 else 0.05 if own["step"] < 5 else 0.1
+        for key, relative in (("critic/loss", 0.005), ("critic/grad_norm", 0.02), ("actor/grad_norm", actor)):
             assert 0 < abs(own[key] / other[key] - 1) < relative, (own["step"], key)
         assert own["actor/loss"] == pytest.approx(other["actor/loss"], abs=0.003)  # of whitened advantages: near 0
     for name in ways:

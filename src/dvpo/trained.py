@@ -1,4 +1,4 @@
-"""What a run left behind is opened: the checkpoint that is meant, its policy, and what its config cannot name."""
+"""What a run left is opened: the checkpoint that is meant, its policy and critic, and what its config cannot name."""
 
 import json
 from pathlib import Path
