@@ -3,10 +3,12 @@
     python benchmarks/memory.py                  # every size, each run in a process of its own
     python benchmarks/memory.py --only small     # one of them
     python benchmarks/memory.py --lora           # instead DVPO with a KL penalty, all parameters against adapters
+    python benchmarks/memory.py --bfloat16       # instead DVPO in bfloat16, activations kept against computed again
+    python benchmarks/memory.py --sampling       # instead the sampler alone, float32 against bfloat16
 
 A run makes one training step of a random Qwen3 in float32 with moments of AdamW in place. The responses are scripted,
-random tokens of full length, so that what counts is the update: sampling holds less. Peak memory is the process's
-largest resident set; the base is what it held before a model was made.
+random tokens of full length, so that what counts is the update; the sampler is measured by itself. Peak memory is the
+process's largest resident set; the base is what it held before a model was made.
 """
 
 import argparse
@@ -23,8 +25,10 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dvpo import Trainer, load_config
+from dvpo.config import Config
 from dvpo.embedded import make_tokenizer
-from dvpo.memory import parameters_of, predict
+from dvpo.memory import count_weights, predict
+from dvpo.policy import open_policy
 from dvpo.provenance import machine, source, versions
 from dvpo.sampling import HuggingFaceSampler, Turn
 from dvpo.tasks import Environment, Example, Reward, SingleTurn
@@ -47,12 +51,16 @@ class Size(NamedTuple):
     quantiles: int
 
 
-SIZES = {
+STEPS = {
     "small": Size(256, 4, 4096, 64, 192, 8, 8, 50),
     "middle": Size(512, 6, 16384, 256, 256, 2, 2, 200),
     "large": Size(1024, 8, 32768, 32, 2016, 1, 1, 200),
 }
-
+DRAWN = {
+    "few_long": Size(512, 6, 16384, 256, 1024, 8, 8, 1),
+    "many_short": Size(512, 6, 16384, 128, 128, 128, 8, 1),
+}
+SIZES = STEPS | DRAWN
 
 KL = ["algorithm=dvpo", "actor.kl.coef=0.01"]
 RUNS = {
@@ -60,8 +68,19 @@ RUNS = {
     "dvpo": ["algorithm=dvpo"],
     "dvpo_kl": KL,
     "dvpo_kl_lora": [*KL, "model.lora.rank=16"],
+    "dvpo_bf16": ["algorithm=dvpo", "model.dtype=bfloat16"],
+    "dvpo_bf16_recomputed": ["algorithm=dvpo", "model.dtype=bfloat16", "model.gradient_checkpointing=true"],
+    "sampling": ["algorithm=reinforce_pp"],
+    "sampling_bf16": ["algorithm=reinforce_pp", "model.dtype=bfloat16"],
 }
-PAIRS = {False: ("ppo", "dvpo"), True: ("dvpo_kl_lora", "dvpo_kl")}
+PAIRS = {
+    "memory": ("ppo", "dvpo"),
+    "memory_lora": ("dvpo_kl_lora", "dvpo_kl"),
+    "memory_bfloat16": ("dvpo_bf16_recomputed", "dvpo_bf16"),
+    "memory_sampling": ("sampling_bf16", "sampling"),
+}
+ABOVE = {"memory": "dvpo_above_ppo", "memory_lora": "full_above_lora", "memory_bfloat16": "kept_above_recomputed",
+         "memory_sampling": "float32_above_bfloat16"}  # fmt: skip
 
 
 class Anything:
@@ -122,6 +141,7 @@ def measure(name: str, run: str, model: Path) -> dict[str, Any]:
                 "device=cpu",
                 f"sampling.prompts_per_step={size.responses}",
                 "sampling.samples_per_prompt=1",
+                f"evaluation.prompts={size.responses}",
                 f"sampling.max_prompt_length={size.prompt}",
                 f"sampling.max_completion_length={size.completion}",
                 f"update.microbatch_size={size.microbatch}",
@@ -131,25 +151,42 @@ def measure(name: str, run: str, model: Path) -> dict[str, Any]:
             ],
         )
         base = peak()
-        predicted = predict(config, Qwen3Config.from_pretrained(model), base)
-        HuggingFaceSampler.sample = scripted  # type: ignore[method-assign]
-        trainer = Trainer(config, task=Anything(size.prompt))
-        for optimiser in (trainer.policy_optimiser, trainer.critic_optimiser):
-            assert optimiser is not None
-            for parameter in optimiser.parameters:
-                parameter.grad = torch.zeros_like(parameter)
-            optimiser.adamw.step()
-            optimiser.adamw.zero_grad(set_to_none=True)
-        trainer.train_step()
-        trainer.close()
+        shape = Qwen3Config.from_pretrained(model)
+        predicted = predict(config, shape, base)
+        if run.startswith("sampling"):
+            expected = base + predicted.weights + predicted.sampling
+            draw(config, size)
+        else:
+            expected = base + predicted.weights + predicted.moments + predicted.update
+            step(config, size)
     return {
         "algorithm": run,
-        "parameters": parameters_of(Qwen3Config.from_pretrained(model)).model,
+        "parameters": count_weights(shape)[0].model,
         **size._asdict(),
         "base": base,
         "measured": peak(),
-        "predicted": predicted.peak,
+        "predicted": expected,
     }
+
+
+def step(config: Config, size: Size) -> None:
+    HuggingFaceSampler.sample = scripted  # type: ignore[method-assign]
+    trainer = Trainer(config, task=Anything(size.prompt))
+    for optimiser in (trainer.policy_optimiser, trainer.critic_optimiser):
+        assert optimiser is not None
+        for parameter in optimiser.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimiser.adamw.step()
+        optimiser.adamw.zero_grad(set_to_none=True)
+    trainer.train_step()
+    trainer.close()
+
+
+def draw(config: Config, size: Size) -> None:
+    policy = open_policy(config.model.path, torch.device("cpu"), config.model.dtype)
+    prompts = torch.randint(8, 264, (size.responses, size.prompt), generator=torch.Generator().manual_seed(0)).tolist()
+    budgets = [size.completion] * size.responses
+    HuggingFaceSampler(policy, config.sampling).sample(prompts, budgets, list(range(size.responses)))
 
 
 def peak() -> int:
@@ -162,19 +199,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=SIZES)
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--lora", action="store_true", help="adapters against all parameters")
+    which = parser.add_mutually_exclusive_group()
+    for name in PAIRS:
+        if name != "memory":
+            which.add_argument(f"--{name.removeprefix('memory_')}", dest="part", action="store_const", const=name)
     parser.add_argument("--output", type=Path, help="the results file")
     arguments = parser.parse_args()
     if arguments.measure:
         name, run, model = arguments.measure
         print(json.dumps(measure(name, run, Path(model))))
         return 0
-    output = arguments.output or RESULTS / ("memory_lora.json" if arguments.lora else "memory.json")
+    part = arguments.part or "memory"
+    output = arguments.output or RESULTS / f"{part}.json"
+    sizes = DRAWN if part == "memory_sampling" else STEPS
     runs = []
-    for name in [arguments.only] if arguments.only else SIZES:
+    for name in [arguments.only] if arguments.only else sizes:
         with tempfile.TemporaryDirectory() as folder:
             model = write_model(Path(folder), SIZES[name])
-            for run in PAIRS[arguments.lora]:
+            for run in PAIRS[part]:
                 command = [sys.executable, __file__, "--measure", name, run, str(model)]
                 said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 runs.append({"size": name, **json.loads(said.splitlines()[-1])})
@@ -188,12 +230,12 @@ def main() -> int:
         "machine": machine("cpu"),
         "versions": versions(),
         "runs": runs,
-        "full_above_lora" if arguments.lora else "dvpo_above_ppo": shares,
+        ABOVE[part]: shares,
         "prediction_error": errors,
         "gpu": "not measured",
     }
     output.write_text(json.dumps(result, indent=1) + "\n")
-    in_bounds = arguments.lora or shares.get("large", 0.0) <= ALLOWED_SHARE
+    in_bounds = part != "memory" or shares.get("large", 0.0) <= ALLOWED_SHARE
     kept = in_bounds and all(abs(e) <= ALLOWED_ERROR for e in errors.values())
     print("within the bounds" if kept else "NOT within the bounds", shares, errors)
     return 0 if kept else 1

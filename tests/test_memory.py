@@ -3,18 +3,20 @@
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from dvpo.config import Config
-from dvpo.memory import Prediction, parameters_of, predict
+from dvpo.memory import Prediction, count_weights, predict
 from dvpo.trainer import Trainer
 from runs import Parity, model_folder, run_config
 
+ROOT = Path(__file__).resolve().parents[1]
 SHAPE = AutoConfig.from_pretrained(model_folder())
 
 
-def predicted(folder: Path, *overrides: str) -> Prediction:
-    return predict(run_config(folder / "run", *overrides), SHAPE)
+def predicted(folder: Path, *overrides: str, on_gpu: bool = False, processes: int = 1) -> Prediction:
+    return predict(run_config(folder / "run", *overrides), SHAPE, on_gpu=on_gpu, processes=processes)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +50,7 @@ def test_weights_and_moments_are_those_of_the_models_that_a_run_holds(tmp_path: 
     assert need.weights == sum(p.nbytes for p in held)
     assert need.moments == 8 * sum(p.numel() for p in learning)
     if not config.model.lora.rank:
-        assert parameters_of(SHAPE).model == sum(p.numel() for p in trainer.policy.model.parameters())
+        assert count_weights(SHAPE)[0].model == sum(p.numel() for p in trainer.policy.model.parameters())
 
 
 def test_each_setting_moves_its_own_part(tmp_path: Path):
@@ -73,5 +75,56 @@ def test_adapters_alone_have_gradients(tmp_path: Path):
 
 def test_the_larger_of_the_two_updates_counts_and_not_both(tmp_path: Path):
     need = predicted(tmp_path)
-    assert need.gradients == 4 * parameters_of(SHAPE).model  # the policy's: the critic's are dropped by then
-    assert need.peak == sum(getattr(need, part) for part in need.__dataclass_fields__)
+    assert need.gradients == 4 * count_weights(SHAPE)[0].model  # the policy's: the critic's are dropped by then
+    assert need.update == need.gradients + need.activations + need.heads + need.rollout
+
+
+def test_the_larger_of_sampling_and_update_counts_and_not_both(tmp_path: Path):
+    for overrides in (["sampling.batch_size=1"], ["evaluation.prompts=5000", "sampling.batch_size=5000"]):
+        need = predicted(tmp_path, "algorithm=dvpo", *overrides)
+        assert need.peak == need.weights + need.moments + max(need.sampling, need.update)
+    assert need.sampling > need.update
+    assert predicted(tmp_path, "sampling.engine=vllm").sampling == 0
+
+
+def test_what_is_sampled_at_once_holds_its_keys_and_values(tmp_path: Path):
+    short = ["evaluation.prompts=64", "sampling.max_prompt_length=24"]
+    one, two = (predicted(tmp_path, *short, f"sampling.batch_size={n}").sampling for n in (32, 64))
+    # Of a row: 24 + 12 tokens, two layers and one of them once more, keys and values of 2 heads of 8, the queries' 32;
+    # the prompt's 24 tokens on their way, or logits.
+    cache = 2 * 4 * 36 * (16 * 3 + 32)
+    passing = max(24 * 4 * (4 * 32 + 3 * 64), 9 * 4 * SHAPE.vocab_size)
+    assert two - one == 32 * (cache + passing)
+
+
+def test_bfloat16_casts_what_learns_and_adapters_cast_nothing(tmp_path: Path):
+    number, frozen = count_weights(SHAPE, torch.bfloat16)
+    assert predicted(tmp_path).copies == 0
+    assert predicted(tmp_path, "model.dtype=bfloat16").copies == 4 * number.model - frozen.model
+    assert predicted(tmp_path, "model.dtype=bfloat16", "model.lora.rank=4").copies == 0
+
+
+def test_shards_divide_what_lasts_and_gather_what_runs(tmp_path: Path):
+    step = ["sampling.prompts_per_step=4", "sampling.samples_per_prompt=2", "algorithm=dvpo"]
+    whole = predicted(tmp_path, *step)
+    shared = predicted(tmp_path, *step, "distributed.strategy=fsdp", processes=4)
+    assert (shared.weights, shared.moments) == (whole.weights // 4, whole.moments // 4)
+    assert (shared.gradients, shared.rollout) == (whole.gradients // 4, whole.rollout // 4)
+    assert shared.copies > whole.copies == 0
+    assert shared.sampling == predicted(tmp_path, *step, processes=4).sampling + 4 * count_weights(SHAPE)[0].model
+    every = predicted(tmp_path, *step, processes=4)  # ddp: models whole, a quarter of the responses
+    assert (every.weights, every.moments, every.rollout) == (whole.weights, whole.moments, whole.rollout // 4)
+
+
+def test_offloaded_shares_leave_the_gpu(tmp_path: Path):
+    sharded = ["sampling.prompts_per_step=2", "distributed.strategy=fsdp"]
+    here = predicted(tmp_path, *sharded, on_gpu=True, processes=2)
+    away = predicted(tmp_path, *sharded, "distributed.cpu_offload=true", on_gpu=True, processes=2)
+    assert away.host == here.weights + here.moments + here.gradients
+    assert away.peak == max(here.sampling, here.update - here.gradients)
+
+
+@pytest.mark.parametrize(("name", "billions"), [("qwen3_8b", 8.2), ("qwen3_1_7b", 1.7)])
+def test_the_shipped_shapes_are_those_of_the_models_they_name(name: str, billions: float):
+    shape = AutoConfig.from_pretrained(ROOT / "configs" / "shapes" / name)
+    assert round(count_weights(shape)[0].model / 1e9, 1) == billions

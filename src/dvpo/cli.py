@@ -253,6 +253,12 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "config", nargs="?", metavar="CONFIG.yaml", help="of a run to be measured; none: what is installed"
     )
+    doctor.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="only predict the memory of each of N GPUs; no GPU and no weights are needed, the model's config.json is",
+    )
     overrides(doctor)
     doctor.set_defaults(run=_doctor)
     return parser
@@ -437,12 +443,16 @@ def _diagnose(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from dvpo.doctor import report_installation, report_needs
+    from dvpo.doctor import report_installation, report_needs, report_plan
     from dvpo.loading import load_config
     from dvpo.plain_text import plain_console
 
     console = plain_console()
     config = load_config(arguments.config, arguments.overrides) if arguments.config else None
+    if arguments.gpus is not None:
+        if config is None:
+            raise InputError(f"--gpus {arguments.gpus} needs a config: dvpo doctor CONFIG.yaml --gpus {arguments.gpus}")
+        return report_plan(config, arguments.gpus, console)
     report_installation(console)
     if config is not None:
         report_needs(config, console)

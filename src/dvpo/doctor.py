@@ -16,11 +16,12 @@ from rich.text import Text
 from transformers import AutoConfig
 
 from dvpo.config import Config
+from dvpo.errors import InputError
 from dvpo.faults import FaultTally
 from dvpo.lora import refuse_without_peft
-from dvpo.memory import predict
+from dvpo.memory import Prediction, predict
 from dvpo.plain_text import duration
-from dvpo.policy import choose_device
+from dvpo.policy import choose_device, first_line
 from dvpo.provenance import installed_version, machine
 from dvpo.rewards import Fault
 from dvpo.settings_learning import DistributedConfig, LogConfig
@@ -45,6 +46,9 @@ EXTRAS = {
 TRIAL_STEPS = 2
 ALONE = DistributedConfig()
 MIB = 1 << 20
+ALWAYS = ("base", "weights", "moments")
+UPDATE = ("copies", "gradients", "activations", "heads", "rollout")
+"""Parts of a `Prediction`."""
 
 
 def report_installation(console: Console) -> None:
@@ -75,7 +79,7 @@ def report_needs(config: Config, console: Console) -> None:
     if config.distributed.strategy == "fsdp":
         console.print(
             "distributed.strategy = fsdp: what follows is one process with whole models; in the run each holds its "
-            "share of weights, moments and gradients, and the policy whole while it samples",
+            "share of weights, moments and gradients, and the policy whole while it samples; `--gpus N` predicts that",
             soft_wrap=True,
         )
     _print_prediction(config, console)
@@ -92,13 +96,13 @@ def report_needs(config: Config, console: Console) -> None:
         models = [part for part in (trainer.policy.model, trainer.critic) if part is not None]
         counts = [(_parameters([model]), _parameters([model], only_trained=True)) for model in models]
         held = [*models, *([trainer.reference.model] if trainer.reference else [])]
-        weights, learning = _parameters(held), sum(trained for _, trained in counts)
+        weights, learning = _bytes(held), sum(trained for _, trained in counts)
         try:
             steps = [trainer.train_step() for _ in range(TRIAL_STEPS)]
         finally:
             trainer.close()
-    # float32: weights, gradient and AdamW's two moments for what trains; weights alone for the rest.
-    state = 4 * (weights + 3 * learning)
+    # Of what trains gradient and AdamW's two moments as well, in float32.
+    state = weights + 12 * learning
     # Every model whole, the moments, and with adapters what is trained once more, by itself.
     on_disk = 4 * (sum(every for every, _ in counts) + (3 if config.model.lora.rank else 2) * learning)
     named = zip(("policy", "critic"), counts, strict=False)
@@ -123,6 +127,60 @@ def report_needs(config: Config, console: Console) -> None:
     ):
         table.add_row(what, Text(figure))
     console.print(table)
+
+
+def report_plan(config: Config, gpus: int, console: Console) -> None:
+    """Print what each of so many GPUs will hold, from the config and the shape of its model; nothing is loaded.
+
+    Raises:
+        InputError: no GPU, more than there are prompts a step, no shape to be had, or one of an unknown family.
+    """
+    prompts = config.sampling.prompts_per_step
+    if gpus < 1:
+        raise InputError(f"--gpus = {gpus} is no number of GPUs: give 1 or more")
+    if gpus > prompts:
+        raise InputError(
+            f"--gpus = {gpus} with sampling.prompts_per_step = {prompts}: each GPU needs a prompt of its own; take at "
+            f"most {prompts}, or raise it"
+        )
+    path = config.model.path
+    try:
+        need = predict(config, AutoConfig.from_pretrained(starting_model(config)), on_gpu=True, processes=gpus)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"model.path = {path} gives no shape ({first_line(error)}): its config.json is enough, without weights "
+            f"(hf download {path} config.json --local-dir FOLDER, then model.path=FOLDER)"
+        ) from None
+    except AttributeError as error:
+        raise InputError(
+            f"model.path = {path} is of a family whose memory is not predicted ({first_line(error)}): measure it by "
+            "`dvpo doctor` without --gpus"
+        ) from None
+    how = f" by {config.distributed.strategy}" if gpus > 1 else ""
+    each = f"predicted for each of {gpus} GPUs{how}" if gpus > 1 else "predicted for one GPU"
+    console.print(f"{config.algorithm}, {path}: {each}, not measured", soft_wrap=True)
+    table = Table("what")
+    table.add_column("GB", justify="right")
+    for name, size in (
+        *((name, getattr(need, name)) for name in ALWAYS if name != "base"),
+        ("sampling", need.sampling),
+        ("an update", need.update),
+        *((f"  {name}", getattr(need, name)) for name in UPDATE),
+        ("peak", need.peak),
+        *([("in host memory, each process", need.host)] if need.host else []),
+    ):
+        table.add_row(name, f"{size / 1e9:.1f}")
+    console.print(table)
+    smaller = (
+        f"sampling.batch_size ({config.sampling.batch_size})"
+        if need.sampling > need.update
+        else f"update.microbatch_size ({config.update.microbatch_size})"
+    )
+    console.print(
+        f"peak: weights, moments, and the larger of sampling and an update; to lower it, lower {smaller}. Every "
+        "sequence has full length; CUDA itself (about 0.5 GB) and gaps between blocks come on top.",
+        soft_wrap=True,
+    )
 
 
 class _Rewards:
@@ -158,9 +216,21 @@ def _print_prediction(config: Config, console: Console) -> None:
         need = predict(config, shape, 0 if on_gpu else _peak_memory(torch.device("cpu")), on_gpu)
     except (OSError, ValueError, AttributeError):
         return  # the trial says what is wrong with the model; of a family of another shape nothing is predicted
-    parts = ("base", "weights", "moments", "gradients", "activations", "heads", "rollout")
-    text = ", ".join(f"{name} {getattr(need, name) / MIB:,.0f}" for name in parts)
-    console.print(f"predicted peak of a step at full lengths: {need.peak / MIB:,.0f} MiB ({text})", soft_wrap=True)
+    always, update = (_parts(need, names) for names in (ALWAYS, UPDATE))
+    console.print(
+        f"predicted peak at full lengths: {need.peak / MIB:,.0f} MiB ({always}; and the larger of sampling "
+        f"{need.sampling / MIB:,.0f} and an update {need.update / MIB:,.0f}: {update})",
+        soft_wrap=True,
+    )
+
+
+def _parts(need: Prediction, names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {getattr(need, name) / MIB:,.0f}" for name in names)
+
+
+def _bytes(modules: Sequence[torch.nn.Module]) -> int:
+    """Of their weights; what several modules share counts once."""
+    return sum(p.nbytes for p in {id(p): p for module in modules for p in module.parameters()}.values())
 
 
 def _parameters(modules: Sequence[torch.nn.Module], only_trained: bool = False) -> int:

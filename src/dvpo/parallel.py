@@ -124,7 +124,7 @@ def shard(module: nn.Module, device: torch.device, dtype: torch.dtype, cpu_offlo
     mixed = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     plain = MixedPrecisionPolicy(cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
-    for layer in _layers(module):
+    for layer in layers_of(module):
         fully_shard(layer, mesh=mesh, mp_policy=mixed, offload_policy=offload)
     policy = mixed if root_dtype else plain
     # True: what a pass without gradient gathered would be stale behind the next optimiser step.
@@ -145,7 +145,8 @@ def _run(module: nn.Module, function: Callable[[], Any]) -> Any:
     return function()
 
 
-def _layers(module: nn.Module) -> list[nn.Module]:
+def layers_of(module: nn.Module) -> list[nn.Module]:
+    """The layers of a transformers model, which are gathered one at a time."""
     names = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
     return [part for part in module.modules() if type(part).__name__ in names]
 
