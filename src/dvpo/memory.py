@@ -153,6 +153,7 @@ class _Case:
 
         sampling, update = config.sampling, config.update
         self.responses = ceil(sampling.prompts_per_step / processes) * sampling.samples_per_prompt
+        self.judged = ceil(config.evaluation.prompts / processes)
         self.response = sampling.max_completion_length
         self.length = sampling.max_prompt_length + self.response
         self.rows = min(update.microbatch_size, ceil(self.responses / update.minibatches))
@@ -225,7 +226,7 @@ class _Case:
         settings, shape = self.config.sampling, self.shape
         if settings.engine == "vllm":
             return 0
-        rows = min(settings.batch_size, max(self.responses, self.config.evaluation.prompts))
+        rows = min(settings.batch_size, max(self.responses, self.judged))
         _, queries, keys = self._widths
         # Of one layer once more: while its buffers grow, and as every query's own, where rows have padding.
         cache = 2 * self.size * rows * self.length * (keys * (shape.num_hidden_layers + 1) + queries)
