@@ -161,7 +161,7 @@ def measure(name: str, run: str, model: Path) -> dict[str, Any]:
             step(config, size)
     return {
         "algorithm": run,
-        "parameters": count_weights(shape)[0].model,
+        "parameters": count_weights(shape).model.number,
         **size._asdict(),
         "base": base,
         "measured": peak(),

@@ -443,7 +443,7 @@ def _diagnose(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from dvpo.doctor import report_installation, report_needs, report_plan
+    from dvpo.doctor import report_installation, report_needs
     from dvpo.loading import load_config
     from dvpo.plain_text import plain_console
 
@@ -452,7 +452,10 @@ def _doctor(arguments: argparse.Namespace) -> None:
     if arguments.gpus is not None:
         if config is None:
             raise InputError(f"--gpus {arguments.gpus} needs a config: dvpo doctor CONFIG.yaml --gpus {arguments.gpus}")
-        return report_plan(config, arguments.gpus, console)
+        from dvpo.plan import report_plan
+
+        report_plan(config, arguments.gpus, console)
+        return
     report_installation(console)
     if config is not None:
         report_needs(config, console)

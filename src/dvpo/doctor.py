@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoConfig
 
 from dvpo.config import Config
 from dvpo.errors import InputError
@@ -21,7 +20,7 @@ from dvpo.faults import FaultTally
 from dvpo.lora import refuse_without_peft
 from dvpo.memory import Prediction, predict
 from dvpo.plain_text import duration
-from dvpo.policy import choose_device, first_line
+from dvpo.policy import choose_device, shape_of
 from dvpo.provenance import installed_version, machine
 from dvpo.rewards import Fault
 from dvpo.settings_learning import DistributedConfig, LogConfig
@@ -82,7 +81,7 @@ def report_needs(config: Config, console: Console) -> None:
             "share of weights, moments and gradients, and the policy whole while it samples; `--gpus N` predicts that",
             soft_wrap=True,
         )
-    _print_prediction(config, console)
+    _print_prediction(replace(config, distributed=ALONE), console)
     with tempfile.TemporaryDirectory(prefix="dvpo-doctor-") as folder:
         # What is measured is a step that moves all of both models.
         update, critic = replace(config.update, actor_warmup_steps=0), replace(config.critic, verdict_only_steps=0)
@@ -129,60 +128,6 @@ def report_needs(config: Config, console: Console) -> None:
     console.print(table)
 
 
-def report_plan(config: Config, gpus: int, console: Console) -> None:
-    """Print what each of so many GPUs will hold, from the config and the shape of its model; nothing is loaded.
-
-    Raises:
-        InputError: no GPU, more than there are prompts a step, no shape to be had, or one of an unknown family.
-    """
-    prompts = config.sampling.prompts_per_step
-    if gpus < 1:
-        raise InputError(f"--gpus = {gpus} is no number of GPUs: give 1 or more")
-    if gpus > prompts:
-        raise InputError(
-            f"--gpus = {gpus} with sampling.prompts_per_step = {prompts}: each GPU needs a prompt of its own; take at "
-            f"most {prompts}, or raise it"
-        )
-    path = config.model.path
-    try:
-        need = predict(config, AutoConfig.from_pretrained(starting_model(config)), on_gpu=True, processes=gpus)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"model.path = {path} gives no shape ({first_line(error)}): its config.json is enough, without weights "
-            f"(hf download {path} config.json --local-dir FOLDER, then model.path=FOLDER)"
-        ) from None
-    except AttributeError as error:
-        raise InputError(
-            f"model.path = {path} is of a family whose memory is not predicted ({first_line(error)}): measure it by "
-            "`dvpo doctor` without --gpus"
-        ) from None
-    how = f" by {config.distributed.strategy}" if gpus > 1 else ""
-    each = f"predicted for each of {gpus} GPUs{how}" if gpus > 1 else "predicted for one GPU"
-    console.print(f"{config.algorithm}, {path}: {each}, not measured", soft_wrap=True)
-    table = Table("what")
-    table.add_column("GB", justify="right")
-    for name, size in (
-        *((name, getattr(need, name)) for name in ALWAYS if name != "base"),
-        ("sampling", need.sampling),
-        ("an update", need.update),
-        *((f"  {name}", getattr(need, name)) for name in UPDATE),
-        ("peak", need.peak),
-        *([("in host memory, each process", need.host)] if need.host else []),
-    ):
-        table.add_row(name, f"{size / 1e9:.1f}")
-    console.print(table)
-    smaller = (
-        f"sampling.batch_size ({config.sampling.batch_size})"
-        if need.sampling > need.update
-        else f"update.microbatch_size ({config.update.microbatch_size})"
-    )
-    console.print(
-        f"peak: weights, moments, and the larger of sampling and an update; to lower it, lower {smaller}. Every "
-        "sequence has full length; CUDA itself (about 0.5 GB) and gaps between blocks come on top.",
-        soft_wrap=True,
-    )
-
-
 class _Rewards:
     """What the trial's rewards were and what went wrong with them; an `Observer` of the trainer."""
 
@@ -211,10 +156,10 @@ class _Rewards:
 def _print_prediction(config: Config, console: Console) -> None:
     """From the config alone: it stands there if the trial runs out of memory. Nothing without a model's shape."""
     try:
-        shape = AutoConfig.from_pretrained(starting_model(config), trust_remote_code=False)
+        shape = shape_of(starting_model(config))
         on_gpu = choose_device(config.device) != "cpu"
         need = predict(config, shape, 0 if on_gpu else _peak_memory(torch.device("cpu")), on_gpu)
-    except (OSError, ValueError, AttributeError):
+    except (InputError, ValueError, AttributeError, TypeError):
         return  # the trial says what is wrong with the model; of a family of another shape nothing is predicted
     always, update = (_parts(need, names) for names in (ALWAYS, UPDATE))
     console.print(

@@ -1,14 +1,14 @@
-"""How much memory a training step will hold, from a config and a model's shape, before any weight is loaded.
+"""How much memory a run will hold on a device, from a config and a model's shape, before any weight is loaded.
 
     peak   = base + weights + moments + max(sampling, update)
     update = max over policy and critic of (copies + gradients + activations + heads) + rollout
 
-An estimate: activations are those of a decoder layer with gated feed-forward and grouped queries, and every sequence is
-taken to be as long as the config allows. `benchmarks/memory.py` holds it against measurements on a CPU.
+An estimate: activations are those of a decoder layer with gated feed-forward and grouped queries, every sequence is
+taken to be as long as the config allows, and a critic to have the policy's shape. Reward models, gaps between blocks
+and CUDA itself come on top. `benchmarks/memory.py` holds it against measurements on a CPU.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from dvpo.algorithms import find_algorithm
 from dvpo.config import Config
+from dvpo.decoding import RoomyLayer
 from dvpo.frozen import hold_frozen
 from dvpo.lora import add_adapters, shares_base
 from dvpo.parallel import layers_of
@@ -35,19 +36,41 @@ LAWS = 2
 HOLES = 2.0
 """On a CPU, what a trunk with adapters keeps takes so many times its size: peft's products come and go between what
 stays, and malloc keeps their places (measured at three sizes)."""
+ONE_TURN = {"math", "science", "files", "reasoning_gym"}
+"""Tasks whose contexts are prompts; where there are further turns, each is read with all that went before it."""
 
 
-class Parameters(NamedTuple):
-    """Weights of a causal language model, of its trunk, and of one of its layers: how many, or how many bytes."""
+class Part(NamedTuple):
+    """Of a model: how many weights it has, and how many of them would be cast if they never learnt (`frozen.py`)."""
 
-    model: int
-    trunk: int
-    layer: int
+    number: int
+    castable: int
+
+    def frozen(self, size: int) -> int:
+        """Bytes where they never learn; size: of a number of the compute type."""
+        return FLOAT * self.number - (FLOAT - size) * self.castable
+
+    def casts(self, size: int) -> int:
+        """Bytes of the copies that autocast makes where they learn."""
+        return size * self.castable if size < FLOAT else 0
+
+
+class Parts(NamedTuple):
+    model: Part
+    trunk: Part
+    layers: Part
+    """All of them together."""
+    layer: Part
+    """The largest."""
+    head: int
+    """Weights of the language-model head."""
+    tied: bool
+    """Whether those are the embeddings', which are cast for the head's product and stay float32."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes of a step, part by part."""
+    """Bytes, part by part."""
 
     base: int
     """Of the process before there is a model."""
@@ -66,6 +89,8 @@ class Prediction:
     """Values and targets of a whole step."""
     host: int
     """In host memory instead, with `distributed.cpu_offload`: the share of weights, moments and gradients."""
+    opening: int
+    """In host memory of all processes together, while models that are to be sharded are opened."""
 
     @property
     def update(self) -> int:
@@ -76,15 +101,25 @@ class Prediction:
         return self.base + self.weights + self.moments + max(self.sampling, self.update)
 
 
-def count_weights(model_config: Any, dtype: torch.dtype = torch.float32) -> tuple[Parameters, Parameters]:
-    """How many weights a model of that config has, without making them, and their bytes where they never learn."""
+def count_weights(model_config: Any) -> Parts:
+    """How many weights a model of that config has, without making them.
+
+    Raises:
+        ValueError: it is of no causal language model.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
-    layer = max(layers_of(model), key=lambda part: sum(p.numel() for p in part.parameters()), default=model.base_model)
-    parts = [[*part.parameters()] for part in (model, model.base_model, layer)]
-    numbers = Parameters(*(sum(p.numel() for p in part) for part in parts))
-    hold_frozen(model, dtype)
-    return numbers, Parameters(*(sum(p.nbytes for p in part) for part in parts))
+    hold_frozen(model, torch.bfloat16)  # what that casts is castable
+
+    def part(*modules: torch.nn.Module) -> Part:
+        held = [p for module in modules for p in module.parameters()]
+        return Part(sum(p.numel() for p in held), sum(p.numel() for p in held if p.dtype is torch.bfloat16))
+
+    layers = layers_of(model)
+    head = model.get_output_embeddings().weight
+    tied = head is model.get_input_embeddings().weight
+    largest = max(map(part, layers), default=Part(0, 0))
+    return Parts(part(model), part(model.base_model), part(*layers), largest, head.numel(), tied)
 
 
 def adapter_parameters(model_config: Any, settings: LoraConfig) -> int:
@@ -108,22 +143,24 @@ def predict(config: Config, model_config: Any, base: int = 0, on_gpu: bool = Fal
         processes: how many share the run, by `distributed.strategy`.
     """
     case = _Case(config, model_config, on_gpu, processes)
-    update = max(case.policy_update(), case.critic_update(), key=sum)
-    weights, moments, gradients = case.weights, case.moments, update.gradients
-    host = 0
+    updates = [case.policy_update(), *([case.critic_update()] if case.row.has_critic else [])]
+    weights, moments, host = case.weights // case.share, case.moments, 0
     if on_gpu and case.sharded and config.distributed.cpu_offload:
-        host, weights, moments, gradients = weights + moments + gradients, 0, 0, 0
+        host = weights + moments + max(update.gradients for update in updates)
+        weights, moments, updates = 0, 0, [update._replace(gradients=0) for update in updates]
+    update = max(updates, key=sum)
     return Prediction(
         base=base,
         weights=weights,
         moments=moments,
         sampling=case.sampling(),
         copies=update.copies,
-        gradients=gradients,
+        gradients=update.gradients,
         activations=update.activations,
         heads=update.heads,
         rollout=case.rollout,
         host=host,
+        opening=case.weights * processes if case.sharded else 0,
     )
 
 
@@ -140,56 +177,53 @@ class _Case:
     """What the parts are counted from."""
 
     def __init__(self, config: Config, model_config: Any, on_gpu: bool, processes: int) -> None:
-        self.config, self.on_gpu = config, on_gpu
-        self.shape, self.row = model_config.get_text_config(), find_algorithm(config.algorithm)
+        self.config, self.row = config, find_algorithm(config.algorithm)
+        self.shape, self.parts = model_config.get_text_config(), count_weights(model_config)
         self.size = getattr(torch, config.model.dtype).itemsize
+        self.on_gpu, self.budget = on_gpu, logit_budget(on_gpu)
         self.sharded = config.distributed.strategy == "fsdp"
         self.share = processes if self.sharded else 1
-        self.numbers, self.frozen = count_weights(model_config, getattr(torch, config.model.dtype))
-        self.own_trunk = self.row.has_critic and config.critic.trunk != "shared"
-        self.adapter = adapter_parameters(model_config, config.model.lora)
-        self.critic_adapter = adapter_parameters(model_config, config.critic_lora) if self.own_trunk else 0
-        self.trunk_learns = self.own_trunk and config.critic.trunk == "own" and not self.critic_adapter
 
-        sampling, update = config.sampling, config.update
+        critic = config.critic
+        self.own_trunk = self.row.has_critic and critic.trunk != "shared"
+        self.adapter = adapter_parameters(model_config, config.model.lora)
+        same = config.critic_lora == config.model.lora
+        of_critic = self.adapter if same else adapter_parameters(model_config, config.critic_lora)
+        self.critic_adapter = of_critic if self.own_trunk else 0
+        self.trunk_learns = self.own_trunk and critic.trunk == "own" and not self.critic_adapter
+        self.quantiles = critic.num_quantiles if self.row.has_law else 1
+        predicted = critic.num_heads * self.quantiles
+        self.outputs = {"none": 0, "vocabulary": self.shape.vocab_size}.get(self.row.critic, predicted)
+        bases = critic.num_heads if critic.monotone and self.outputs and self.quantiles > 1 else 0
+        self.heads = (self.shape.hidden_size + 1) * (self.outputs + bases)
+        self.policy_learns = self.adapter or self.parts.model.number
+        trunk = self.parts.trunk.number if self.trunk_learns else 0
+        self.critic_learns = self.heads + self.critic_adapter + trunk
+
+        sampling, update, evaluation = config.sampling, config.update, config.evaluation
         self.responses = ceil(sampling.prompts_per_step / processes) * sampling.samples_per_prompt
-        self.judged = ceil(config.evaluation.prompts / processes)
+        self.judged = ceil(evaluation.prompts / processes) * max(1, evaluation.samples)
         self.response = sampling.max_completion_length
         self.length = sampling.max_prompt_length + self.response
         self.rows = min(update.microbatch_size, ceil(self.responses / update.minibatches))
         if update.max_tokens_per_microbatch:
             self.rows = max(1, min(self.rows, update.max_tokens_per_microbatch // self.length))
 
-    @cached_property
-    def outputs(self) -> int:
-        """Numbers that the critic predicts at a token."""
-        critic, row = self.config.critic, self.row.critic
-        quantiles = critic.num_quantiles if self.row.has_law else 1
-        return {"none": 0, "vocabulary": self.shape.vocab_size}.get(row, critic.num_heads * quantiles)
-
-    @cached_property
-    def heads(self) -> int:
-        """Parameters of the critic's heads; a monotone one has a base besides its quantiles."""
-        critic = self.config.critic
-        bases = critic.num_heads if critic.monotone and self.row.has_law and critic.num_quantiles > 1 else 0
-        return (self.shape.hidden_size + 1) * (self.outputs + bases)
+        shape = self.shape
+        head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+        self.inner = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
+        self.queries = shape.num_attention_heads * head
+        self.keys = (getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads) * head
 
     @property
     def weights(self) -> int:
-        policy = self.frozen.model if self.adapter else FLOAT * self.numbers.model
-        trunk = FLOAT * self.numbers.trunk if self.trunk_learns else self.frozen.trunk
-        own = trunk if self.own_trunk and not shares_base(self.config) else 0
-        reference = self.frozen.model if self.config.actor.kl.coef and not self.adapter else 0
-        learning = FLOAT * (self.adapter + self.heads + self.critic_adapter)
-        return (policy + own + reference + learning) // self.share
-
-    @property
-    def policy_learns(self) -> int:
-        return self.adapter or self.numbers.model
-
-    @property
-    def critic_learns(self) -> int:
-        return self.heads + self.critic_adapter + (self.numbers.trunk if self.trunk_learns else 0)
+        """Of all models, whole."""
+        model, trunk = self.parts.model, self.parts.trunk
+        policy = model.frozen(self.size) if self.adapter else FLOAT * model.number
+        critic = FLOAT * trunk.number if self.trunk_learns else trunk.frozen(self.size)
+        own = critic if self.own_trunk and not shares_base(self.config) else 0
+        reference = model.frozen(self.size) if self.config.actor.kl.coef and not self.adapter else 0
+        return policy + own + reference + FLOAT * (self.adapter + self.heads + self.critic_adapter)
 
     @property
     def moments(self) -> int:
@@ -200,84 +234,98 @@ class _Case:
         """Values and targets of a step's tokens."""
         if not self.row.has_critic:
             return 0
-        quantiles = self.config.critic.num_quantiles if self.row.has_law else 1
         copies = 2 if self.config.advantage.recentre else 1  # as predicted, and moved
         laws = copies * self.config.critic.num_heads + LAWS
-        return FLOAT * self.responses * self.response * laws * quantiles
+        return FLOAT * self.responses * self.response * laws * self.quantiles
 
     def policy_update(self) -> _Update:
-        logits = LOGIT_COPIES * FLOAT * min(self.rows * self.response * self.shape.vocab_size, self._budget)
-        kept = self._activations(bool(self.adapter))
-        copies = self._copies(self.numbers.model, self.frozen.model, not self.adapter, kept + logits)
-        return _Update(copies, FLOAT * self.policy_learns // self.share, kept, logits)
+        parts, size = self.parts, self.size
+        logits = LOGIT_COPIES * FLOAT * min(self.rows * self.response * self.shape.vocab_size, self.budget)
+        # Of the head each chunk makes a gradient: in the compute type, then in float32; sharded, it is added up in the
+        # former. It casts the head if that is not gathered as it is.
+        cast = size * parts.head if size < FLOAT and not self.sharded else 0
+        gradient = (size if size < FLOAT else 0) + (size if self.sharded else FLOAT)
+        head = cast + gradient * parts.head
+        if self.adapter:
+            head = cast if parts.tied else 0
+        stream = size if self.sharded else FLOAT
+        inputs, kept = self._activations(stream, bool(self.adapter))
+        copies = self._copies(parts.model, size, not self.adapter, inputs, kept + logits + head)
+        return _Update(copies, FLOAT * self.policy_learns // self.share, inputs + kept, logits + head)
 
     def critic_update(self) -> _Update:
-        if not self.row.has_critic:
-            return _Update(0, 0, 0, 0)
+        """Its heads are float32, and so is with `fsdp` what is gathered with them: embeddings, and what follows."""
         outputs = self.rows * self.response * self.outputs
         of_logits = self.row.critic == "vocabulary"
-        terms = LOGIT_COPIES * FLOAT * min(outputs, self._budget) if of_logits else LOSS_COPIES * FLOAT * outputs
-        kept = self._activations(bool(self.critic_adapter)) if self.critic_learns > self.heads else 0
-        copies = self._copies(self.numbers.trunk, self.frozen.trunk, self.trunk_learns, kept + terms)
-        return _Update(copies, FLOAT * self.critic_learns // self.share, kept, terms)
+        terms = LOGIT_COPIES * FLOAT * min(outputs, self.budget) if of_logits else LOSS_COPIES * FLOAT * outputs
+        learns = self.critic_learns > self.heads
+        inputs, kept = self._activations(FLOAT, bool(self.critic_adapter)) if learns else (0, 0)
+        copies = self._copies(self.parts.trunk, FLOAT, self.trunk_learns, inputs, kept + terms)
+        return _Update(copies, FLOAT * self.critic_learns // self.share, inputs + kept, terms)
 
     def sampling(self) -> int:
-        """The largest batch of rows that go on to the end, each with a prompt of its own."""
-        settings, shape = self.config.sampling, self.shape
+        """The largest batch, of rows that have prompts of their own and all go on to the end."""
+        settings, size, hidden = self.config.sampling, self.size, self.shape.hidden_size
         if settings.engine == "vllm":
             return 0
         rows = min(settings.batch_size, max(self.responses, self.judged))
-        _, queries, keys = self._widths
-        # Of one layer once more: while its buffers grow, and as every query's own, where rows have padding.
-        cache = 2 * self.size * rows * self.length * (keys * (shape.num_hidden_layers + 1) + queries)
-        inner = self._widths[0]
-        reading = rows * settings.max_prompt_length * (4 * FLOAT * shape.hidden_size + 3 * self.size * inner)
-        drawing = DRAW_COPIES * FLOAT * rows * shape.vocab_size
+        read = settings.max_prompt_length if self.config.task.name in ONE_TURN else self.length
+        room = min(self.length, -(-read // RoomyLayer.GROWTH) * RoomyLayer.GROWTH)
+
+        def cache(tokens: int) -> int:
+            # Of one layer once more: while its buffers grow, and as every query's own, where rows have padding.
+            return 2 * size * rows * tokens * (self.keys * (self.shape.num_hidden_layers + 1) + self.queries)
+
+        reading = rows * read * (4 * FLOAT * hidden + 3 * size * self.inner)
+        drawing = DRAW_COPIES * FLOAT * rows * self.shape.vocab_size
         if self.sharded:
-            copies = self.size * self.numbers.model
+            copies = size * self.parts.model.number
         else:
-            copies = 0 if self.adapter else FLOAT * self.numbers.model - self.frozen.model
-            if self.size < FLOAT and getattr(shape, "tie_word_embeddings", False):
-                copies += self.size * shape.vocab_size * shape.hidden_size
-        return copies + cache + max(reading, drawing)
+            copies = 0 if self.adapter else self.parts.model.casts(size)
+            copies += size * self.parts.head if self.parts.tied and size < FLOAT else 0
+        return copies + max(cache(room) + reading, cache(self.length) + drawing)
 
-    @property
-    def _budget(self) -> int:
-        return logit_budget(self.on_gpu)
+    def _activations(self, stream: int, fixed: bool) -> tuple[int, int]:
+        """The inputs of the layers if these are computed again, and all else that a backward pass needs at a time.
 
-    @property
-    def _widths(self) -> tuple[int, int, int]:
-        """Of the feed-forward, of all queries, of all keys."""
-        shape = self.shape
-        inner = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
-        head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-        keys = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-        return inner, shape.num_attention_heads * head, keys * head
-
-    def _activations(self, fixed: bool) -> int:
-        """What a trunk keeps for its backward pass, and what that makes on the way; fixed: beside adapters."""
-        hidden, layers = self.shape.hidden_size, self.shape.num_hidden_layers
-        inner, queries, keys = self._widths
-        # Two norms (input, normalised, scaled); query, key and value with their norms and rotations, repeated for the
-        # queries of a group; attention's result, twice; gate, its activation, up, their product.
-        kept = 6 * hidden + 7 * queries + 4 * keys + 4 * inner
-        if fixed:  # norms whose weights do not learn keep less
-            kept = 4 * hidden + 3 * queries + 3 * keys + 4 * inner
-        numbers = layers * hidden + kept if self.config.model.gradient_checkpointing else layers * kept
+        Args:
+            stream: bytes of a number between the layers; float32 where embeddings and norms are.
+            fixed: beside adapters.
+        """
+        hidden, layers, size = self.shape.hidden_size, self.shape.num_hidden_layers, self.size
+        queries, keys, inner = self.queries, self.keys, self.inner
+        # Query, key and value with their norms and rotations, repeated for the queries of a group; attention's result,
+        # twice; gate, its activation, up, their product. Two norms: input, normalised, scaled; cast for five products
+        # where the stream is wider. Norms and products whose weights do not learn keep less.
+        products = 3 * queries + 3 * keys + 4 * inner if fixed else 7 * queries + 4 * keys + 4 * inner
+        norms = 4 * stream if fixed else 6 * size if stream == size else 4 * stream + 5 * size
+        layer = size * products + norms * hidden
+        passing = FLOAT * (4 * hidden + 3 * inner)
         holes = HOLES if fixed and not self.on_gpu else 1.0
-        return round(holes * self.rows * self.length * (numbers * self.size + FLOAT * (4 * hidden + 3 * inner)))
+        tokens = self.rows * self.length
+        again = self.config.model.gradient_checkpointing
+        inputs = layers * hidden * stream if again else 0
+        return round(holes * tokens * inputs), round(holes * tokens * ((1 if again else layers) * layer + passing))
 
-    def _copies(self, numbers: int, frozen: int, learns: bool, beside: int) -> int:
+    def _copies(self, part: Part, root: int, learns: bool, inputs: int, beside: int) -> int:
         """Copies of a module's weights while it is updated, and where it is sharded gradients before they are added.
 
         Args:
-            numbers, frozen: its weights, and their bytes if they never learn.
+            part: the module without heads of its own.
+            root: bytes of a weight outside the layers, as it is gathered.
             learns: whether all of it does.
-            beside: what a pass holds that is gone when the gradients of what is outside the layers are added, last.
+            inputs: of layers that are computed again.
+            beside: what a pass holds besides; it is gone when a forward pass ends, and when gradients of what is
+                outside the layers are added, last.
         """
-        if not self.sharded:
-            return FLOAT * numbers - frozen if learns else 0
-        layer = self.numbers.layer
-        outside = numbers - layer * self.shape.num_hidden_layers
-        added = (self.size + FLOAT) * (outside + layer) if learns else 0
-        return self.size * (outside + 2 * layer) + max(0, added - beside)
+        layer = self.parts.layer
+        if self.sharded:
+            outside = part.number - self.parts.layers.number
+            added = (root + FLOAT) * outside + (self.size + FLOAT) * layer.number if learns else 0
+            return root * outside + 2 * self.size * layer.number + max(0, added - inputs - beside)
+        if not learns:
+            return 0
+        if not self.config.model.gradient_checkpointing:
+            return part.casts(self.size)
+        # All casts are there when the forward pass ends, those of a layer while it is computed again.
+        return max(part.casts(self.size) - beside, layer.casts(self.size))

@@ -47,29 +47,38 @@ def refuse_processes(config: Config) -> None:
     """Check that a run can be shared by the processes that there are.
 
     Raises:
-        InputError: fewer prompts a step than processes, a setting that is for one process, sharding without torchrun.
+        InputError: as `refuse_sharing`; sharding without torchrun.
+    """
+    refuse_sharing(config, world_size())
+    if config.distributed.strategy == "fsdp" and not is_launched():
+        raise InputError(
+            "distributed.strategy = fsdp shards models over processes that torchrun starts: run `torchrun "
+            "--nproc-per-node N -m dvpo train ...`, or set it to ddp"
+        )
+
+
+def refuse_sharing(config: Config, processes: int) -> None:
+    """Check that a run can be shared by so many processes.
+
+    Raises:
+        InputError: fewer prompts a step than processes, a setting that is for one process.
     """
     prompts = config.sampling.prompts_per_step
-    if prompts < world_size():
+    if prompts < processes:
         raise InputError(
-            f"sampling.prompts_per_step = {prompts} is less than the {world_size()} processes, and each needs one: "
+            f"sampling.prompts_per_step = {prompts} is less than the {processes} processes, and each needs one: "
             "raise it, or start fewer processes"
         )
-    alone = world_size() == 1 and config.distributed.strategy == "ddp"
+    alone = processes == 1 and config.distributed.strategy == "ddp"
     if config.sampling.engine == "vllm" and not alone:
         raise InputError(
             "sampling.engine = vllm gives a server the weights of one process that has them whole: set it to "
             "transformers, or start one process with distributed.strategy=ddp"
         )
-    if config.critic.replay and world_size() > 1:
+    if config.critic.replay and processes > 1:
         raise InputError(
-            f"critic.replay = {config.critic.replay} keeps responses on one process, and there are {world_size()}: "
+            f"critic.replay = {config.critic.replay} keeps responses on one process, and there are {processes}: "
             "set it to 0, or start one process"
-        )
-    if config.distributed.strategy == "fsdp" and not is_launched():
-        raise InputError(
-            "distributed.strategy = fsdp shards models over processes that torchrun starts: run `torchrun "
-            "--nproc-per-node N -m dvpo train ...`, or set it to ddp"
         )
 
 

@@ -242,11 +242,8 @@ def open_policy(
             does not read what it is told, or a family whose head is not supported.
     """
     path = str(path)
-    local = Path(path).expanduser()
-    looks_local = local.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1
-    if looks_local and not local.is_dir():
-        raise InputError(f"model.path = {path} is no folder: give a folder with config.json and weights, or a hub name")
-    source = str(local) if local.is_dir() else path
+    source = _source(path)
+    local = Path(source)
     try:
         model_config = without_dropout(AutoConfig.from_pretrained(source, trust_remote_code=False))
         if weights == "random":
@@ -288,6 +285,32 @@ def open_policy(
             )
     check_head(policy)
     return policy
+
+
+def _source(path: str) -> str:
+    """What transformers loads: a folder, or a hub name."""
+    local = Path(path).expanduser()
+    looks_local = local.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1
+    if looks_local and not local.is_dir():
+        raise InputError(f"model.path = {path} is no folder: give a folder with config.json and weights, or a hub name")
+    return str(local) if local.is_dir() else path
+
+
+def shape_of(path: str | Path) -> Any:
+    """The config of a model, of which nothing else is loaded.
+
+    Raises:
+        InputError: no such folder, or no sound config.json in it.
+    """
+    source = _source(str(path))
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a family's config checks itself, and raises what it likes
+        fetch = "" if Path(source).is_dir() else f"; hf download {path} config.json --local-dir FOLDER fetches it alone"
+        raise InputError(
+            f"model.path = {path} has no config.json that transformers reads ({first_line(error)}): give a folder with "
+            f"one, weights are not needed{fetch}; configs/shapes/ holds some"
+        ) from None
 
 
 def without_dropout(config: Any) -> Any:

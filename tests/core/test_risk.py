@@ -10,6 +10,7 @@ from closeness import DTYPES, F64, close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dvpo.core import backends, risk
 from dvpo.core.returns import distributional_gae, gae
 from dvpo.core.risk import (
     cvar,
@@ -250,6 +251,26 @@ def test_the_width_joins_the_rank_to_the_mean_advantage():
     torch.testing.assert_close(wide, targets.mean(-1) - atoms.mean(-1))
     mean_advantage = rank_advantage(targets, atoms, math.inf)
     assert torch.equal(mean_advantage, torch.zeros(20, dtype=F64))
+
+
+@pytest.mark.parametrize("where", ["compiled", "torch"])
+@pytest.mark.parametrize(("width", "floor"), [(0.0, 0.0), (0.0, 0.25), (0.3, 0.0)])
+def test_rows_in_parts_rank_as_they_do_together(where: str, width: float, floor: float, monkeypatch):
+    """Parts of one and of two rows, the last one smaller; sorted in parts as well."""
+    targets, atoms = torch.randn(5, 3, 6), torch.randn(5, 3, 4)
+    atoms[2, 1, 0] = torch.nan
+    monkeypatch.setattr(backends, "backend", lambda tensor: where)
+    monkeypatch.setattr(risk, "backend", lambda tensor: where)
+    together = risk.rank_advantage(targets, atoms, width, floor)
+    assert together.shape == (5, 3)
+    assert together.isnan().sum() == 1
+    ordered = backends.ascending(targets)
+    for chunk in (1, 12):
+        monkeypatch.setattr(backends, "CHUNK", chunk)
+        torch.testing.assert_close(
+            risk.rank_advantage(targets, atoms, width, floor), together, rtol=0, atol=0, equal_nan=True
+        )
+        torch.testing.assert_close(backends.ascending(targets), ordered, rtol=0, atol=0)
 
 
 def test_smooth_rank_keeps_its_digits_in_float32_under_an_offset_and_a_distant_atom():

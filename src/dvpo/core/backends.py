@@ -2,6 +2,7 @@
 
 import importlib.util
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from typing import Literal
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor
 
 from dvpo.core import compiled_loss, compiling, sorted_huber
+
+CHUNK = 2**24
+"""Numbers of which copies are made at a time."""
 
 
 def backend(tensor: Tensor) -> Literal["compiled", "triton", "torch"]:
@@ -51,8 +55,21 @@ def huber_sums(theta_KNM: Tensor, atoms_KL: Tensor, levels_M: Tensor, kappa: flo
 
 def ascending(rows: Tensor) -> Tensor:
     """Each row sorted; NaN comes last. Rows that are sorted already, as a monotone critic's are, cost a look."""
-    by_look = backend(rows) == "compiled" and not rows.requires_grad
-    return compiling.ascending(rows) if by_look else rows.sort(dim=-1).values
+    if rows.requires_grad:
+        return rows.sort(dim=-1).values
+    if backend(rows) == "compiled":
+        return compiling.ascending(rows)
+    # Part by part: with what it sorts torch returns the places, which take twice as much.
+    made = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    for part, out in row_parts(rows, made):
+        out.copy_(part.sort(dim=-1).values)
+    return made
+
+
+def row_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each tensor [..., M], in parts [K, M] of at most `CHUNK` numbers or one row."""
+    size = max(1, CHUNK // max(tensor.shape[-1] for tensor in tensors))
+    return zip(*(tensor.reshape(-1, tensor.shape[-1]).split(size) for tensor in tensors), strict=True)
 
 
 def descents(rows: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dvpo.core import compiled_ranks
-from dvpo.core.backends import ascending, backend
+from dvpo.core.backends import ascending, backend, row_parts
 from dvpo.core.masks import at_least_float32
 from dvpo.core.quantiles import check_quantile_shapes
 from dvpo.core.terms import fused_terms
@@ -262,7 +262,12 @@ def rank_advantage(targets: Tensor, atoms: Tensor, width: float = 0.0, floor: fl
         raise ValueError(f"width must be >= 0, got {width}")
     if not 0.0 <= floor < 1.0:
         raise ValueError(f"floor must lie in [0, 1), got {floor}")
-    targets, atoms = (ascending(at_least_float32(law).detach().contiguous()) for law in (targets, atoms))
+    parts = row_parts(*(at_least_float32(law).detach() for law in (targets, atoms)))
+    return torch.cat([_rank_advantage(*part, width, floor) for part in parts]).view(targets.shape[:-1])
+
+
+def _rank_advantage(targets: Tensor, atoms: Tensor, width: float, floor: float) -> Tensor:
+    targets, atoms = (ascending(law.contiguous()) for law in (targets, atoms))
     if floor > 0:
         lowest = math.floor(floor * atoms.shape[-1])
         targets = targets.maximum(atoms[..., lowest : lowest + 1])  # stays ascending
@@ -273,8 +278,7 @@ def rank_advantage(targets: Tensor, atoms: Tensor, width: float = 0.0, floor: fl
 
 def _rank(targets: Tensor, atoms: Tensor) -> Tensor:
     if backend(targets) == "compiled" and targets.dtype == atoms.dtype:
-        rows = (law.reshape(-1, law.shape[-1]) for law in (targets, atoms))
-        return compiled_ranks.rank_advantage(*rows).view(targets.shape[:-1])
+        return compiled_ranks.rank_advantage(targets, atoms)
     below = torch.searchsorted(atoms, targets, out_int32=True)
     not_above = torch.searchsorted(atoms, targets, right=True, out_int32=True)
     wins = (below + not_above).to(targets.dtype) / 2.0
