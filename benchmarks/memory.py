@@ -4,6 +4,7 @@
     python benchmarks/memory.py --only small     # one of them
     python benchmarks/memory.py --lora           # instead DVPO with a KL penalty, all parameters against adapters
     python benchmarks/memory.py --bfloat16       # instead DVPO in bfloat16, activations kept against computed again
+    python benchmarks/memory.py --laws           # instead DVPO with many laws, recentred against not
     python benchmarks/memory.py --sampling       # instead the sampler alone, float32 against bfloat16
 
 A run makes one training step of a random Qwen3 in float32 with moments of AdamW in place. The responses are scripted,
@@ -51,17 +52,14 @@ class Size(NamedTuple):
     quantiles: int
 
 
-STEPS = {
+SIZES = {
     "small": Size(256, 4, 4096, 64, 192, 8, 8, 50),
     "middle": Size(512, 6, 16384, 256, 256, 2, 2, 200),
     "large": Size(1024, 8, 32768, 32, 2016, 1, 1, 200),
-}
-DRAWN = {
+    "many_laws": Size(128, 1, 512, 16, 1024, 64, 1, 200),
     "few_long": Size(512, 6, 16384, 256, 1024, 8, 8, 1),
     "many_short": Size(512, 6, 16384, 128, 128, 128, 8, 1),
 }
-SIZES = STEPS | DRAWN
-
 KL = ["algorithm=dvpo", "actor.kl.coef=0.01"]
 RUNS = {
     "ppo": ["algorithm=ppo"],
@@ -70,17 +68,39 @@ RUNS = {
     "dvpo_kl_lora": [*KL, "model.lora.rank=16"],
     "dvpo_bf16": ["algorithm=dvpo", "model.dtype=bfloat16"],
     "dvpo_bf16_recomputed": ["algorithm=dvpo", "model.dtype=bfloat16", "model.gradient_checkpointing=true"],
+    "dvpo_recentred": ["algorithm=dvpo", "advantage.recentre=true"],
     "sampling": ["algorithm=reinforce_pp"],
     "sampling_bf16": ["algorithm=reinforce_pp", "model.dtype=bfloat16"],
 }
-PAIRS = {
-    "memory": ("ppo", "dvpo"),
-    "memory_lora": ("dvpo_kl_lora", "dvpo_kl"),
-    "memory_bfloat16": ("dvpo_bf16_recomputed", "dvpo_bf16"),
-    "memory_sampling": ("sampling_bf16", "sampling"),
+
+
+class Comparison(NamedTuple):
+    """Two runs at several sizes; the second takes more."""
+
+    what: str
+    less: str
+    more: str
+    sizes: tuple[str, ...]
+    above: str
+    """What the results file calls the share that the second takes above the first."""
+
+
+STEPS = ("small", "middle", "large")
+COMPARISONS = {
+    "memory": Comparison("DVPO against PPO", "ppo", "dvpo", STEPS, "dvpo_above_ppo"),
+    "memory_lora": Comparison(
+        "with a KL penalty, all parameters against adapters", "dvpo_kl_lora", "dvpo_kl", STEPS, "full_above_lora"
+    ),
+    "memory_bfloat16": Comparison(
+        "activations kept against computed again", "dvpo_bf16_recomputed", "dvpo_bf16", STEPS, "kept_above_recomputed"
+    ),
+    "memory_laws": Comparison(
+        "many laws, recentred against as predicted", "dvpo", "dvpo_recentred", ("many_laws",), "recentred_above"
+    ),
+    "memory_sampling": Comparison(
+        "the sampler alone", "sampling_bf16", "sampling", ("few_long", "many_short"), "float32_above_bfloat16"
+    ),
 }
-ABOVE = {"memory": "dvpo_above_ppo", "memory_lora": "full_above_lora", "memory_bfloat16": "kept_above_recomputed",
-         "memory_sampling": "float32_above_bfloat16"}  # fmt: skip
 
 
 class Anything:
@@ -200,26 +220,27 @@ def main() -> int:
     parser.add_argument("--only", choices=SIZES)
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     which = parser.add_mutually_exclusive_group()
-    for name in PAIRS:
+    for name, other in COMPARISONS.items():
         if name != "memory":
-            which.add_argument(f"--{name.removeprefix('memory_')}", dest="part", action="store_const", const=name)
+            flag = f"--{name.removeprefix('memory_')}"
+            which.add_argument(flag, dest="name", action="store_const", const=name, help=other.what)
     parser.add_argument("--output", type=Path, help="the results file")
     arguments = parser.parse_args()
     if arguments.measure:
         name, run, model = arguments.measure
         print(json.dumps(measure(name, run, Path(model))))
         return 0
-    part = arguments.part or "memory"
+    part = arguments.name or "memory"
+    compared = COMPARISONS[part]
     output = arguments.output or RESULTS / f"{part}.json"
-    sizes = DRAWN if part == "memory_sampling" else STEPS
     runs = []
-    for name in [arguments.only] if arguments.only else sizes:
+    for size in [arguments.only] if arguments.only else compared.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            model = write_model(Path(folder), SIZES[name])
-            for run in PAIRS[part]:
-                command = [sys.executable, __file__, "--measure", name, run, str(model)]
+            model = write_model(Path(folder), SIZES[size])
+            for run in (compared.less, compared.more):
+                command = [sys.executable, __file__, "--measure", size, run, str(model)]
                 said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                runs.append({"size": name, **json.loads(said.splitlines()[-1])})
+                runs.append({"size": size, **json.loads(said.splitlines()[-1])})
                 print(runs[-1], flush=True)
     errors = {f"{run['size']} {run['algorithm']}": run["predicted"] / run["measured"] - 1 for run in runs}
     pairs = zip(runs[::2], runs[1::2], strict=True)
@@ -230,7 +251,7 @@ def main() -> int:
         "machine": machine("cpu"),
         "versions": versions(),
         "runs": runs,
-        ABOVE[part]: shares,
+        compared.above: shares,
         "prediction_error": errors,
         "gpu": "not measured",
     }
