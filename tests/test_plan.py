@@ -59,7 +59,7 @@ def test_one_gpu_may_take_the_embedded_model(config: str, capsys: pytest.Capture
         (["--gpus", "1", "model.path=empty"], "has no config.json that transformers reads"),
         (["--gpus", "1", "model.path=bad"], "has no config.json that transformers reads"),
         (["--gpus", "1", "model.path=t5"], "is no causal language model, or of a family whose memory is not predicted"),
-        (["--gpus", "1", SHAPE, "model.lora.rank=4", "model.lora.targets=[nothing]"], "model.lora.targets"),
+        (["--gpus", "1", SHAPE, "model.lora.rank=4", "model.lora.targets=[nothing]"], "dvpo: model.lora.targets"),
     ],
 )
 def test_what_could_not_start_is_refused(

@@ -58,6 +58,8 @@ def report_plan(config: Config, gpus: int, console: Console) -> None:
 def _predicted(config: Config, shape: Any, **given: Any) -> Prediction:
     try:
         return predict(config, shape, on_gpu=True, **given)
+    except InputError:  # says what it is about
+        raise
     except (ValueError, AttributeError, TypeError) as error:
         raise InputError(
             f"model.path = {config.model.path} is no causal language model, or of a family whose memory is not "
