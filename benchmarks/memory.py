@@ -7,9 +7,9 @@
     python benchmarks/memory.py --laws           # instead DVPO with many laws, recentred against not
     python benchmarks/memory.py --sampling       # instead the sampler alone, float32 against bfloat16
 
-A run makes one training step of a random Qwen3, in float32 unless said, with moments of AdamW in place. Responses are scripted,
-random tokens of full length, so that what counts is the update; the sampler is measured by itself. Peak memory is the
-process's largest resident set; the base is what it held before a model was made.
+A run makes one training step of a random Qwen3, in float32 unless said, with moments of AdamW in place. Responses are
+scripted, random tokens of full length, so that what counts is the update; the sampler is measured by itself. Peak
+memory is the process's largest resident set; the base is what it held before a model was made.
 """
 
 import argparse
