@@ -263,7 +263,8 @@ def rank_advantage(targets: Tensor, atoms: Tensor, width: float = 0.0, floor: fl
     if not 0.0 <= floor < 1.0:
         raise ValueError(f"floor must lie in [0, 1), got {floor}")
     parts = row_parts(*(at_least_float32(law).detach() for law in (targets, atoms)))
-    return torch.cat([_rank_advantage(*part, width, floor) for part in parts]).view(targets.shape[:-1])
+    ranks = [_rank_advantage(targets_KL, atoms_KM, width, floor) for targets_KL, atoms_KM in parts]
+    return torch.cat(ranks).view(targets.shape[:-1])
 
 
 def _rank_advantage(targets: Tensor, atoms: Tensor, width: float, floor: float) -> Tensor:
