@@ -5,7 +5,7 @@ import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 from dvpo.config import Config
-from dvpo.errors import InputError
 from dvpo.faults import FaultTally
 from dvpo.lora import refuse_without_peft
 from dvpo.memory import Prediction, predict
@@ -93,9 +92,9 @@ def report_needs(config: Config, console: Console) -> None:
         rewards = _Rewards()
         trainer = Trainer(trial, observer=rewards)
         models = [part for part in (trainer.policy.model, trainer.critic) if part is not None]
-        counts = [(_parameters([model]), _parameters([model], only_trained=True)) for model in models]
+        counts = [(_parameters(model), _parameters(model, only_trained=True)) for model in models]
         held = [*models, *([trainer.reference.model] if trainer.reference else [])]
-        weights, learning = _bytes(held), sum(trained for _, trained in counts)
+        weights, learning = sum(p.nbytes for p in _distinct(held)), sum(trained for _, trained in counts)
         try:
             steps = [trainer.train_step() for _ in range(TRIAL_STEPS)]
         finally:
@@ -159,7 +158,7 @@ def _print_prediction(config: Config, console: Console) -> None:
         shape = shape_of(starting_model(config))
         on_gpu = choose_device(config.device) != "cpu"
         need = predict(config, shape, 0 if on_gpu else _peak_memory(torch.device("cpu")), on_gpu)
-    except (InputError, ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError):
         return  # the trial says what is wrong with the model; of a family of another shape nothing is predicted
     always, update = (_parts(need, names) for names in (ALWAYS, UPDATE))
     console.print(
@@ -173,15 +172,13 @@ def _parts(need: Prediction, names: Sequence[str]) -> str:
     return ", ".join(f"{name} {getattr(need, name) / MIB:,.0f}" for name in names)
 
 
-def _bytes(modules: Sequence[torch.nn.Module]) -> int:
-    """Of their weights; what several modules share counts once."""
-    return sum(p.nbytes for p in {id(p): p for module in modules for p in module.parameters()}.values())
+def _distinct(modules: Sequence[torch.nn.Module]) -> Iterable[torch.nn.Parameter]:
+    """Their weights; what several modules share comes once."""
+    return {id(p): p for module in modules for p in module.parameters()}.values()
 
 
-def _parameters(modules: Sequence[torch.nn.Module], only_trained: bool = False) -> int:
-    """How many there are; what several modules share counts once."""
-    every = {id(p): p for module in modules for p in module.parameters()}.values()
-    return sum(p.numel() for p in every if p.requires_grad or not only_trained)
+def _parameters(module: torch.nn.Module, only_trained: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not only_trained)
 
 
 def _peak_memory(device: torch.device) -> int:

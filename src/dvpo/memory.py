@@ -250,7 +250,8 @@ class _Case:
             head = cast if parts.tied else 0
         stream = size if self.sharded else FLOAT
         inputs, kept = self._activations(stream, bool(self.adapter))
-        copies = self._copies(parts.model, size, not self.adapter, inputs, kept + logits + head)
+        gathered = parts.model if self.sharded else parts.trunk  # else the head's cast is counted above
+        copies = self._copies(gathered, size, not self.adapter, inputs, kept + logits + head)
         return _Update(copies, FLOAT * self.policy_learns // self.share, inputs + kept, logits + head)
 
     def critic_update(self) -> _Update:
