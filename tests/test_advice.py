@@ -146,6 +146,15 @@ def test_without_the_truth_scores_that_scatter_want_a_critic_and_outliers_a_rank
     assert (found["algorithm"], found["advantage"]) == ("dvpo", {"lam": 1.0})
 
 
+@pytest.mark.parametrize("samples", [1, 8])
+def test_of_a_groups_norm_is_told_only_who_has_groups(samples: int):
+    rewards = np.random.default_rng(0).normal(size=(2, 32, 4))
+    rewards[0, 0, 0] = 1000.0
+    config = load_config({"algorithm": "ppo", "sampling": {"samples_per_prompt": samples}})
+    bounded = [one.sentence for one in advise(find(sheet(rewards, np.full((32, 4), np.nan))), config)]
+    assert ("reward.norm=group" in " ".join(bounded)) == (samples > 1)
+
+
 def test_faults_cuts_and_missing_scores_are_named_first():
     observed = np.random.default_rng(0).normal(size=(1, 10, 4))
     observed[0, :2] = np.nan  # 20% missing, half of it by a fault
