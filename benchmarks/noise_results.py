@@ -36,7 +36,17 @@ from noise_parts import (
 from dvpo.stats import PairedDifference, holm, paired_difference, student_quantile
 from dvpo.study import Study
 from dvpo.study_results import Row, row_key
-from dvpo.study_table import NONE, SPLITS, Report, Sheet, difference_text, make_report, overviews, to_markdown
+from dvpo.study_table import (
+    NONE,
+    SPLITS,
+    Report,
+    Sheet,
+    difference_text,
+    make_report,
+    overviews,
+    stability,
+    to_markdown,
+)
 
 DOCS = ROOT / "docs"
 IMAGES = DOCS / "images"
@@ -44,6 +54,8 @@ PAGE, TABLES = DOCS / "results.md", DOCS / "results_tables.md"
 LEVEL = 0.05
 FEWEST_TESTED = 6
 """Fewer pairs cannot give a p below .05, whatever happens: none is shown."""
+EVALUATION = {False: 1.2, True: 8.9}
+"""Seconds of one, of 2 x 256 answers and of 2 x 128 conversations (docs/protocol.md, "What it costs")."""
 BEGIN, END = "<!-- results: written by make results -->", "<!-- /results -->"
 
 
@@ -84,7 +96,7 @@ def summary(part: Part) -> str:
         text += f"![{part.title}]({path.relative_to(DOCS)})\n\n"
     sheets = [contrast_sheet(part, study, rows), *with_dial0(part, overviews(study, rows))]
     if part.by_task and len(study.names("seed")) > 1:
-        sheets[1:1] = task_sheets(part, study, rows)
+        sheets[1:1] = [*task_sheets(part, study, rows), stability_sheet(part, study, rows)]
     if part.rises:
         sheets.append(rise_sheet(study, rows))
     if part.pooled and len(study.names("seed")) > 1:
@@ -156,6 +168,18 @@ def task_sheets(part: Part, study: Study, rows: Sequence[Row]) -> list[Sheet]:
         Sheet(f"{part.baseline} less each row, task by task", ("algorithm", "split", *tasks), tuple(less)),
         Sheet("deviation of an end between seeds, mean over the noises", ("algorithm", *columns), tuple(scatter)),
     ]
+
+
+def stability_sheet(part: Part, study: Study, rows: Sequence[Row]) -> Sheet:
+    """The protocol's second outcome, end less peak, over all places; the baseline less each other row is paired."""
+    falls = [{**row, **{f"{split}_true": stability(row, split) for split in SPLITS}} for row in rows]
+    less = {(name, split): difference_text(d) for name, split, d in contrasts(study, falls, part.baseline)}
+    lines = []
+    for name in study.names("algorithm"):
+        means = [100 * fmean(row[f"{split}_true"] for row in falls if row["algorithm"] == name) for split in SPLITS]
+        lines.append((name, *(f"{mean:+.1f}" for mean in means), *(less.get((name, split), NONE) for split in SPLITS)))
+    columns = ("algorithm", "ID", "OOD", f"{part.baseline} less it, ID", "OOD")
+    return Sheet("stability: end less peak, points, over all places", columns, tuple(lines))
 
 
 def scatter_of(study: Study, rows: Sequence[Row], task: str, algorithm: str, split: str) -> float:
@@ -268,13 +292,15 @@ def anchor(title: str) -> str:
 
 
 def costs() -> str:
-    """All rows of reporting and tuning seeds, and the hours that their training steps took."""
+    """All rows of reporting and tuning seeds, and the hours that their training steps and evaluations took."""
     files = {part.rows for part in (*REPORTING, *TUNING) if part.rows.exists()}
     rows = [row for path in sorted(files) for row in rows_at(path)]
-    hours = sum(row["seconds"] for row in rows) / 3600
+    training = sum(row["seconds"] for row in rows) / 3600
+    evaluations = sum(len(row["curve"]) * EVALUATION["dialogue" in row["task"]] for row in rows) / 3600
     return (
-        f"**Cost.** {len(rows):,} runs, tuning included: {hours:.0f} core-hours of training steps; evaluations, "
-        "some as much again, and starts are not in them.\n\n"
+        f"**Cost.** {len(rows):,} runs, tuning included: {training:.0f} core-hours of training steps, and by the "
+        f"protocol's table some {evaluations:.0f} of evaluations: {training + evaluations:.0f} together. Starting "
+        "models (minutes each) are not in them.\n\n"
     )
 
 

@@ -267,6 +267,22 @@ def test_the_scatter_of_a_row_is_that_between_seeds_and_not_between_noises():
     assert noise_results.scatter_of(study, rows, "math", "dvpo", "id") == pytest.approx(7.071 / 2, abs=1e-3)
 
 
+def test_what_a_row_loses_after_its_peak_is_averaged_over_runs_and_paired_by_seed():
+    # Ends 60 and 50 of peaks 70 and 80: -10, -30, mean -20; ppo 0 and -10, mean -5. Paired: -10 and -20, mean -15,
+    # sd 7.07, half = t(1) 12.706 * 7.07 / sqrt 2 = 63.5.
+    study = load_study(STUDIES / "noise.yaml", only="task=math,noise=flip,algorithm=dvpo,algorithm=ppo")
+    study = noise_parts.of_complete_seeds(study, [{"seed": 101}, {"seed": 102}])
+    rows = [
+        {**row, "curve": [[0, 0.4, 0.4], [10, peak / 100, 0.5], [20, end / 100, 0.5]], "ood_true": 0.5}
+        for name, runs in {"dvpo": ((70, 60), (80, 50)), "ppo": ((60, 60), (70, 60))}.items()
+        for seed, (peak, end) in zip((101, 102), runs, strict=True)
+        for row in [a_row("flip", name, seed, end)]
+    ]
+    sheet = noise_results.stability_sheet(noise_results.NINE, study, rows)
+    assert sheet.lines[0] == ("dvpo", "-20.0", "+0.0", "-", "-")
+    assert sheet.lines[1] == ("ppo", "-5.0", "+0.0", "-15.0 [-78.5, +48.5]", "+0.0 [+0.0, +0.0]")
+
+
 def test_the_figure_shows_each_contrast_where_its_mean_is():
     study = load_study(STUDIES / "noise.yaml", only="task=math,noise=flip,algorithm=dvpo,algorithm=ppo")
     rows = [

@@ -212,7 +212,7 @@ def _line(
         f"{iqm(scores):.1f} {_interval(_spread(iqm, scores), '.1f')}",
         _chance(data, places, algorithm, split),
         *against,
-        f"{100 * fmean(_stability(row, split) for row in rows):+.1f}",
+        f"{100 * fmean(stability(row, split) for row in rows):+.1f}",
     )
 
 
@@ -250,7 +250,7 @@ def _interval(interval: Interval, form: str) -> str:
     return f"[{interval.low:{form}}, {interval.high:{form}}]" if math.isfinite(interval.low) else f"[{NONE}]"
 
 
-def _stability(row: Row, split: str) -> float:
+def stability(row: Row, split: str) -> float:
     """Accuracy at the end less its highest on the way: 0, or how much was lost again."""
     column = 1 + SPLITS.index(split)
     return row[f"{split}_true"] - max(point[column] for point in row["curve"] if point[column] is not None)
