@@ -6,6 +6,7 @@ A study that has not all of its rows yet is shown with what is there, and says s
 """
 
 import argparse
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from noise_parts import (
     RANDOM,
     REPORTING,
     ROOT,
+    ROWS,
     TRIALS,
     TUNING,
     Part,
@@ -49,6 +51,7 @@ from dvpo.study_table import (
 )
 
 DOCS = ROOT / "docs"
+CRITICS = ROWS / "critic_seen.json"
 IMAGES = DOCS / "images"
 PAGE, TABLES = DOCS / "results.md", DOCS / "results_tables.md"
 LEVEL = 0.05
@@ -91,7 +94,7 @@ def summary(part: Part) -> str:
     if not rows:
         return text + ("No seed has every cell yet.\n" if there else "")
     planned = study_at(part.study, part.only).names("seed")
-    text += f"Seeds that have every cell: {len(study.names('seed'))} of {len(planned)}.\n\n"
+    text += f"Seeds that have every cell: {len(study.names('seed'))} of {len(planned)}. {part.note}".rstrip() + "\n\n"
     for path in figures(part):
         text += f"![{part.title}]({path.relative_to(DOCS)})\n\n"
     sheets = [contrast_sheet(part, study, rows), *with_dial0(part, overviews(study, rows))]
@@ -99,6 +102,7 @@ def summary(part: Part) -> str:
         sheets[1:1] = [*task_sheets(part, study, rows), stability_sheet(part, study, rows)]
     if part.rises:
         sheets.append(rise_sheet(study, rows))
+    sheets += [] if part.only else critic_sheets(part)
     if part.pooled and len(study.names("seed")) > 1:
         text += resolution([d for _, _, d in contrasts(study, rows, part.baseline)])
     return text + to_markdown(Report(tuple(sheets), ()))
@@ -207,6 +211,24 @@ def resolution(found: Sequence[PairedDifference]) -> str:
         f"of five before correction, of {min(first):.1f} to {max(first):.1f} as the first of {len(found)} lines "
         "after it.\n\n"
     )
+
+
+def critic_sheets(part: Part) -> list[Sheet]:
+    """What critics with a law looked like, of the runs whose logs `critic_seen.py` has read; none for other parts."""
+    found = json.loads(CRITICS.read_text()).get(part.study.stem) if CRITICS.exists() else None
+    if not found:
+        return []
+    figures = {"true_correlation": "+.2f", "calibration_error": ".2f", "spread": ".2f", "head_disagreement": ".3f"}
+    lines = [
+        (
+            line["algorithm"],
+            *(line["task"], line["noise"], str(line["seeds"])),
+            *(f"{line['first'][name]:{form}} to {line['last'][name]:{form}}" for name, form in figures.items()),
+        )
+        for line in found
+    ]
+    columns = ("algorithm", "task", "noise", "seeds", "knows", "miscalibrated", "width", "heads apart")
+    return [Sheet("what the critic saw, first step to last fifth", columns, tuple(lines))]
 
 
 def rise_sheet(study: Study, rows: Sequence[Row]) -> Sheet:

@@ -180,8 +180,8 @@ def _about_noise(findings: Findings, config: Config) -> list[Advice]:
             Advice(
                 f"Take a bounded advantage, because one reward lies {findings.outlier:.0f} scaled median deviations "
                 "from the median and would rule a mean: the rank of a return in its predicted law cannot exceed 1/2. "
-                "It was measured at lambda 1, against PPO with one sample a prompt; a row that clips at the gap between "
-                "right and wrong, `ppo_delta_clip`, does as well where you know that gap (docs/results.md)."
+                "It was measured at lambda 1, against PPO with one sample a prompt; where you know how far right and "
+                "wrong are apart, a clip there (`ppo_delta_clip`) does as well (docs/results.md)."
                 + (" In groups `reward.norm=group` with any row takes most of an outlier out." if groups else ""),
                 {"algorithm": "dvpo", "advantage": {"lam": 1.0}},
             )
