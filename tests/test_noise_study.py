@@ -36,11 +36,16 @@ def script(path: Path) -> ModuleType:
     return module
 
 
-SCRIPTS = ("reward_information", "noise_predictions", "noise_figures", "noise_parts", "trials", "noise_results")
+SCRIPTS = (
+    *("reward_information", "noise_predictions", "noise_figures", "noise_parts", "trials", "noise_results"),
+    "critic_seen",
+)
 with mock.patch.dict(sys.modules):  # each finds those before it
     for name in SCRIPTS:
         sys.modules[name] = script(ROOT / "benchmarks" / f"{name}.py")
-    information, predictions, noise_figures, noise_parts, trials, noise_results = (sys.modules[n] for n in SCRIPTS)
+    information, predictions, noise_figures, noise_parts, trials, noise_results, critic_seen = (
+        sys.modules[n] for n in SCRIPTS
+    )
 
 STUDIES = ROOT / "configs" / "studies"
 TUNING = sorted((STUDIES / "tuning").glob("*.yaml"))
@@ -281,6 +286,22 @@ def test_what_a_row_loses_after_its_peak_is_averaged_over_runs_and_paired_by_see
     sheet = noise_results.stability_sheet(noise_results.NINE, study, rows)
     assert sheet.lines[0] == ("dvpo", "-20.0", "+0.0", "-", "-")
     assert sheet.lines[1] == ("ppo", "-5.0", "+0.0", "-15.0 [-78.5, +48.5]", "+0.0 [+0.0, +0.0]")
+
+
+def test_what_critics_saw_is_the_first_step_and_the_mean_of_the_last_fifth_over_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    study = load_study(STUDIES / "noise.yaml", only="task=math,noise=flip,seed=101,seed=102,algorithm=dvpo")
+    for cell, high in zip(study.cells, (0.5, 0.7), strict=True):
+        cell.folder.mkdir(parents=True)
+        widths = [high, *[0.0] * 7, 0.2, 0.4]  # of ten steps the last two: .3
+        rows = [{"step": step, "critic/spread": width} for step, width in enumerate(widths, start=1)]
+        rows.insert(1, {"step": 1, "eval/id/accuracy": 0.5})
+        (cell.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (line,) = critic_seen.seen(study)
+    assert (line["algorithm"], line["seeds"]) == ("dvpo", 2)
+    assert (line["first"], line["last"]) == ({"spread": 0.6}, {"spread": 0.3})
 
 
 def test_the_figure_shows_each_contrast_where_its_mean_is():
