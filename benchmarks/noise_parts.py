@@ -132,6 +132,8 @@ REPORTING = [
     reporting("More noises", "noise_more", pooled=False, note=UNPREDICTED),
     reporting("Numbers of quantiles, sizes of tails", "noise_sizes", note=STILL),
     reporting("A model ten times as large", "noise_larger"),
+    reporting("A model ten times as large: row or setting", "noise_larger_setting", baseline="dvpo_as_ppo"),
+    reporting("A model ten times as large: one sample a prompt", "noise_larger_one_sample"),
 ]
 TUNING = [
     Part(f"Tuning seeds: {path.stem}", path, ROWS / "tuning" / f"{path.stem}.jsonl", "")

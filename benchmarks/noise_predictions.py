@@ -314,6 +314,18 @@ SIZES = ("dvpo_paper_0", "dvpo_paper_5", "dvpo_paper_20", "dvpo_plain", "dvpo_co
 sizes = less_each([("math", "student")], "dvpo_paper", (*SIZES, "dvpo_cons_tail_shift"), range(501, 506))
 
 
+def larger_setting(table: Table) -> str:
+    where = [("math_larger", "heavy")]
+    pairs = (("dvpo_as_ppo", "ppo"), ("ppo_ensemble", "ppo"))
+    return "; ".join(f"`{x}` less `{y}` {said(table.lead(where, x, y, FIVE, in_domain))}" for x, y in pairs)
+
+
+def larger_single(table: Table) -> str:
+    where = [("math_one_larger", "student")]
+    others = ("ppo", "dvpo_plain", "ppo_delta_clip")
+    return "; ".join(f"less `{other}` {by_split(table, where, 'dvpo', other, range(401, 406))}" for other in others)
+
+
 AFTERWARDS: tuple[tuple[str, Test], ...] = (
     ("nine cells at one setting: `ppo_delta_clip` less `ppo`", bound_wins),
     ("dialogues again, dial 0: `ppo_delta_clip` less `ppo`", bound_wins_untaught),
@@ -383,6 +395,13 @@ def lines() -> Iterator[Line]:
             study,
         ),
         ("31: at the defaults, ID: `dvpo_paper` is told from no size and no rung", "open", sizes, study),
+        (
+            "32: a larger model, row or setting, ID: `dvpo` at `ppo`'s within 3 of `ppo`; `ppo_ensemble` 10 below it",
+            "open",
+            larger_setting,
+            study,
+        ),
+        ("33: a larger model, one sample, outliers: `dvpo` 3 to 12 above `ppo`", "open", larger_single, study),
     )
     for prediction, held, test, table in tests:
         seen = _seen(test, table)
