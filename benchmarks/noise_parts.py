@@ -134,6 +134,7 @@ REPORTING = [
     reporting("A model ten times as large", "noise_larger"),
     reporting("A model ten times as large: row or setting", "noise_larger_setting", baseline="dvpo_as_ppo"),
     reporting("A model ten times as large: one sample a prompt", "noise_larger_one_sample"),
+    reporting("A model ten times as large: one sample a prompt, policy rates", "noise_larger_rates"),
 ]
 TUNING = [
     Part(f"Tuning seeds: {path.stem}", path, ROWS / "tuning" / f"{path.stem}.jsonl", "")

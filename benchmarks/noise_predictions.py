@@ -326,6 +326,15 @@ def larger_single(table: Table) -> str:
     return "; ".join(f"less `{other}` {by_split(table, where, 'dvpo', other, range(401, 406))}" for other in others)
 
 
+def larger_rates(table: Table) -> str:
+    where = [("math_one_larger", "student")]
+    leads = {
+        rate: by_split(table, where, f"dvpo{suffix}", f"ppo{suffix}", range(401, 406))
+        for rate, suffix in (("half", "_half"), ("own", ""), ("twice", "_twice"))
+    }
+    return "; ".join(f"{rate} {lead}" for rate, lead in leads.items())
+
+
 AFTERWARDS: tuple[tuple[str, Test], ...] = (
     ("nine cells at one setting: `ppo_delta_clip` less `ppo`", bound_wins),
     ("dialogues again, dial 0: `ppo_delta_clip` less `ppo`", bound_wins_untaught),
@@ -386,7 +395,7 @@ def lines() -> Iterator[Line]:
             half_taught,
             study,
         ),
-        ("29: a larger model, ID: below `ppo` and `grpo` by 2.6 and 3.4 or more", "open", larger, study),
+        ("29: a larger model, ID: below `ppo` and `grpo` by 2.6 and 3.4 or more", "yes", larger, study),
         (
             "30: nine cells, `dvpo` at `ppo`'s setting, ID: less `ppo` 0 to 1.5, four others -.7 to 1.3, "
             "`ppo_ensemble` 0 to 2.5",
@@ -401,7 +410,8 @@ def lines() -> Iterator[Line]:
             larger_setting,
             study,
         ),
-        ("33: a larger model, one sample, outliers: `dvpo` 3 to 12 above `ppo`", "open", larger_single, study),
+        ("33: a larger model, one sample, outliers: `dvpo` 3 to 12 above `ppo`", "no", larger_single, study),
+        ("34: there, at half, the same and twice the policy's rate, ID: above 5 at each", "open", larger_rates, study),
     )
     for prediction, held, test, table in tests:
         seen = _seen(test, table)
