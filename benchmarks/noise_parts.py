@@ -133,7 +133,11 @@ REPORTING = [
     reporting("Numbers of quantiles, sizes of tails", "noise_sizes", note=STILL),
     reporting("A model ten times as large", "noise_larger"),
     reporting("A model ten times as large: row or setting", "noise_larger_setting", baseline="dvpo_as_ppo"),
-    reporting("A model ten times as large: one sample a prompt", "noise_larger_one_sample"),
+    reporting(
+        "A model ten times as large: one sample a prompt",
+        "noise_larger_one_sample",
+        figures={"noise_larger_one_sample_curves": learning("id")},
+    ),
     reporting("A model ten times as large: one sample a prompt, policy rates", "noise_larger_rates"),
 ]
 TUNING = [

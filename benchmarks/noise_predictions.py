@@ -391,7 +391,7 @@ def lines() -> Iterator[Line]:
         (
             "28: flips, dial one half, ID: `dvpo` less `ppo` -6 to 0, `math` -9 to -3, `dialogue` below 0; level with "
             "`ppo_ensemble`",
-            "open",
+            "yes, by the means",
             half_taught,
             study,
         ),
