@@ -406,7 +406,7 @@ def lines() -> Iterator[Line]:
         ("31: at the defaults, ID: `dvpo_paper` is told from no size and no rung", "open", sizes, study),
         (
             "32: a larger model, row or setting, ID: `dvpo` at `ppo`'s within 3 of `ppo`; `ppo_ensemble` 10 below it",
-            "open",
+            "not shown; yes",
             larger_setting,
             study,
         ),
