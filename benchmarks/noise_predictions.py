@@ -403,7 +403,7 @@ def lines() -> Iterator[Line]:
             at_best,
             study,
         ),
-        ("31: at the defaults, ID: `dvpo_paper` is told from no size and no rung", "open", sizes, study),
+        ("31: at the defaults, ID: `dvpo_paper` is told from no size and no rung", "yes", sizes, study),
         (
             "32: a larger model, row or setting, ID: `dvpo` at `ppo`'s within 3 of `ppo`; `ppo_ensemble` 10 below it",
             "not shown; yes",
