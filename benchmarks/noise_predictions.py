@@ -411,7 +411,7 @@ def lines() -> Iterator[Line]:
             study,
         ),
         ("33: a larger model, one sample, outliers: `dvpo` 3 to 12 above `ppo`", "no", larger_single, study),
-        ("34: there, at half, the same and twice the policy's rate, ID: above 5 at each", "open", larger_rates, study),
+        ("34: there, at half, the same and twice the policy's rate, ID: above 5 at each", "yes", larger_rates, study),
     )
     for prediction, held, test, table in tests:
         seen = _seen(test, table)
