@@ -101,7 +101,8 @@ REPORTING = [
         "noise_best_setting",
         baseline="dvpo_as_ppo",
         by_task=True,
-        note="Only the rows of `dvpo_as_ppo` are new: those of the others are the nine cells', and had been seen.",
+        note="Only the rows of `dvpo_as_ppo` are new, made on a later generation of AMD EPYC. Those of the others are "
+        "the nine cells', and had been seen.",
     ),
     reporting("Dialogues again at one setting, checker dial 0", "noise_again_dial0"),
     reporting("One sample a prompt", "noise_one_sample", figures={"noise_one_sample": differences}),

@@ -273,3 +273,12 @@ def test_a_machine_without_git_still_logs(tmp_path: Path, monkeypatch) -> None:
     open_log(tmp_path).close()
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert (manifest["commit"], manifest["dirty"], manifest["diff"]) == (None, None, None)
+
+
+def test_a_processor_is_named_with_family_and_model_where_the_system_says_them(tmp_path: Path):
+    listing = tmp_path / "cpuinfo"
+    listing.write_text("cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: Some CPU\n\nmodel name\t: the second core\n")
+    assert provenance.cpu_model(listing) == "Some CPU (family 26, model 2)"
+    listing.write_text("model name\t: Some CPU\n")
+    assert provenance.cpu_model(listing) == "Some CPU"
+    assert provenance.cpu_model(tmp_path / "none")  # what Python knows of it

@@ -73,7 +73,7 @@ def machine(device: str | torch.device) -> dict[str, Any]:
     device = torch.device(device)
     return {
         "platform": platform.platform(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": str(device),
@@ -81,13 +81,17 @@ def machine(device: str | torch.device) -> dict[str, Any]:
     }
 
 
-def _cpu_model() -> str:
+def cpu_model(listing: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name; one name may cover generations whose last bits differ, so family and model go with it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = listing.read_text().partition("\n\n")[0].splitlines()  # of the first processor
     except OSError:
         lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in said:
+        return platform.processor() or platform.machine()
+    kind = [f"{name.removeprefix('cpu ')} {said[name]}" for name in ("cpu family", "model") if name in said]
+    return said["model name"] + (f" ({', '.join(kind)})" if kind else "")
 
 
 def config_hash(config: str) -> str:
