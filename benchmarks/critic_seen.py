@@ -3,8 +3,8 @@
     python benchmarks/critic_seen.py configs/studies/noise_best_setting.yaml ...      # where the runs' folders are
 
 Of each task, noise and algorithm with a law: the first step, and the mean over the last fifth of the steps, both
-averaged over the seeds whose log is there. Nothing is trained. Writes results/critic_seen.json, in which other studies
-stay as they are; the tables of docs/results.md show it.
+averaged over the seeds whose log is there; the runs' commit and machine are those of their rows. Nothing is trained.
+Writes results/critic_seen.json, in which other studies stay as they are; the tables of docs/results.md show it.
 """
 
 import argparse
@@ -14,12 +14,11 @@ from statistics import fmean
 
 from dvpo.runlog import is_evaluation, read_rows
 from dvpo.study import Cell, Study, load_study
+from dvpo.study_results import late_mean
 
 RESULT = Path(__file__).parent / "results" / "critic_seen.json"
 FIGURES = ("true_correlation", "calibration_error", "spread", "head_disagreement", "crossing_share")
 """Of `critic/...` in metrics.jsonl."""
-PART = 5
-"""The last 1 / PART of the steps."""
 
 Seen = dict[str, float]
 Line = dict[str, str | int | Seen]
@@ -43,17 +42,22 @@ def seen(study: Study) -> list[Line]:
 def of_run(cell: Cell) -> tuple[Seen, Seen] | None:
     """The first step and the last ones; None without a log, or where there is no law."""
     path = cell.folder / "metrics.jsonl"
-    steps = [row for row in read_rows(path) if not is_evaluation(row)] if path.exists() else []
-    if not steps or "critic/spread" not in steps[0]:
+    steps = {row["step"]: row for row in read_rows(path) if not is_evaluation(row)} if path.exists() else {}
+    if not steps or "critic/spread" not in steps[min(steps)]:
         return None
-    chosen = [{name: row[f"critic/{name}"] for name in FIGURES if f"critic/{name}" in row} for row in steps]
-    return chosen[0], mean(chosen[-(len(chosen) // PART) :])
+    late = {name: late_mean(steps, f"critic/{name}", max(steps)) for name in FIGURES}
+    first = {name: steps[min(steps)].get(f"critic/{name}") for name in FIGURES}
+    return known(first), known({name: None if value is None else round(value, 4) for name, value in late.items()})
+
+
+def known(figures: dict[str, float | None]) -> Seen:
+    return {name: value for name, value in figures.items() if value is not None}
 
 
 def mean(rows: list[Seen]) -> Seen:
     """Name by name, of those that have it."""
-    known = {name: [row[name] for row in rows if name in row] for name in FIGURES}
-    return {name: round(fmean(values), 4) for name, values in known.items() if values}
+    found = {name: [row[name] for row in rows if name in row] for name in FIGURES}
+    return {name: round(fmean(values), 4) for name, values in found.items() if values}
 
 
 def main() -> None:

@@ -24,6 +24,8 @@ TWELVE, FIVE, TUNING = range(101, 113), range(101, 106), range(12, 18)
 BLIND, AGAIN, SINGLE, DEFAULTS = range(201, 206), range(301, 313), range(401, 413), range(501, 513)
 """At one setting, dial 0; its dialogues again; one sample a prompt; the package's defaults."""
 AT_ONE_SETTING = range(201, 213)
+SIZES, LARGER = range(501, 506), range(401, 406)
+"""Sizes of tails at the defaults; the larger model with one sample a prompt."""
 ONE_SAMPLE = ("math_one", "science_one")
 EQUAL = 2.0
 """Points; a difference is called equal if its 90% interval lies within."""
@@ -304,19 +306,31 @@ def half_taught(table: Table) -> str:
     return f"{'; '.join(f'{name} {said(lead)}' for name, lead in d.items())}; less ppo_ensemble {said(ensemble)}"
 
 
-def less_each(cells: Cells, name: str, others: Sequence[str], seeds: Sequence[int]) -> Test:
+def less_each(where: Cells, name: str, others: Sequence[str], seeds: Sequence[int]) -> Test:
     """What a row is above each of others, ID."""
 
     def test(table: Table) -> str:
-        return "; ".join(f"less {other} {said(table.lead(cells, name, other, seeds, in_domain))}" for other in others)
+        return "; ".join(f"less {other} {said(table.lead(where, name, other, seeds, in_domain))}" for other in others)
 
     return test
 
 
 larger = less_each([("math_larger", "heavy")], "dvpo", ("ppo", "grpo"), FIVE)
 at_best = less_each(all_cells(), "dvpo_as_ppo", PRIMARY[1:], TWELVE)
-SIZES = ("dvpo_paper_0", "dvpo_paper_5", "dvpo_paper_20", "dvpo_plain", "dvpo_cons", "dvpo_cons_tail")
-sizes = less_each([("math", "student")], "dvpo_paper", (*SIZES, "dvpo_cons_tail_shift"), range(501, 506))
+sizes = less_each(
+    [("math", "student")],
+    "dvpo_paper",
+    (
+        "dvpo_paper_0",
+        "dvpo_paper_5",
+        "dvpo_paper_20",
+        "dvpo_plain",
+        "dvpo_cons",
+        "dvpo_cons_tail",
+        "dvpo_cons_tail_shift",
+    ),
+    SIZES,
+)
 
 
 def larger_setting(table: Table) -> str:
@@ -328,13 +342,13 @@ def larger_setting(table: Table) -> str:
 def larger_single(table: Table) -> str:
     where = [("math_one_larger", "student")]
     others = ("ppo", "dvpo_plain", "ppo_delta_clip")
-    return "; ".join(f"less `{other}` {by_split(table, where, 'dvpo', other, range(401, 406))}" for other in others)
+    return "; ".join(f"less `{other}` {by_split(table, where, 'dvpo', other, LARGER)}" for other in others)
 
 
 def larger_rates(table: Table) -> str:
     where = [("math_one_larger", "student")]
     leads = {
-        rate: by_split(table, where, f"dvpo{suffix}", f"ppo{suffix}", range(401, 406))
+        rate: by_split(table, where, f"dvpo{suffix}", f"ppo{suffix}", LARGER)
         for rate, suffix in (("half", "_half"), ("own", ""), ("twice", "_twice"))
     }
     return "; ".join(f"{rate} {lead}" for rate, lead in leads.items())

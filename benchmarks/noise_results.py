@@ -57,8 +57,8 @@ PAGE, TABLES = DOCS / "results.md", DOCS / "results_tables.md"
 LEVEL = 0.05
 FEWEST_TESTED = 6
 """Fewer pairs cannot give a p below .05, whatever happens: none is shown."""
-EVALUATION = {False: 1.2, True: 8.9}
-"""Seconds of one, of 2 x 256 answers and of 2 x 128 conversations (docs/protocol.md, "What it costs")."""
+ANSWERS, CONVERSATIONS = 1.2, 8.9
+"""Seconds of an evaluation, of 2 x 256 answers and of 2 x 128 conversations (docs/protocol.md, "What it costs")."""
 BEGIN, END = "<!-- results: written by make results -->", "<!-- /results -->"
 
 
@@ -318,7 +318,8 @@ def costs() -> str:
     files = {part.rows for part in (*REPORTING, *TUNING) if part.rows.exists()}
     rows = [row for path in sorted(files) for row in rows_at(path)]
     training = sum(row["seconds"] for row in rows) / 3600
-    evaluations = sum(len(row["curve"]) * EVALUATION["dialogue" in row["task"]] for row in rows) / 3600
+    each = [CONVERSATIONS if "dialogue" in row["task"] else ANSWERS for row in rows]
+    evaluations = sum(len(row["curve"]) * seconds for row, seconds in zip(rows, each, strict=True)) / 3600
     return (
         f"**Cost.** {len(rows):,} runs, tuning included: {training:.0f} core-hours of training steps, and by the "
         f"protocol's table some {evaluations:.0f} of evaluations: {training + evaluations:.0f} together. Starting "

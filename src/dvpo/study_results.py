@@ -68,7 +68,7 @@ def result_row(cell: Cell) -> Row:
         "ood_true": curve[-1][2],
         "peak_true": max((at_id for _, at_id, _ in curve if at_id is not None), default=None),
         "curve": curve,
-        "corr": _late_correlation(steps, cell.config.steps),
+        "corr": late_mean(steps, "critic/true_correlation", cell.config.steps),
         "seconds": round(sum(row.get(f"{TIME_PREFIX}step", 0.0) for row in steps.values()), 1),
         "machine": machine,
         "config_hash": cell.config_hash,
@@ -88,8 +88,9 @@ def _unknown(evaluation: Row) -> int:
     return int(sum(value or 0 for name, value in evaluation.items() if name.endswith("/unknown")))
 
 
-def _late_correlation(steps: Mapping[int, Row], last: int) -> float | None:
-    known = [row.get("critic/true_correlation") for step, row in steps.items() if 5 * step > 4 * last]
+def late_mean(steps: Mapping[int, Row], name: str, last: int) -> float | None:
+    """Of a metric over the last fifth of the steps; None where it is not known."""
+    known = [row.get(name) for step, row in steps.items() if 5 * step > 4 * last]
     values = [value for value in known if value is not None]
     return sum(values) / len(values) if values else None
 
